@@ -1,0 +1,1 @@
+"""Communication-efficient federated fine-tuning of language models in JAX."""

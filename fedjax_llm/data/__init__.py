@@ -1,0 +1,1 @@
+"""From named sources to the arrays and cohorts that rounds train on."""

@@ -1,0 +1,255 @@
+"""A run: rounds, evaluation, metrics, checkpoints, in one resumable folder.
+
+An `Experiment` is what a config constructs: pure functions of a state. `run`
+advances it and writes
+
+    run.json        resolved knobs, versions, device, data fingerprint
+    metrics.jsonl   a line a round
+    checkpoints/    the last states
+    ...             what the experiment exports when it is done
+
+The same call on the same folder resumes; killed at any moment and resumed, it
+ends with the same bits as if it had never stopped.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from fedjax_llm import checkpoints
+
+_PACKAGES = ("fedjax-llm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+# What a resumed run must share with the run it continues.
+_IDENTITY = ("experiment", "knobs", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What is computed, round by round. All functions are deterministic.
+
+  Attributes:
+    rounds: how many rounds there are.
+    init: makes the state before the first round, a tree of arrays.
+    round: (state, round number from 0) -> the next state and its metrics,
+      scalars; the state passed in may be donated.
+    evaluate: state -> metrics such as `loss`.
+    export: (state, folder) -> None; writes the result of the finished run.
+    data: what identifies the data, such as their fingerprint.
+    evaluate_every: rounds between evaluations; the first state and the last
+      are always evaluated.
+    checkpoint_every: rounds between checkpoints.
+  """
+
+  rounds: int
+  init: Callable[[], Any]
+  round: Callable[[Any, int], tuple[Any, Mapping[str, Any]]]
+  evaluate: Callable[[Any], Mapping[str, float]]
+  export: Callable[[Any, pathlib.Path], None]
+  data: Mapping[str, str]
+  evaluate_every: int = 5
+  checkpoint_every: int = 5
+
+  def __post_init__(self):
+    for name in ("rounds", "evaluate_every", "checkpoint_every"):
+      if (value := getattr(self, name)) < 1:
+        raise ValueError(f"expected {name} >= 1, got {value}.")
+
+
+class Interrupted(Exception):
+  """The user asked to stop; the round was finished and its state saved."""
+
+
+def run(
+  experiment: Experiment,
+  folder: pathlib.Path,
+  *,
+  name: str,
+  knobs: Mapping[str, Any],
+) -> None:
+  """Runs or resumes `experiment` in `folder`.
+
+  Args:
+    experiment: what to run.
+    folder: where; made if absent.
+    name: what the experiment is called, for its record and progress bar.
+    knobs: the resolved knobs, JSON values; a resumed run must have the same.
+
+  Raises:
+    ValueError: if the folder holds a run of something else.
+    Interrupted: after SIGINT, when the round is finished and saved.
+    FloatingPointError: if a round's loss or an update is not finite.
+  """
+  record = {
+    "experiment": name,
+    "knobs": json.loads(json.dumps(dict(knobs))),
+    "data": dict(experiment.data),
+    **_environment(),
+  }
+  _claim(folder, record)
+  saved = checkpoints.Checkpoints(folder / "checkpoints")
+  with saved, _Interrupt() as interrupt:
+    first, state = saved.restore(experiment.init())
+    log = Log(folder / "metrics.jsonl", rounds=first)
+    if not log.lines:
+      log.append({"round": 0, **_floats(experiment.evaluate(state))})
+    bar = tqdm.tqdm(
+      total=experiment.rounds, initial=first, desc=name, unit="round"
+    )
+    with bar:
+      for done in range(first + 1, experiment.rounds + 1):
+        state, line = _advance(experiment, state, done)
+        log.append(line)
+        last = done == experiment.rounds or interrupt.asked
+        if last or done % experiment.checkpoint_every == 0:
+          saved.save(done, state)
+        _show(bar, log)
+        if interrupt.asked and done < experiment.rounds:
+          raise Interrupted(f"stopped after round {done}")
+  experiment.export(state, folder)
+
+
+def _advance(experiment, state, done):
+  """One round: its next state, and the line for `metrics.jsonl`."""
+  start = time.perf_counter()
+  state, metrics = experiment.round(state, done - 1)
+  line = {"round": done, **_floats(metrics)}
+  line["seconds"] = time.perf_counter() - start
+  if bad := [key for key, x in line.items() if not np.isfinite(x)]:
+    raise FloatingPointError(
+      f"round {done}: {', '.join(bad)} not finite. The last checkpoint is kept;"
+      " lower the learning rate."
+    )
+  if done % experiment.evaluate_every == 0 or done == experiment.rounds:
+    line |= _floats(experiment.evaluate(state))
+  return state, line
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float | int]:
+  return {name: np.asarray(x).item() for name, x in metrics.items()}
+
+
+def _show(bar: tqdm.tqdm, log: "Log") -> None:
+  """Advances the progress bar, with the last losses and the bytes so far."""
+  line = log.lines[-1]
+  shown = {"train": f"{line['train_loss']:.3f}"}
+  evaluated = [x["loss"] for x in log.lines if "loss" in x]
+  shown["held-out"] = f"{evaluated[-1]:.3f}"
+  if "download_bytes" in line:
+    sent = sum(
+      x.get("download_bytes", 0) + x.get("upload_bytes", 0) for x in log.lines
+    )
+    shown["sent"] = f"{sent / 1e6:.1f}MB"
+  bar.set_postfix(shown, refresh=False)
+  bar.update()
+
+
+class Log:
+  """`metrics.jsonl`: a line a round, on disk before the round's checkpoint."""
+
+  def __init__(self, path: pathlib.Path, *, rounds: int):
+    """Opens the log, keeping the lines up to round `rounds`.
+
+    Lines of later rounds, or half a line, are what a killed process wrote
+    after its last checkpoint; those rounds are computed again.
+    """
+    kept = read_metrics(path, rounds) if rounds else []
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    self.lines = kept
+    self._path = path
+
+  def append(self, line: dict[str, Any]) -> None:
+    """Writes a line."""
+    self.lines.append(line)
+    with self._path.open("a") as file:
+      file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(
+  path: pathlib.Path, rounds: int | None = None
+) -> list[dict[str, Any]]:
+  """The lines of a `metrics.jsonl`, up to round `rounds`."""
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  parsed = [json.loads(line) for line in lines if line.endswith("\n")]
+  return [x for x in parsed if rounds is None or x["round"] <= rounds]
+
+
+def _claim(folder: pathlib.Path, record: dict[str, Any]) -> None:
+  """Writes `run.json`, or checks that the one there is of this experiment."""
+  path = folder / "run.json"
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return
+  before = json.loads(path.read_text())
+  differences = [
+    f"{name}: {old!r} there, {new!r} now"
+    for part in _IDENTITY
+    for name, old, new in _differences(part, before.get(part), record[part])
+  ]
+  if differences:
+    raise ValueError(
+      f"{folder} holds a run with other settings:\n  "
+      + "\n  ".join(differences)
+      + "\nGive the same settings to resume it, or another --out."
+    )
+
+
+def _differences(name, old, new):
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return [(name, old, new)] if old != new else []
+  return [
+    (key, old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+
+
+def _environment() -> dict[str, Any]:
+  """Versions, device and date, for the record."""
+  device = jax.devices()[0]
+  return {
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    },
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "platform": f"{platform.system()} {platform.machine()}",
+    "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+  }
+
+
+def peak_memory() -> int:
+  """The most memory this process has held so far, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class _Interrupt:
+  """Notes the first SIGINT; a second one stops at once."""
+
+  asked = False
+
+  def __enter__(self):
+    self._previous = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def __exit__(self, *error):
+    signal.signal(signal.SIGINT, self._previous)
+
+  def _note(self, *_):
+    self.asked = True
+    signal.signal(signal.SIGINT, self._previous)
+    tqdm.tqdm.write("Finishing the round; Ctrl-C again stops at once.")

@@ -1,0 +1,1 @@
+"""Clients, rounds, aggregators and the algorithms composed from them."""

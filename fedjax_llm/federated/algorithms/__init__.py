@@ -1,0 +1,1 @@
+"""Published methods: a file a family, each a cited composition."""

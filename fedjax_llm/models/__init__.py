@@ -1,0 +1,1 @@
+"""What is trained: LoRA-parametrised Flax models that know of no clients."""

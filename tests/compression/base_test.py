@@ -1,0 +1,98 @@
+"""Tests of what is built of compressors: chains and error feedback."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm import compression
+from fedjax_llm.compression import base, wire
+
+KEY = jax.random.key(0)
+
+
+def test_the_program_in_the_docstring_prints_what_it_says():
+  results = doctest.testmod(base)
+  assert results.attempted and not results.failed
+
+
+def test_identity_keeps_every_bit_also_of_float64():
+  with jax.enable_x64(True):
+    vector = jnp.array([1 / 3, -0.0, 1e300, 5e-324])
+    sent = compression.transmit(compression.identity(), vector, (), KEY)
+    arrived = wire.loads(wire.dumps(sent.payload)).values
+  assert sent.received.dtype == np.float64
+  assert np.asarray(sent.received).tobytes() == np.asarray(vector).tobytes()
+  assert arrived.tobytes() == np.asarray(vector).tobytes()
+
+
+def test_transmit_returns_the_payload_of_what_arrives():
+  compressor = compression.cast(jnp.bfloat16)
+  vector = jnp.array([1.0, 1 / 3])
+  received, state, payload = compression.transmit(compressor, vector, (), KEY)
+  assert state == ()
+  np.testing.assert_array_equal(
+    received, compressor.decode(payload).astype(vector.dtype)
+  )
+
+
+def test_a_compressor_is_stateless_if_its_state_has_no_leaves():
+  vector = jnp.ones(8)
+  chained = compression.chain(compression.top_k(0.5), compression.uniform(4))
+  assert not jax.tree.leaves(chained.init(vector))
+  assert jax.tree.leaves(compression.error_feedback(chained).init(vector))
+
+
+def test_a_chain_of_one_is_that_one():
+  compressor = compression.top_k(0.5)
+  assert compression.chain(compressor) is compressor
+
+
+def test_a_chain_sends_the_support_and_the_compressed_values():
+  chained = compression.chain(compression.top_k(0.5), compression.uniform(4))
+  payload, _ = chained.encode(jnp.arange(8.0), chained.init(jnp.ones(8)), KEY)
+  assert payload.values.codes.nbytes == 2  # Four codes of four bits.
+  assert payload.support.nbytes == 1  # Eight entries.
+  received = chained.decode(payload)
+  np.testing.assert_array_equal(received[:4], 0)
+  assert received[7] == 7  # The largest of a block is a level.
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_chain_in_the_wrong_order_is_an_error_that_names_the_offender(jit):
+  chained = compression.chain(
+    compression.top_k(0.5), compression.uniform(4), compression.top_k(0.5)
+  )
+  init = jax.jit(chained.init) if jit else chained.init
+  with pytest.raises(ValueError, match="cannot compress a Uniform further"):
+    init(jnp.ones(8))
+
+
+@pytest.mark.parametrize(
+  "compressor",
+  [
+    compression.top_k(0.1),
+    compression.random_k(0.3, unbiased=False),
+    compression.cast(jnp.bfloat16),
+    compression.chain(compression.top_k(0.5), compression.uniform(4)),
+  ],
+)
+def test_error_feedback_loses_nothing_in_the_long_run(compressor):
+  sent = jax.random.normal(KEY, (20, 50))
+  compressor = compression.error_feedback(compressor)
+
+  def step(state, vector_and_key):
+    result = compression.transmit(compressor, vector_and_key[0], state, *rest)
+    return result.state, result.received
+
+  rest = (KEY,)
+  state, received = jax.lax.scan(
+    step, compressor.init(sent[0]), (sent, jnp.arange(20))
+  )
+  residual, _ = state
+  # Twenty sums of numbers below 2**5 in float32, each off by 2**-19 at most.
+  np.testing.assert_allclose(
+    received.sum(0) + residual, sent.sum(0), rtol=0, atol=20 * 2.0**-19
+  )

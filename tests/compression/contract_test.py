@@ -1,0 +1,140 @@
+"""What every compressor promises: one table, and the laws of all its rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm import compression
+from fedjax_llm.compression import wire
+
+chain, error_feedback = compression.chain, compression.error_feedback
+top_k, random_k = compression.top_k, compression.random_k
+cast, uniform = compression.cast, compression.uniform
+
+
+def thirds(n):
+  return compression.select(np.arange(n) % 3 == 0)
+
+
+COMPRESSORS = {
+  "identity": lambda n: compression.identity(),
+  "top_k(1)": lambda n: top_k(1.0),
+  "top_k(1/4)": lambda n: top_k(1 / 4),
+  "top_k(1/64)": lambda n: top_k(1 / 64),
+  "random_k": lambda n: random_k(0.3),
+  "random_k, biased": lambda n: random_k(0.3, unbiased=False),
+  "select": thirds,
+  "cast(bfloat16)": lambda n: cast(jnp.bfloat16),
+  "cast(float16)": lambda n: cast(jnp.float16),
+  **{f"uniform({b})": lambda n, b=b: uniform(b) for b in range(1, 9)},
+  "uniform, block of 5": lambda n: uniform(4, block=5),
+  "top_k + uniform": lambda n: chain(top_k(1 / 4), uniform(4)),
+  "top_k + cast": lambda n: chain(top_k(1 / 4), cast(jnp.bfloat16)),
+  "random_k + uniform": lambda n: chain(random_k(0.3), uniform(3)),
+  "select + top_k + cast": lambda n: chain(
+    thirds(n), top_k(1 / 4), cast(jnp.float16)
+  ),
+  "feedback of top_k": lambda n: error_feedback(top_k(1 / 4)),
+  "feedback of a chain": lambda n: error_feedback(
+    chain(top_k(1 / 4), uniform(2))
+  ),
+  "a chain with feedback": lambda n: chain(
+    top_k(1 / 4), error_feedback(uniform(2))
+  ),
+}
+MANY_LENGTHS = ("identity", "top_k(1/4)", "top_k + uniform", "uniform(3)")
+ROWS = [(name, n) for name in COMPRESSORS for n in (1, 257)]
+ROWS += [(name, n) for name in MANY_LENGTHS for n in (2, 7, 255, 256, 1000)]
+each_row = pytest.mark.parametrize(("name", "n"), ROWS)
+each_compressor = pytest.mark.parametrize("name", COMPRESSORS)
+CLIENTS = 3
+
+
+@functools.cache
+def programs(name, n):
+  """A compressor and its encode and decode, compiled once for all tests."""
+  compressor = COMPRESSORS[name](n)
+  return compressor, jax.jit(compressor.encode), jax.jit(compressor.decode)
+
+
+def vectors(n):
+  return jax.random.normal(jax.random.key(n), (CLIENTS, n))
+
+
+def keys():
+  return jax.random.split(jax.random.key(0), CLIENTS)
+
+
+def bits(array):
+  return np.asarray(array).tobytes()
+
+
+@each_row
+def test_a_message_has_the_length_and_the_meaning_of_its_payload(name, n):
+  compressor, encode, decode = programs(name, n)
+  vector = vectors(n)[0]
+  payload, _ = encode(vector, compressor.init(vector), keys()[0])
+  message = wire.dumps(payload)
+  assert wire.nbytes(payload) == len(message)
+  received = decode(payload)
+  assert received.shape == vector.shape
+  arrived = wire.loads(message)
+  assert wire.dumps(arrived) == message
+  assert jax.tree.structure(arrived) == jax.tree.structure(payload)
+  assert bits(decode(arrived)) == bits(received)
+
+
+@each_compressor
+def test_the_length_of_a_message_is_known_before_the_vector_is(name):
+  compressor = COMPRESSORS[name](257)
+  lengths = []
+
+  def encode(vector, key):
+    payload, _ = compressor.encode(vector, compressor.init(vector), key)
+    lengths.append(wire.nbytes(payload))  # Of tracers.
+    return payload
+
+  vector, key = vectors(257)[0], keys()[0]
+  payload = jax.eval_shape(encode, vector, key)
+  _, compiled, _ = programs(name, 257)
+  sent, _ = compiled(vector, compressor.init(vector), key)
+  assert lengths == [wire.nbytes(payload)] == [len(wire.dumps(sent))]
+
+
+@each_compressor
+def test_clients_under_vmap_send_what_they_send_alone(name):
+  compressor, encode, decode = programs(name, 257)
+  batch = vectors(257)
+  states = jax.vmap(compressor.init)(batch)
+  payloads, after = jax.jit(jax.vmap(compressor.encode))(batch, states, keys())
+  received = jax.jit(jax.vmap(compressor.decode))(payloads)
+  for client in range(CLIENTS):
+    state = compressor.init(batch[client])
+    alone = encode(batch[client], state, keys()[client])
+    together = jax.tree.map(lambda x, i=client: x[i], (payloads, after))
+    jax.tree.map(np.testing.assert_array_equal, together, alone)
+    np.testing.assert_array_equal(received[client], decode(alone[0]))
+
+
+@each_compressor
+def test_zero_arrives_as_zero_and_leaves_no_residual(name):
+  compressor, encode, decode = programs(name, 257)
+  zero = jnp.zeros(257)
+  payload, state = encode(zero, compressor.init(zero), keys()[0])
+  assert not np.any(decode(payload))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))
+
+
+@each_compressor
+def test_what_arrives_has_the_type_of_what_was_sent(name):
+  for dtype in (jnp.float32, jnp.bfloat16):
+    vector = jax.ShapeDtypeStruct((257,), dtype)
+    compressor = COMPRESSORS[name](257)
+    state = jax.eval_shape(compressor.init, vector)
+    transmit = functools.partial(compression.transmit, compressor)
+    sent = jax.eval_shape(transmit, vector, state, keys()[0])
+    assert sent.received == vector
+    assert sent.state == state

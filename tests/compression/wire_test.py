@@ -1,0 +1,297 @@
+"""Tests of messages: bits, supports, bytes, and what is not a message."""
+
+import functools
+import math
+import struct
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from fedjax_llm import compression
+from fedjax_llm.compression import base, supports, wire
+
+KEY = jax.random.key(0)
+VECTOR = np.random.default_rng(0).normal(size=200).astype(np.float32)
+quick = hypothesis.settings(deadline=None, derandomize=True)
+
+# Bits and supports.
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 13, 32])
+def test_codes_are_packed_without_gaps_and_come_back(bits):
+  codes = np.random.default_rng(bits).integers(0, 2**bits, 37, np.uint32)
+  packed = wire.pack_bits(jnp.asarray(codes), bits)
+  assert packed.dtype == jnp.uint8 and packed.size == -(-37 * bits // 8)
+  stream = sum(int(code) << bits * i for i, code in enumerate(codes))
+  assert bytes(packed) == stream.to_bytes(packed.size, "little")
+  np.testing.assert_array_equal(wire.unpack_bits(packed, 37, bits), codes)
+
+
+SUPPORTS = [(1, 1), (2, 1), (9, 8), (64, 1), (64, 16), (100, 7), (100, 50)]
+SUPPORTS += [(1000, 1), (1000, 3), (1000, 250), (1000, 999), (1000, 1000)]
+
+
+@functools.cache
+def support_programs(size, count):
+  pack = jax.jit(lambda indices: supports.pack(indices, size))
+  unpack = jax.jit(lambda packed: supports.unpack(packed, size, count))
+  return pack, unpack
+
+
+@quick
+@hypothesis.given(st.sampled_from(SUPPORTS), st.data())
+def test_supports_come_back(size_and_count, data):
+  size, count = size_and_count
+  indices = data.draw(
+    st.one_of(
+      st.just(range(count)),
+      st.just(range(size - count, size)),
+      st.permutations(range(size)).map(lambda order: sorted(order[:count])),
+    )
+  )
+  pack, unpack = support_programs(size, count)
+  packed = pack(jnp.array(indices, jnp.int32))
+  assert packed.size == supports.nbytes(size, count)
+  np.testing.assert_array_equal(unpack(packed), indices)
+
+
+@quick
+@hypothesis.given(st.integers(1, 10**7), st.data())
+def test_supports_have_the_size_they_are_said_to_have(size, data):
+  count = data.draw(st.integers(1, size))
+  nbits = 8 * supports.nbytes(size, count)
+  rounding = 2 * 7  # Elias-Fano has two parts of whole bytes.
+  elias_fano = count * (2 + math.ceil(math.log2(size / count)))
+  assert nbits <= min(size, elias_fano) + rounding
+  # log2 of the number of supports, which no format can beat. The worst ratios
+  # are 4 (0.755 bits an entry) and, where bitmaps take over, 1.
+  log2_choices = sum(
+    sign * math.lgamma(x + 1) / math.log(2)
+    for sign, x in [(1, size), (-1, count), (-1, size - count)]
+  )
+  slack = math.log2(size) + rounding
+  assert log2_choices - 1e-3 <= nbits <= log2_choices + count + slack
+
+
+# Bytes.
+
+
+def np_decode_top_k(message):
+  """The vector in a message of `top_k`, in plain Python."""
+  assert message[:4] == b"FJ\x01\x01"  # Magic, version 1, a `Sparse`.
+  at = 4
+
+  def varint():
+    nonlocal at
+    value = shift = 0
+    while True:
+      at += 1
+      value |= (message[at - 1] & 127) << shift
+      shift += 7
+      if message[at - 1] < 128:
+        return value
+
+  def array(code, width):
+    nonlocal at
+    assert message[at] == 128 + code
+    at += 1
+    size = varint()
+    at += size * width
+    return message[at - size * width : at]
+
+  raw_values = array(2, 4)
+  support = int.from_bytes(array(4, 1), "little")
+  size = varint()
+  assert at == len(message)
+  values = struct.unpack(f"<{len(raw_values) // 4}f", raw_values)
+  count = len(values)
+  low_bits = math.floor(math.log2(size / count))
+  high_nbytes = -(-(count + ((size - 1) >> low_bits)) // 8)
+  low_nbytes = -(-count * low_bits // 8)
+  if -(-size // 8) <= high_nbytes + low_nbytes:
+    indices = [i for i in range(size) if support >> i & 1]
+  else:
+    marks = [i for i in range(8 * high_nbytes) if support >> i & 1]
+    low = support >> 8 * high_nbytes
+    indices = [
+      ((mark - i) << low_bits) | low >> low_bits * i & ((1 << low_bits) - 1)
+      for i, mark in enumerate(marks)
+    ]
+  vector = [0.0] * size
+  for index, value in zip(indices, values, strict=True):
+    vector[index] = value
+  return vector
+
+
+@pytest.mark.parametrize("density", [1 / 64, 1 / 10, 1 / 2])
+def test_a_decoder_in_plain_python_agrees(density):
+  sent = compression.transmit(compression.top_k(density), VECTOR, (), KEY)
+  np.testing.assert_array_equal(
+    np_decode_top_k(wire.dumps(sent.payload)), sent.received
+  )
+
+
+@pytest.mark.parametrize(
+  "dtype",
+  [jnp.bfloat16, "f2", "f4", "f8", "u1", "u2", "u4", "i1", "i2", "i4"],
+)
+def test_arrays_of_every_type_come_back(dtype):
+  array = np.arange(5).astype(dtype)
+  arrived = wire.loads(wire.dumps(base.Dense(array))).values
+  assert arrived.dtype == array.dtype
+  np.testing.assert_array_equal(arrived, array)
+
+
+def test_a_header_has_few_bytes():
+  n = 10**6
+  vector = jax.ShapeDtypeStruct((n,), jnp.float32)
+  k = n // 16
+  support = supports.nbytes(n, k)
+  for compressor, data in [
+    (compression.identity(), 4 * n),
+    (compression.top_k(1 / 16), 4 * k + support),
+    (compression.random_k(1 / 16), 4 * k + 8),
+    (compression.uniform(4), n // 2 + 4 * -(-n // 256)),
+  ]:
+    payload, _ = jax.eval_shape(compressor.encode, vector, (), KEY)
+    assert 0 < wire.nbytes(payload) - data <= 20
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_what_is_not_finite_is_not_sent(dtype):
+  array = np.array([1.0, np.nan, -np.inf], dtype)
+  with pytest.raises(ValueError, match="2 of 3 values are not finite"):
+    wire.dumps(base.Dense(array))
+  forged = wire.dumps(base.Dense(np.zeros(3, dtype)))
+  forged = forged[: -array.nbytes] + array.tobytes()
+  with pytest.raises(ValueError, match="2 of 3 values are not finite"):
+    wire.loads(forged)
+
+
+def test_an_array_that_is_no_vector_is_refused():
+  with pytest.raises(ValueError, match="one dimension"):
+    wire.nbytes(base.Dense(jnp.ones((2, 3))))
+  with pytest.raises(ValueError, match="one dimension"):
+    wire.dumps(base.Dense(np.ones(3, np.complex64)))
+
+
+def test_a_tag_stands_for_one_class():
+  with pytest.raises(ValueError, match="tag=0 already stands for Dense"):
+    wire.message(tag=0)(type("Other", (), {}))
+  with pytest.raises(ValueError, match="got tag=128"):
+    wire.message(tag=128)
+
+
+# What is not a message.
+
+
+@functools.cache
+def messages():
+  """Valid messages of every kind."""
+  compressors = [
+    compression.identity(),
+    compression.top_k(1 / 2),
+    compression.top_k(1 / 20),
+    compression.top_k(1.0),
+    compression.random_k(0.1),
+    compression.uniform(3),
+    compression.chain(compression.top_k(1 / 4), compression.uniform(4)),
+  ]
+  return [
+    wire.dumps(c.encode(VECTOR, c.init(VECTOR), KEY)[0]) for c in compressors
+  ]
+
+
+def header(*digits):
+  return b"FJ\x01" + bytes(digits)
+
+
+HUGE = (255, 255, 255, 255, 7)  # 2**31 - 1.
+
+
+@pytest.mark.parametrize(
+  ("message", "complaint"),
+  [
+    (b"", "cut short"),
+    (b"PK\x01\x00", "begins with"),
+    (b"FJ\x02\x00", "version 2"),
+    (header(), "cut short"),
+    (header(99), "unknown tag 99"),
+    (header(0, 255), "array of unknown type 127"),
+    (header(0, 130, *HUGE), "cut short"),
+    (header(0, 130, 255, 255, 255, 255, 8), "number that is not in"),
+    (header(0, 130, 128, 128, 128, 128, 128, 0), "number that is not in"),
+    (header(0, 132, 128, 0), "number that is not in"),  # Zero in two bytes.
+    (header(*[0] * 10**5), "too deep"),
+    (header(0, 132, 0, 7), "1 bytes follow"),
+    # A `Sparse` of one value: of none, in a bitmap that marks none, two, a
+    # bit beyond the end; in a support that is no array; of no value at all.
+    (header(1, 132, 1, 5, 132, 0, 0), "1 values of a vector of 0"),
+    (header(1, 132, 1, 5, 132, 1, 0, 3), "does not name 1 of 3"),
+    (header(1, 132, 1, 5, 132, 1, 3, 3), "does not name 1 of 3"),
+    (header(1, 132, 1, 5, 132, 1, 9, 3), "does not name 1 of 3"),
+    (header(1, 132, 1, 5, 132, 2, 1, 0, 3), r"be uint8\[1\], got uint8\[2\]"),
+    (header(1, 132, 1, 5, 0, 132, 1, 1, 3), r"be uint8\[1\], got Dense"),
+    (header(1, 132, 0, 132, 1, 1, 3), "0 values of a vector of 3"),
+    # A `Sparse` of `Seeded`, both as long as can be: nothing is allocated.
+    (
+      header(1, 2, 132, 1, 5, 134, 1, 0, 0, 0, 0, *HUGE, 132, 0, *HUGE),
+      r"seed should be uint32\[2\]",
+    ),
+    (header(3, 132, 1, 0, 130, 0, 9, 1, 1), "codes of 9 bits"),
+    (header(3, 132, 1, 0, 130, 0, 8, 1, 2), "codes should be"),
+    (header(3, 132, 1, 0, 130, 0, 8, 1, 1), "scales should be"),
+  ],
+)
+def test_what_is_not_a_message_is_refused(message, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    wire.loads(message)
+
+
+def test_a_message_that_claims_to_be_huge_allocates_nothing():
+  seed = (134, 2, *[0] * 8)
+  inner = (2, 132, 1, 5, *seed, *HUGE)
+  payload = wire.loads(header(1, *inner, 132, 0, *HUGE))
+  assert payload.size == 2**31 - 1  # For the receiver to see and to refuse.
+
+
+def test_every_message_that_is_cut_short_or_goes_on_is_refused():
+  for message in messages():
+    for end in range(len(message)):
+      with pytest.raises(ValueError):
+        wire.loads(message[:end])
+    with pytest.raises(ValueError, match="1 bytes follow"):
+      wire.loads(message + b"\0")
+
+
+def require_message_or_value_error(data):
+  try:
+    payload = wire.loads(data)
+  except ValueError:
+    return
+  assert wire.dumps(payload) == data
+  assert wire.nbytes(payload) == len(data)
+  assert 0 <= payload.size < 2**31
+
+
+@quick
+@hypothesis.given(st.data())
+def test_a_forged_message_is_a_message_or_a_value_error(data):
+  message = bytearray(data.draw(st.sampled_from(messages())))
+  # Mostly the first bytes, where the header is.
+  places = st.integers(0, 12) | st.integers(-12, -1)
+  for place, value in data.draw(
+    st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4)
+  ):
+    message[place] = value
+  require_message_or_value_error(bytes(message))
+
+
+@quick
+@hypothesis.given(st.binary(max_size=40))
+def test_noise_is_a_message_or_a_value_error(noise):
+  require_message_or_value_error(b"FJ\x01" + noise)
