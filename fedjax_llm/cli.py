@@ -5,7 +5,7 @@ its signature and docstring are the command's options and their help.
 """
 
 import dataclasses
-import importlib.util
+import importlib.machinery
 import inspect
 import os
 import pathlib
@@ -93,10 +93,10 @@ def load_config(name_or_path: str) -> types.ModuleType:
       f"no config {name_or_path!r}: expected the path of a Python file, or one"
       f" of {', '.join(names)}."
     )
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+  module = types.ModuleType(path.stem)
+  module.__file__ = str(path)
+  loader.exec_module(module)
   if not callable(getattr(module, "experiment", None)):
     raise ValueError(
       f"{path} has no function `experiment`; a config's knobs are its"
@@ -139,6 +139,8 @@ def _prepare_process() -> None:
   when a process starts, so the process starts itself again, once.
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  # On a CPU every core is a device with clients of its own.
+  os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(os.cpu_count() or 1))
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, "-m", __name__, *sys.argv[1:]])

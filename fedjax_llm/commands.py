@@ -1,10 +1,18 @@
 """What the commands do, once their arguments are parsed."""
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import tyro
 
 from fedjax_llm import experiment as experiments
+from fedjax_llm import finetuning, report
+from fedjax_llm.data import batches
+from fedjax_llm.evaluation import likelihood
+from fedjax_llm.models import adapters, language, llama, pretrained
 
 
 def run(
@@ -14,7 +22,7 @@ def run(
   name: str,
   knobs: Mapping[str, Any],
 ) -> None:
-  """Runs or resumes what a config makes.
+  """Runs or resumes what a config makes, and reports.
 
   Args:
     make: the config's `experiment` function; returns an `Experiment`, or
@@ -22,17 +30,82 @@ def run(
     out: folder of the run.
     name: of the config.
     knobs: arguments of `make`.
+
+  Raises:
+    KeyboardInterrupt: after Ctrl-C, telling how to go on.
   """
   made = make(**knobs)
-  several = made if isinstance(made, dict) else {name: made}
-  for label, experiment in several.items():
-    folder = out / label if isinstance(made, dict) else out
-    experiments.run(experiment, folder, name=label, knobs=knobs)
+  several = isinstance(made, Mapping)
+  for label, experiment in (made if several else {name: made}).items():
+    folder = out / label if several else out
+    try:
+      experiments.run(experiment, folder, name=label, knobs=knobs)
+    except experiments.Interrupted as stop:
+      raise KeyboardInterrupt(
+        f"{label} {stop}; its state is saved. The same command goes on from"
+        " there."
+      ) from None
+  runs = report.load(out)
+  report.plot(runs, out / "loss.png")
+  print(f"\n{report.table(runs)}\n\nPlot: {out / 'loss.png'}")
 
 
-def compare():
-  """Placeholder."""
+def compare(
+  runs: tyro.conf.Positional[tuple[pathlib.Path, ...]],
+  /,
+  *,
+  out: pathlib.Path = pathlib.Path("compare.png"),
+) -> None:
+  """Compare finished runs: a table and a plot of utility against bytes.
+
+  Args:
+    runs: run folders, or folders of run folders.
+    out: where to draw the plot.
+  """
+  if not runs:
+    raise ValueError("compare expected one or more run folders, got none.")
+  loaded = [run for folder in runs for run in report.load(folder)]
+  report.plot(loaded, out)
+  print(f"{report.table(loaded)}\n\nPlot: {out}")
 
 
-def evaluate():
-  """Placeholder."""
+def evaluate(
+  *,
+  model: str,
+  text: pathlib.Path,
+  adapter: pathlib.Path | None = None,
+  task: Literal["perplexity"] = "perplexity",
+  dtype: finetuning.Dtype = "float32",
+  as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+  """Evaluate a model, with or without an adapter, on a text.
+
+  The text is tokenised once, with the tokenizer's special tokens, and scored
+  in one pass where it fits the model's context, else in windows of it. The
+  loss is the mean over all predicted tokens.
+
+  Args:
+    model: Hugging Face folder or hub name of the base model.
+    text: a UTF-8 file.
+    adapter: PEFT folder of a LoRA adapter for it.
+    task: what to measure.
+    dtype: what to compute in.
+    as_json: print one line of JSON.
+  """
+  if not text.is_file():
+    raise ValueError(f"--text expected a file, got {text}, which is none.")
+  folder = pretrained.resolve(model)
+  config, params = pretrained.load(folder, dtype=jnp.dtype(dtype))
+  settings, factors = adapters.load(adapter) if adapter else (None, None)
+  tokenizer = finetuning.load_tokenizer(folder, config)
+  rows = batches.rows_of_text(
+    [text.read_text()], tokenizer, config.max_position_embeddings
+  )
+  network = llama.Llama(config, settings, jnp.dtype(dtype))
+  score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)
+  result = score(factors, params) | {"tokens": int(rows.mask.sum())}
+  print(
+    json.dumps({"task": task, **result})
+    if as_json
+    else "\n".join(f"{name:<11}{value:.6g}" for name, value in result.items())
+  )

@@ -119,6 +119,10 @@ def run(
         if interrupt.asked and done < experiment.rounds:
           raise Interrupted(f"stopped after round {done}")
   experiment.export(state, folder)
+  record = json.loads((folder / "run.json").read_text())
+  record["finished"] = _now()
+  record["peak_memory_bytes"] = peak_memory()
+  _write(folder / "run.json", record)
 
 
 def _advance(experiment, state, done):
@@ -191,7 +195,7 @@ def _claim(folder: pathlib.Path, record: dict[str, Any]) -> None:
   path = folder / "run.json"
   if not path.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    _write(path, record)
     return
   before = json.loads(path.read_text())
   differences = [
@@ -227,8 +231,19 @@ def _environment() -> dict[str, Any]:
     },
     "device": f"{jax.device_count()} x {device.device_kind}",
     "platform": f"{platform.system()} {platform.machine()}",
-    "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    "started": _now(),
   }
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
+
+
+def _write(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  """Replaces a JSON file; a killed process leaves the old one or the new."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(record, indent=2) + "\n")
+  temporary.replace(path)
 
 
 def peak_memory() -> int:

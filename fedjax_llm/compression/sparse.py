@@ -63,7 +63,7 @@ def top_k(density: float) -> base.Compressor:
     count = _count(density, vector.size)
     indices = _where(top_k_mask(vector, count), count)
     support = supports.pack(indices, vector.size)
-    return Sparse(vector[indices], support, vector.size)
+    return Sparse(_gather(vector, indices), support, vector.size)
 
   def decode(payload):
     size, count = payload.size, payload.values.size
@@ -96,8 +96,8 @@ def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
     count = _count(density, vector.size)
     scale = vector.size / count if unbiased else 1
     seed = jax.random.bits(key, (2,), jnp.uint32)
-    values = vector[_draw(seed, count, vector.size)] * scale
-    return Seeded(values, seed, vector.size)
+    indices = _draw(seed, count, vector.size)
+    return Seeded(_gather(vector, indices) * scale, seed, vector.size)
 
   def decode(payload):
     indices = _draw(payload.seed, payload.values.size, payload.size)
@@ -142,7 +142,7 @@ def select(
         f"select expected a vector of shape {mask.shape}, as its mask has, got"
         f" {vector.shape}."
       )
-    return base.Dense(vector.at[indices].get(mode="fill", fill_value=0))
+    return base.Dense(_gather(vector, indices))
 
   def decode(payload):
     return _scatter(payload.values, indices, mask.size)
@@ -232,6 +232,12 @@ def _draw(seed: UInt[Array, " 2"], count: int, size: int) -> Int[Array, " k"]:
 
 def _where(mask: Bool[Array, " n"], count: int) -> Int[Array, " count"]:
   return jnp.nonzero(mask, size=count, fill_value=mask.size)[0]
+
+
+def _gather(
+  vector: Float[Array, " n"], indices: Int[Array, " count"]
+) -> Float[Array, " count"]:
+  return jnp.asarray(vector).at[indices].get(mode="fill", fill_value=0)
 
 
 def _scatter(

@@ -65,13 +65,19 @@ def check(packed: np.ndarray, size: int, count: int) -> None:
     raise ValueError(f"The message has {count} values of a vector of {size}.")
   wire.require(packed, np.uint8, nbytes(size, count), "support")
   if count == size:
-    return  # Not unpacked: `size` is no more than a claim of the message.
-  indices = np.asarray(unpack(jnp.asarray(packed), size, count))
+    return
+  marks = np.unpackbits(packed, bitorder="little")
+  split = 8 * _elias_fano_nbytes(size, count)[0]
+  indices = np.flatnonzero(marks if _is_bitmap(size, count) else marks[:split])
+  if indices.size == count and not _is_bitmap(size, count):
+    low_bits = _low_bits(size, count)
+    low = marks[split:][: count * low_bits].reshape(count, low_bits)
+    high = indices - np.arange(count)
+    indices = (high << low_bits) + low @ (1 << np.arange(low_bits))
   if (
-    not 0 <= indices[0] <= indices[-1] < size
+    indices.size != count
+    or indices[-1] >= size
     or np.any(indices[1:] <= indices[:-1])
-    # What is left over between entries and at the end must be zero.
-    or not np.array_equal(pack(jnp.asarray(indices), size), packed)
   ):
     raise ValueError(
       f"The message's support does not name {count} of {size} entries."

@@ -254,9 +254,10 @@ def _read_varint(data: memoryview) -> tuple[int, memoryview]:
     (digit,), data = _take(data, 1)
     value |= (digit & 127) << 7 * place
     if digit < 128:
-      if value > _LIMIT or _varint(value)[-1] != digit:
-        break  # Too large, or not the shortest form of the number.
-      return value, data
+      is_shortest = digit > 0 or place == 0
+      if is_shortest and value <= _LIMIT:
+        return value, data
+      break
   raise ValueError(f"The message has a number that is not in [0, {_LIMIT}].")
 
 

@@ -1,8 +1,7 @@
 """Aggregators: from the decoded updates of a cohort to one update.
 
 Each client adds a share, and shares add up, so that a mean over any number of
-clients needs the memory of one update. A weight of zero means that a client
-is not there.
+clients needs the memory of one update. A client of weight zero is not there.
 """
 
 from collections.abc import Callable
@@ -29,11 +28,12 @@ def weighted_mean() -> Aggregator:
 
   def share(update, weight):
     weight = weight.astype(update.dtype)
-    return weight * update, weight
+    # Selected, because an absent client's update may be anything, even NaN.
+    return jnp.where(weight > 0, weight * update, 0), weight
 
   def finish(total):
     update, weight = total
-    return jnp.where(weight > 0, update / jnp.where(weight > 0, weight, 1), 0)
+    return update / jnp.where(weight > 0, weight, 1)
 
   return Aggregator(share, finish)
 
@@ -41,6 +41,5 @@ def weighted_mean() -> Aggregator:
 def uniform_mean() -> Aggregator:
   """The plain mean, whatever the clients' weights, as FLASC takes it."""
   mean = weighted_mean()
-  return Aggregator(
-    lambda update, weight: mean.share(update, (weight > 0)), mean.finish
-  )
+  share = lambda update, weight: mean.share(update, jnp.sign(weight))
+  return Aggregator(share, mean.finish)

@@ -1,5 +1,6 @@
 """What happens at the clients: local training, mapped over the cohort."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,15 +85,9 @@ def local_update(
       skip = lambda carry, inputs: carry
       return jax.lax.cond(mask.any(), train, skip, carry, inputs), None
 
-    zeros = jax.eval_shape(
-      loss_fn,
-      trainable,
-      frozen,
-      jax.tree.map(lambda x: x[indices[0]], examples),
-      mask[0],
-      key,
-    )
-    zeros = (jnp.zeros(x.shape, x.dtype) for x in zeros)
+    batch = jax.tree.map(lambda x: x[indices[0]], examples)
+    sums = jax.eval_shape(loss_fn, trainable, frozen, batch, mask[0], key)
+    zeros = jax.tree.map(jnp.zeros_like, sums)
     start = (trainable, optimizer.init(trainable), *zeros)
     steps = (jnp.arange(len(mask)), indices, mask)
     (trainable, _, loss, count), _ = jax.lax.scan(step, start, steps)
@@ -123,18 +118,24 @@ def map_clients(
     so have `outputs`.
 
   Raises:
-    ValueError: if `clients_per_step` is below 1 or `mesh` has no such axis.
+    ValueError: if `clients_per_step` is below 1, or `mesh` has no such axis or
+      one that is not Auto.
   """
   if clients_per_step is not None and clients_per_step < 1:
     raise ValueError(f"expected {clients_per_step=} to be None or >= 1.")
   if mesh is None:
-    return lambda shared, clients: _in_chunks(
-      fn, shared, clients, clients_per_step
-    )
-  if "clients" not in mesh.shape:
+    return functools.partial(_in_chunks, fn, clients_per_step)
+  axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  if axes.get("clients") != jax.sharding.AxisType.Auto:
     raise ValueError(
-      f'expected a mesh with an axis "clients", got {tuple(mesh.shape)}.'
+      f'expected a mesh with an Auto axis "clients", got {axes}. Make it with'
+      ' jax.sharding.Mesh(jax.devices(), ("clients",)).'
     )
+  return _over_devices(fn, clients_per_step, mesh)
+
+
+def _over_devices(fn, clients_per_step, mesh):
+  """`map_clients` on the devices of `mesh`, a part of the clients on each."""
 
   def present_only(shared, client):
     present, client = client
@@ -142,23 +143,22 @@ def map_clients(
     return jax.tree.map(lambda x: jnp.where(present, x, 0), summand), output
 
   def on_device(shared, clients):
-    total, outputs = _in_chunks(present_only, shared, clients, clients_per_step)
+    total, outputs = _in_chunks(present_only, clients_per_step, shared, clients)
     return jax.lax.psum(total, "clients"), outputs
 
-  everywhere, shared_out = jax.P(), jax.P("clients")
   sharded = jax.shard_map(
     on_device,
     mesh=mesh,
-    in_specs=(everywhere, shared_out),
-    out_specs=(everywhere, shared_out),
+    in_specs=(jax.P(), jax.P("clients")),
+    out_specs=(jax.P(), jax.P("clients")),
+    # Else every scan's carry would have to be declared as varying.
     check_vma=False,
   )
 
   def mapped(shared, clients):
     count = _count(clients)
-    # Devices that would idle repeat a client; its share is not added.
-    padded = -(-count // mesh.shape["clients"]) * mesh.shape["clients"]
-    number = jnp.arange(padded)
+    # Devices that would idle repeat a client; its summand is not added.
+    number = jnp.arange(count + -count % mesh.shape["clients"])
     repeated = jax.tree.map(lambda x: x[number % count], clients)
     total, outputs = sharded(shared, (number < count, repeated))
     return total, jax.tree.map(lambda x: x[:count], outputs)
@@ -166,41 +166,39 @@ def map_clients(
   return mapped
 
 
-def _in_chunks(fn, shared, clients, size):
+def _in_chunks(fn, size, shared, clients):
   """`map_clients` on one device."""
   count = _count(clients)
   size = min(size or count, count)
 
-  def chunk(clients):
-    if size == 1:
-      return fn(shared, jax.tree.map(lambda x: x[0], clients))
+  def together(clients):
     summands, outputs = jax.vmap(fn, in_axes=(None, 0))(shared, clients)
     return jax.tree.map(lambda x: x.sum(0), summands), outputs
 
-  if size == count > 1:
-    return chunk(clients)
+  if size == 1:
+    return _scan_sum(functools.partial(fn, shared), clients)
   whole = count - count % size
   chunks = jax.tree.map(
     lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), clients
   )
-  shapes, _ = jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], chunks))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-  def add(total, clients):
-    summand, outputs = chunk(clients)
-    return jax.tree.map(jnp.add, total, summand), outputs
-
-  total, outputs = jax.lax.scan(add, zeros, chunks)
-  if size > 1:
-    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+  total, outputs = _scan_sum(together, chunks)
+  outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
   if whole == count:
     return total, outputs
-  rest = jax.tree.map(lambda x: x[whole:], clients)
-  summand, last = jax.vmap(fn, in_axes=(None, 0))(shared, rest)
-  total = jax.tree.map(lambda x, y: x + y.sum(0), total, summand)
-  return total, jax.tree.map(
-    lambda x, y: jnp.concatenate([x, y]), outputs, last
-  )
+  rest, last = together(jax.tree.map(lambda x: x[whole:], clients))
+  join = lambda x, y: jnp.concatenate([x, y])
+  return jax.tree.map(jnp.add, total, rest), jax.tree.map(join, outputs, last)
+
+
+def _scan_sum(fn, xs):
+  """Scans `fn: x -> (summand, output)`: the sum, and the outputs stacked."""
+  shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
+
+  def add(total, x):
+    summand, output = fn(x)
+    return jax.tree.map(jnp.add, total, summand), output
+
+  return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), xs)
 
 
 def _count(clients: Any) -> int:

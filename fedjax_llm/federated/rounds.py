@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import aggregators, clients
 
-# Purposes of the random streams of a round.
+# Purposes of the random streams: a draw is of (key, purpose, round, client).
 _DOWNLOAD, _TRAIN, _UPLOAD = range(3)
 
 
@@ -66,9 +66,11 @@ class FederatedAlgorithm(NamedTuple):
       with `state` donated; `key` is the experiment's, the same in all rounds.
       Metrics: `train_loss` and `tokens` of all local steps together, and for
       each client of the cohort `download_bytes`, `upload_bytes` and whether
-      its answer was `finite`; an answer that is not is left out of the mean.
+      its answer was `finite`; one that is not is left out of the mean, and the
+      client's memory stays as it was.
     received: (state, key) -> the trainable parameters as a client would
-      receive them now: for FLASC the masked model that the paper evaluates.
+      receive them now: for FLASC, the masked model. (The authors' masked
+      evaluation has the new parameters under the mask of the round before.)
   """
 
   init: Callable[[Any], ServerState]
@@ -96,108 +98,142 @@ def federated_round(
     aggregate: from updates to one; None for the weighted mean.
     population: number of clients; needed if the upload keeps a state for each.
     clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    mesh: see `clients.map_clients`. The state is replicated on it; place
+      `frozen` and `examples` alike, or every round copies them.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
   """
   channel = channel or Channel()
   aggregate = aggregate or aggregators.weighted_mean()
+  answers = clients.map_clients(
+    _answer(local_update, channel, aggregate),
+    clients_per_step=clients_per_step,
+    mesh=mesh,
+  )
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    download = channel.download.init(vector)
-    payload, _ = channel.download.encode(vector, download, jax.random.key(0))
-    upload = channel.uplink(payload).init(vector)
-    if jax.tree.leaves(upload):
-      if population is None:
-        raise ValueError(
-          "federated_round needs `population`, the number of clients, because"
-          " the upload compressor keeps a state for each."
-        )
-      copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
-      upload = jax.tree.map(copies, upload)
-    return ServerState(
+    state = ServerState(
       round=jnp.int32(0),
-      # Copied, so that donating the state leaves the caller's arrays alone.
-      trainable=jax.tree.map(jnp.array, trainable),
+      trainable=trainable,
       optimizer=server_optimizer.init(trainable),
-      download=download,
-      upload=upload,
+      download=channel.download.init(vector),
+      upload=(),
     )
+    # Copied, so that donating the state leaves the caller's arrays alone.
+    state = jax.tree.map(jnp.array, state)
+    upload = _upload_states(channel, vector, population)
+    return _replicate(state._replace(upload=upload), mesh)
 
-  def broadcast(state, key):
-    vector, unravel = ravel_pytree(state.trainable)
-    key = jax.random.fold_in(key, state.round)
-    message = base.transmit(
-      channel.download,
-      vector,
-      state.download,
-      jax.random.fold_in(key, _DOWNLOAD),
+  def round_fn(state, frozen, examples, cohort, key):
+    message, received = _broadcast(channel.download, state, key)
+    shared = (state.round, message.payload, received, frozen, examples, key)
+    memory = jax.tree.map(lambda x: x[cohort.clients], state.upload)
+    total, (memory, finite, upload_bytes) = answers(shared, (cohort, memory))
+    share, loss, count = total
+    _, unravel = ravel_pytree(state.trainable)
+    updates, optimizer = server_optimizer.update(
+      unravel(aggregate.finish(share)), state.optimizer, state.trainable
     )
-    return message, unravel(message.received), key
+    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
+    state = ServerState(
+      round=state.round + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      optimizer=optimizer,
+      download=message.state,
+      upload=jax.tree.map(put, state.upload, memory),
+    )
+    return _replicate(state, mesh), {
+      "train_loss": loss / jnp.maximum(count, 1),
+      "tokens": count,
+      "download_bytes": jnp.full(finite.shape, wire.nbytes(message.payload)),
+      "upload_bytes": upload_bytes,
+      "finite": finite,
+    }
 
-  def answer(shared, client):
-    """Trains one client: its share of the mean, what else it leaves."""
-    payload, received, frozen, examples, key = shared
-    cohort, upload_state = client
-    key = jax.random.fold_in(key, cohort.clients)
+  received = lambda state, key: _broadcast(channel.download, state, key)[1]
+  return FederatedAlgorithm(init, round_fn, received)
+
+
+def _broadcast(download, state, key):
+  """The message to all clients, and the parameters that arrive."""
+  vector, unravel = ravel_pytree(state.trainable)
+  key = _stream(key, _DOWNLOAD, state.round)
+  message = base.transmit(download, vector, state.download, key)
+  return message, unravel(message.received)
+
+
+def _answer(local_update, channel, aggregate):
+  """Makes the function that trains one client, for `clients.map_clients`."""
+
+  def fn(shared, client):
+    round_number, payload, received, frozen, examples, key = shared
+    cohort, memory = client
     training = local_update(
       received,
       frozen,
       examples,
       cohort.indices,
       cohort.mask,
-      jax.random.fold_in(key, _TRAIN),
+      _stream(key, _TRAIN, round_number, cohort.clients),
     )
     update = jax.tree.map(jnp.subtract, received, training.trainable)
+    update, _ = ravel_pytree(update)
     message = base.transmit(
       channel.uplink(payload),
-      ravel_pytree(update)[0],
-      upload_state,
-      jax.random.fold_in(key, _UPLOAD),
+      update,
+      memory,
+      _stream(key, _UPLOAD, round_number, cohort.clients),
     )
-    finite = jnp.isfinite(message.received).all()
-    share = aggregate.share(
-      jnp.where(finite, message.received, 0),
-      jnp.where(finite, cohort.weights, 0),
+    # Of both: a compressor may lose what is not finite, or overflow.
+    finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
+    weight = jnp.where(finite, cohort.weights, 0)
+    keep = lambda new, old: jnp.where(finite, new, old)
+    memory = jax.tree.map(keep, message.state, memory)
+    share = aggregate.share(message.received, weight)
+    upload_bytes = jnp.int32(wire.nbytes(message.payload))
+    return (share, training.loss, training.count), (
+      memory,
+      finite,
+      upload_bytes,
     )
-    sent = jnp.int32(wire.nbytes(message.payload))
-    summand = (share, training.loss, training.count)
-    return summand, (message.state, finite, sent)
 
-  mapped = clients.map_clients(
-    answer, clients_per_step=clients_per_step, mesh=mesh
-  )
+  return fn
 
-  def round_fn(state, frozen, examples, cohort, key):
-    message, received, key = broadcast(state, key)
-    upload = jax.tree.map(lambda x: x[cohort.clients], state.upload)
-    shared = (message.payload, received, frozen, examples, key)
-    total, outputs = mapped(shared, (cohort, upload))
-    share, loss, count = total
-    upload, finite, sent = outputs
-    _, unravel = ravel_pytree(state.trainable)
-    updates, optimizer = server_optimizer.update(
-      unravel(aggregate.finish(share)), state.optimizer, state.trainable
-    )
-    put = lambda all, some: all.at[cohort.clients].set(some)
-    state = ServerState(
-      round=state.round + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      optimizer=optimizer,
-      download=message.state,
-      upload=jax.tree.map(put, state.upload, upload),
-    )
-    received_bytes = jnp.int32(wire.nbytes(message.payload))
-    return state, {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
-      "download_bytes": jnp.broadcast_to(received_bytes, sent.shape),
-      "upload_bytes": sent,
-      "finite": finite,
-    }
 
-  return FederatedAlgorithm(
-    init, round_fn, lambda state, key: broadcast(state, key)[1]
-  )
+def _upload_states(channel, vector, population):
+  """The state of the upload compressor for each client: [population, ...]."""
+
+  def first(vector):
+    state = channel.download.init(vector)
+    key = jax.random.key(0)
+    payload, _ = channel.download.encode(vector, state, key)
+    return channel.uplink(payload).init(vector)
+
+  # Traced first, so that what the round would refuse is refused here.
+  shapes = jax.eval_shape(first, vector)
+  if not jax.tree.leaves(shapes):
+    return shapes
+  if population is None:
+    raise ValueError(
+      "federated_round needs `population`, the number of clients, because"
+      " the upload compressor keeps a state for each."
+    )
+  copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
+  return jax.tree.map(copies, jax.jit(first)(vector))
+
+
+def _replicate(state, mesh):
+  """Fixes where the state lives, so that every round finds it there."""
+  if mesh is None:
+    return state
+  everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+  return jax.lax.with_sharding_constraint(state, everywhere)
+
+
+def _stream(key, *numbers):
+  """The key of the draws that are named by `numbers`."""
+  for number in numbers:
+    key = jax.random.fold_in(key, number)
+  return key

@@ -21,6 +21,8 @@ import safetensors.numpy
 
 from fedjax_llm.models import llama
 
+# The small Llama that the package ships, see configs/pretrain.py.
+SHIPPED = pathlib.Path(__file__).parent / "python_llama"
 # The files of a repository that loading needs: no pickles, no other formats.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 # Buffers that old checkpoints carry and that are computed here.

@@ -8,6 +8,7 @@ import pytest
 from fedjax_llm import compression
 
 KEY = jax.random.key(0)
+transmit = jax.jit(compression.transmit, static_argnums=0)
 BLOCK = 8
 each_bits = pytest.mark.parametrize("bits", range(1, 9))
 
@@ -15,10 +16,8 @@ each_bits = pytest.mark.parametrize("bits", range(1, 9))
 def draw(bits, vector, draws):
   """What arrives of `vector` in each of many draws, and the step by entry."""
   compressor = compression.uniform(bits, block=BLOCK)
-  transmit = jax.vmap(
-    lambda key: compression.transmit(compressor, vector, (), key).received
-  )
-  received = np.asarray(jax.jit(transmit)(jax.random.split(KEY, draws)))
+  many = jax.vmap(lambda key: transmit(compressor, vector, (), key).received)
+  received = np.asarray(many(jax.random.split(KEY, draws)))
   blocks = [vector[i : i + BLOCK] for i in range(0, vector.size, BLOCK)]
   scales = np.concatenate([np.full(b.size, np.abs(b).max()) for b in blocks])
   return received, 2 * scales / (2**bits - 1)
@@ -53,15 +52,13 @@ def test_a_block_of_zeros_is_zero_next_to_one_that_is_not():
   np.testing.assert_array_equal(received, np.tile(vector, (10, 1)))
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e38])
+@pytest.mark.parametrize("scale", [1e-44, 1e-37, 8e37])
 def test_uniform_holds_at_the_ends_of_float32(scale):
   vector = np.array([1.0, -1.0, 0.5], np.float32) * np.float32(scale)
   received, step = draw(4, vector, 10)
-  # XLA:CPU takes denormals for zero, which is off by no more than one step.
+  # XLA:CPU takes denormals for zero.
   tiny = np.finfo(np.float32).tiny
-  assert (
-    np.abs(received - vector) <= step + (tiny if scale < tiny else 0)
-  ).all()
+  assert (np.abs(received - vector) <= np.maximum(step, tiny)).all()
 
 
 def test_a_vector_that_has_diverged_arrives_as_such():
@@ -75,7 +72,7 @@ def test_a_vector_that_has_diverged_arrives_as_such():
 )
 def test_cast_is_off_by_half_a_unit_in_the_last_place(dtype, bits):
   vector = np.random.default_rng(0).normal(size=100).astype(np.float32)
-  sent = compression.transmit(compression.cast(dtype), vector, (), KEY)
+  sent = transmit(compression.cast(dtype), vector, (), KEY)
   assert sent.payload.values.nbytes == 2 * vector.size
   error = np.abs(np.asarray(sent.received) - vector)
   assert (error <= 2.0**-bits * np.abs(vector)).all()

@@ -1,0 +1,91 @@
+"""FLASC on the standard library: sparse messages, dense local training.
+
+fedjax-llm run flasc --upload-density 0.0625
+"""
+
+import optax
+
+from fedjax_llm import experiment as experiments
+from fedjax_llm import finetuning
+from fedjax_llm.data import corpora
+from fedjax_llm.federated.algorithms import flasc
+from fedjax_llm.models import llama, lora
+
+
+def experiment(
+  *,
+  seed: int = 0,
+  rounds: int = 50,
+  clients_per_round: int = 10,
+  clients_per_step: int = 1,
+  rank: int = 8,
+  alpha: float = 16.0,
+  dropout: float = 0.0,
+  targets: tuple[str, ...] = llama.LINEAR,
+  download_density: float = 0.25,
+  upload_density: float = 0.0625,
+  client_learning_rate: float = 0.3,
+  server_learning_rate: float = 1e-2,
+  local_epochs: int = 1,
+  local_steps: int = 8,
+  batch_size: int = 4,
+  sequence_length: int = 128,
+  held_out_rows: int = 4,
+  dtype: finetuning.Dtype = "float32",
+) -> dict[str, experiments.Experiment]:
+  """Fine-tune the shipped model, dense LoRA and FLASC from the same seed.
+
+  Args:
+    seed: of everything random.
+    rounds: how many rounds.
+    clients_per_round: clients that train in a round, of 30 or more.
+    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    rank: of the LoRA factors.
+    alpha: the factors' product is scaled by alpha / rank.
+    dropout: on the inputs of the factors.
+    targets: names of the layers that get factors.
+    download_density: share of the factors' entries that the server sends.
+    upload_density: share of an update's entries that a client sends.
+    client_learning_rate: of the clients' SGD with momentum 0.9.
+    server_learning_rate: of the server's AdamW with weight decay 0.01.
+    local_epochs: passes of a client over its rows in a round.
+    local_steps: at most so many local steps in a round.
+    batch_size: rows a local step.
+    sequence_length: tokens a row.
+    held_out_rows: rows evaluated of each client's held-out files.
+    dtype: what the base model is computed in.
+  """
+  task = finetuning.language_model(
+    corpora.standard_library(),
+    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    sequence_length=sequence_length,
+    held_out_rows=held_out_rows,
+    dtype=dtype,
+    seed=seed,
+  )
+
+  def with_densities(download, upload):
+    algorithm = flasc.flasc(
+      task.loss_fn,
+      optax.sgd(client_learning_rate, momentum=0.9),
+      flasc.server_adamw(server_learning_rate),
+      download_density=download,
+      upload_density=upload,
+      clients_per_step=clients_per_step,
+      mesh=task.mesh,
+    )
+    return finetuning.federated(
+      task,
+      algorithm,
+      rounds=rounds,
+      clients_per_round=clients_per_round,
+      batch_size=batch_size,
+      local_epochs=local_epochs,
+      local_steps=local_steps,
+    )
+
+  return {
+    # With both densities 1, FLASC is dense federated LoRA bit for bit.
+    "dense": with_densities(1.0, 1.0),
+    "flasc": with_densities(download_density, upload_density),
+  }
