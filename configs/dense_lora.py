@@ -1,6 +1,6 @@
-"""FLASC on the standard library: sparse messages, dense local training.
+"""Dense federated LoRA on the standard library: FLASC's baseline.
 
-fedjax-llm run flasc --upload-density 0.0625
+fedjax-llm run dense_lora
 """
 
 import optax

@@ -1,6 +1,6 @@
-"""FLASC on the standard library: sparse messages, dense local training.
+"""Dense LoRA and FLASC on the standard library, side by side.
 
-fedjax-llm run flasc --upload-density 0.0625
+fedjax-llm run quickstart
 """
 
 import optax

@@ -27,7 +27,12 @@ class Checkpoints:
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,
     )
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=options,
+      # Named, for else a new manager cannot tell what was saved.
+      item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
   def __enter__(self) -> Self:
     return self
@@ -54,12 +59,8 @@ class Checkpoints:
       return 0, like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     saved = self._manager.item_metadata(latest)
-    shapes = lambda tree: [
-      (tuple(leaf.shape), np.dtype(leaf.dtype))
-      for leaf in jax.tree.leaves(tree)
-    ]
     # Orbax would cast another dtype without a word.
-    if shapes(saved) != shapes(abstract):
+    if _shapes(saved) != _shapes(abstract):
       raise ValueError(
         f"the checkpoint of round {latest} in {self._manager.directory} does"
         " not fit this experiment. Use another folder."
@@ -67,3 +68,14 @@ class Checkpoints:
     return latest, self._manager.restore(
       latest, args=ocp.args.StandardRestore(abstract)
     )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Shape and dtype by path: Orbax knows a NamedTuple as a dictionary."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      tuple(leaf.shape),
+      np.dtype(leaf.dtype),
+    )
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }

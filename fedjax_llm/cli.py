@@ -4,15 +4,17 @@ A config is a Python file with a function `experiment` of keyword-only knobs;
 its signature and docstring are the command's options and their help.
 """
 
+import ast
 import dataclasses
-import importlib.machinery
+import importlib.util
 import inspect
 import os
 import pathlib
 import sys
+import traceback
 import types
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -22,53 +24,64 @@ _USAGE = """usage: fedjax-llm COMMAND ...
   run CONFIG [--knobs] [--out DIR]   run or resume an experiment
   compare DIR DIR ...                utility against bytes of finished runs
   evaluate --model FOLDER ...        held-out loss of a model or an adapter
-  pretrain CONFIG [--knobs]          train a base model
+  pretrain [CONFIG] [--knobs]        train a base model
 
 CONFIG is a name or the path of a Python file with an `experiment` function.
 `fedjax-llm COMMAND --help` tells more."""
+# The module that a config of the user's own becomes.
+_CONFIG = "fedjax_llm_config"
+# Each device holds a copy of the base model.
+_MOST_CPU_DEVICES = 8
 
 
 def main() -> None:
   """The entry point; exits with 2 on bad input, 130 after Ctrl-C."""
-  command, *arguments = sys.argv[1:] or ["--help"]
+  try:
+    _prepare_process()
+    _command(sys.argv[1:] or ["--help"])
+  except (ValueError, FloatingPointError, OSError) as error:
+    if _is_of_a_config(error):
+      raise
+    _fail(str(error))
+  except KeyboardInterrupt as stop:
+    _fail(str(stop) or "stopped.", status=130)
+
+
+def _command(arguments: list[str]) -> None:
+  command, *arguments = arguments
   if command in ("-h", "--help"):
     print(_USAGE)
     return
   if command not in _COMMANDS:
-    _fail(f"unknown command {command!r}.\n\n{_USAGE}")
-  _prepare_process()
-  from fedjax_llm import commands
+    raise ValueError(f"unknown command {command!r}.\n\n{_USAGE}")
+  from fedjax_llm import commands  # Slow to import.
 
   functions: dict[str, Callable[..., Any]] = {
     "compare": commands.compare,
     "evaluate": commands.evaluate,
   }
-  try:
-    if command in functions:
-      tyro.cli(functions[command], prog=f"fedjax-llm {command}", args=arguments)
-    else:
-      _run(command, arguments, commands.run)
-  except (ValueError, FloatingPointError, OSError) as error:
-    _fail(str(error))
-  except KeyboardInterrupt as stop:
-    _fail(str(stop) or "stopped.", status=130)
+  if command in functions:
+    tyro.cli(functions[command], prog=f"fedjax-llm {command}", args=arguments)
+    return
+  if command == "pretrain" and (not arguments or arguments[0].startswith("-")):
+    arguments = ["pretrain", *arguments]
+  _run(command, arguments, commands.run)
 
 
 def _run(command: str, arguments: list[str], run: Callable[..., None]) -> None:
   """Runs a config: `arguments` are its name or path, and its knobs."""
   config, *options = arguments or ["--help"]
   if config in ("-h", "--help"):
-    print(_USAGE, "\n\nConfigs:\n ", "\n  ".join(_summaries()))
+    print(f"{_USAGE}\n\nConfigs:\n\n  " + "\n  ".join(_summaries()))
     return
   module = load_config(config)
+  name = pathlib.Path(config).stem
   knobs = tyro.cli(
-    options_of(module),
-    prog=f"fedjax-llm {command} {config}",
-    args=options,
+    options_of(module), prog=f"fedjax-llm {command} {config}", args=options
   )
-  values = dataclasses.asdict(knobs)
-  out = values.pop("out") or pathlib.Path("runs") / module.__name__
-  run(module.experiment, out, name=module.__name__, knobs=values)
+  values = dict(vars(knobs))
+  out = values.pop("out") or pathlib.Path("runs") / name
+  run(module.experiment, out, name=name, knobs=values)
 
 
 def config_folder() -> pathlib.Path:
@@ -85,7 +98,8 @@ def load_config(name_or_path: str) -> types.ModuleType:
     ValueError: if there is none, or it has no `experiment` function.
   """
   path = pathlib.Path(name_or_path)
-  if path.suffix != ".py":
+  shipped = path.suffix != ".py"
+  if shipped:
     path = config_folder() / f"{name_or_path}.py"
   if not path.is_file():
     names = sorted(x.stem for x in config_folder().glob("*.py"))
@@ -93,10 +107,11 @@ def load_config(name_or_path: str) -> types.ModuleType:
       f"no config {name_or_path!r}: expected the path of a Python file, or one"
       f" of {', '.join(names)}."
     )
-  loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-  module = types.ModuleType(path.stem)
-  module.__file__ = str(path)
-  loader.exec_module(module)
+  name = f"fedjax_llm.configs.{path.stem}" if shipped else _CONFIG
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # Dataclasses of a config look themselves up.
+  spec.loader.exec_module(module)
   if not callable(getattr(module, "experiment", None)):
     raise ValueError(
       f"{path} has no function `experiment`; a config's knobs are its"
@@ -106,33 +121,45 @@ def load_config(name_or_path: str) -> types.ModuleType:
 
 
 def options_of(module: types.ModuleType) -> type:
-  """A dataclass of the knobs of a config, and of `out`."""
-  hints = get_type_hints(module.experiment)
-  fields: list[Any] = [
-    (name, hints[name], dataclasses.field(default=parameter.default))
-    for name, parameter in inspect.signature(
-      module.experiment
-    ).parameters.items()
-  ]
-  fields.append(("out", pathlib.Path | None, dataclasses.field(default=None)))
-  out = "out: folder of the run; runs/CONFIG if not given."
-  text = inspect.cleandoc(module.experiment.__doc__) + f"\n  {out}"
+  """A dataclass of the knobs of a config, and of `out`.
+
+  Raises:
+    ValueError: if a knob has no type.
+  """
+  hints = get_type_hints(module.experiment, include_extras=True)
+  fields: list[Any] = []
+  for name, parameter in inspect.signature(module.experiment).parameters.items():
+    if name not in hints:
+      raise ValueError(f"{module.__file__}: the knob {name!r} has no type.")
+    required = parameter.default is inspect.Parameter.empty
+    default = dataclasses.MISSING if required else parameter.default
+    fields.append((name, hints[name], dataclasses.field(default=default)))
+  out = tyro.conf.arg(help="folder of the run; runs/CONFIG if not given")
+  fields.append(
+    (
+      "out",
+      Annotated[pathlib.Path | None, out],
+      dataclasses.field(default=None),
+    )
+  )
+  text = inspect.getdoc(module.experiment) or ""
   return dataclasses.make_dataclass(
     "Knobs", fields, namespace={"__doc__": text}, kw_only=True
   )
 
 
 def _summaries() -> list[str]:
-  """A line a config: its name and the first line of its docstring."""
+  """A line a config: its name and the first line of its file's docstring."""
   lines = []
   for path in sorted(config_folder().glob("*.py")):
-    text = load_config(str(path)).experiment.__doc__ or ""
-    lines.append(f"{path.stem:<18} {text.strip().splitlines()[0]}")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first, *_ = text.splitlines() or [""]
+    lines.append(f"{path.stem:<18} {first}")
   return lines
 
 
 def _prepare_process() -> None:
-  """Settings that must precede the first import of JAX.
+  """Settings that must precede JAX's start.
 
   Huge pages: XLA's CPU backend allocates its temporary buffers anew in every
   step, and the page faults cost a quarter of the time. glibc reads the setting
@@ -140,10 +167,30 @@ def _prepare_process() -> None:
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   # On a CPU every core is a device with clients of its own.
-  os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(os.cpu_count() or 1))
+  cores = min(os.cpu_count() or 1, _MOST_CPU_DEVICES)
+  os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cores))
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, "-m", __name__, *sys.argv[1:]])
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  import jax  # Read the variable if it was imported only now.
+
+  jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+
+
+def _is_of_a_config(error: Exception) -> bool:
+  """Whether the code of a user's config failed, rather than what it was given.
+
+  Libraries called by either do not decide.
+  """
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  for frame in reversed(frames):
+    name = frame.f_globals.get("__name__", "")
+    if name == _CONFIG:
+      return True
+    if name.startswith("fedjax_llm."):
+      return False
+  return False
 
 
 def _fail(message: str, status: int = 2) -> None:

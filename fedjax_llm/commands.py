@@ -1,5 +1,6 @@
 """What the commands do, once their arguments are parsed."""
 
+import inspect
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -29,11 +30,14 @@ def run(
       several by name, each of which gets a subfolder.
     out: folder of the run.
     name: of the config.
-    knobs: arguments of `make`.
+    knobs: arguments of `make`; the others have their defaults.
 
   Raises:
     KeyboardInterrupt: after Ctrl-C, telling how to go on.
   """
+  arguments = inspect.signature(make).bind(**knobs)
+  arguments.apply_defaults()
+  knobs = arguments.arguments
   made = make(**knobs)
   several = isinstance(made, Mapping)
   for label, experiment in (made if several else {name: made}).items():
@@ -99,8 +103,13 @@ def evaluate(
   settings, factors = adapters.load(adapter) if adapter else (None, None)
   tokenizer = finetuning.load_tokenizer(folder, config)
   rows = batches.rows_of_text(
-    [text.read_text()], tokenizer, config.max_position_embeddings
+    [text.read_text(encoding="utf-8")],
+    tokenizer,
+    config.max_position_embeddings,
   )
+  # A short text must not cost what the longest one would.
+  width = int(rows.mask.any(0).sum())
+  rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
   network = llama.Llama(config, settings, jnp.dtype(dtype))
   score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)
   result = score(factors, params) | {"tokens": int(rows.mask.sum())}

@@ -16,11 +16,13 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
+import os
 import pathlib
 import platform
-import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,8 +46,8 @@ class Experiment:
     rounds: how many rounds there are.
     init: makes the state before the first round, a tree of arrays.
     round: (state, round number from 0) -> the next state and its metrics,
-      scalars; the state passed in may be donated.
-    evaluate: state -> metrics such as `loss`.
+      scalars such as `train_loss`; the state passed in may be donated.
+    evaluate: state -> `loss` and other metrics.
     export: (state, folder) -> None; writes the result of the finished run.
     data: what identifies the data, such as their fingerprint.
     evaluate_every: rounds between evaluations; the first state and the last
@@ -74,27 +76,31 @@ class Interrupted(Exception):
 
 def run(
   experiment: Experiment,
-  folder: pathlib.Path,
+  folder: str | os.PathLike,
   *,
-  name: str,
-  knobs: Mapping[str, Any],
+  name: str | None = None,
+  knobs: Mapping[str, Any] | None = None,
 ) -> None:
   """Runs or resumes `experiment` in `folder`.
 
   Args:
     experiment: what to run.
     folder: where; made if absent.
-    name: what the experiment is called, for its record and progress bar.
-    knobs: the resolved knobs, JSON values; a resumed run must have the same.
+    name: what the experiment is called, for its record and progress bar; the
+      folder's name if not given.
+    knobs: what the experiment was made with; a resumed run must have the same.
 
   Raises:
     ValueError: if the folder holds a run of something else.
     Interrupted: after SIGINT, when the round is finished and saved.
-    FloatingPointError: if a round's loss or an update is not finite.
+    FloatingPointError: if a metric is not finite.
   """
+  folder = pathlib.Path(folder).resolve()
+  name = name or folder.name
   record = {
     "experiment": name,
-    "knobs": json.loads(json.dumps(dict(knobs))),
+    # What is no JSON value, such as a path, is recorded by its text.
+    "knobs": json.loads(json.dumps(dict(knobs or {}), default=str)),
     "data": dict(experiment.data),
     **_environment(),
   }
@@ -112,17 +118,17 @@ def run(
       for done in range(first + 1, experiment.rounds + 1):
         state, line = _advance(experiment, state, done)
         log.append(line)
-        last = done == experiment.rounds or interrupt.asked
-        if last or done % experiment.checkpoint_every == 0:
+        stop = interrupt.asked  # Read once: it may be set at any moment.
+        last = done == experiment.rounds
+        if last or stop or done % experiment.checkpoint_every == 0:
           saved.save(done, state)
         _show(bar, log)
-        if interrupt.asked and done < experiment.rounds:
+        if stop and not last:
           raise Interrupted(f"stopped after round {done}")
   experiment.export(state, folder)
   record = json.loads((folder / "run.json").read_text())
-  record["finished"] = _now()
-  record["peak_memory_bytes"] = peak_memory()
-  _write(folder / "run.json", record)
+  finished = {"finished": _now(), "peak_memory_bytes": peak_memory()}
+  _write(folder / "run.json", json.dumps(finished | record, indent=2) + "\n")
 
 
 def _advance(experiment, state, done):
@@ -131,13 +137,13 @@ def _advance(experiment, state, done):
   state, metrics = experiment.round(state, done - 1)
   line = {"round": done, **_floats(metrics)}
   line["seconds"] = time.perf_counter() - start
-  if bad := [key for key, x in line.items() if not np.isfinite(x)]:
+  if done % experiment.evaluate_every == 0 or done == experiment.rounds:
+    line |= _floats(experiment.evaluate(state))
+  if bad := [key for key, x in line.items() if not math.isfinite(x)]:
     raise FloatingPointError(
       f"round {done}: {', '.join(bad)} not finite. The last checkpoint is kept;"
       " lower the learning rate."
     )
-  if done % experiment.evaluate_every == 0 or done == experiment.rounds:
-    line |= _floats(experiment.evaluate(state))
   return state, line
 
 
@@ -148,9 +154,10 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 def _show(bar: tqdm.tqdm, log: "Log") -> None:
   """Advances the progress bar, with the last losses and the bytes so far."""
   line = log.lines[-1]
-  shown = {"train": f"{line['train_loss']:.3f}"}
   evaluated = [x["loss"] for x in log.lines if "loss" in x]
-  shown["held-out"] = f"{evaluated[-1]:.3f}"
+  shown = {"held-out": f"{evaluated[-1]:.3f}"}
+  if "train_loss" in line:
+    shown["train"] = f"{line['train_loss']:.3f}"
   if "download_bytes" in line:
     sent = sum(
       x.get("download_bytes", 0) + x.get("upload_bytes", 0) for x in log.lines
@@ -170,7 +177,7 @@ class Log:
     after its last checkpoint; those rounds are computed again.
     """
     kept = read_metrics(path, rounds) if rounds else []
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    _write(path, "".join(json.dumps(line) + "\n" for line in kept))
     self.lines = kept
     self._path = path
 
@@ -195,7 +202,7 @@ def _claim(folder: pathlib.Path, record: dict[str, Any]) -> None:
   path = folder / "run.json"
   if not path.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, record)
+    _write(path, json.dumps(record, indent=2) + "\n")
     return
   before = json.loads(path.read_text())
   differences = [
@@ -239,32 +246,43 @@ def _now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
 
 
-def _write(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  """Replaces a JSON file; a killed process leaves the old one or the new."""
+def _write(path: pathlib.Path, text: str) -> None:
+  """Replaces a file; a killed process leaves the old one or the new."""
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(record, indent=2) + "\n")
+  temporary.write_text(text)
   temporary.replace(path)
 
 
-def peak_memory() -> int:
-  """The most memory this process has held so far, in bytes."""
+def peak_memory() -> int | None:
+  """The most memory this process has held so far, in bytes, where known."""
+  if sys.platform == "win32":
+    return None
+  import resource
+
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class _Interrupt:
-  """Notes the first SIGINT; a second one stops at once."""
+  """Notes the first SIGINT; a second one stops at once.
+
+  Only the main thread gets signals: a run in another one is not interrupted.
+  """
 
   asked = False
 
   def __enter__(self):
-    self._previous = signal.signal(signal.SIGINT, self._note)
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._previous = signal.signal(signal.SIGINT, self._note)
     return self
 
   def __exit__(self, *error):
-    signal.signal(signal.SIGINT, self._previous)
+    if self._main:
+      signal.signal(signal.SIGINT, self._previous)
 
   def _note(self, *_):
     self.asked = True
     signal.signal(signal.SIGINT, self._previous)
-    tqdm.tqdm.write("Finishing the round; Ctrl-C again stops at once.")
+    # Not `print`: the signal may have come in the middle of another one.
+    os.write(2, b"\nFinishing the round; Ctrl-C again stops at once.\n")

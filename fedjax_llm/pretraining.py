@@ -34,7 +34,14 @@ def train_tokenizer(
     texts: what to train on.
     vocabulary: number of tokens, at least 257.
     context: longest row that the model takes, recorded in the tokenizer.
+
+  Raises:
+    ValueError: if the vocabulary does not hold every byte.
   """
+  if vocabulary < 257:
+    raise ValueError(
+      f"expected vocabulary >= 257, all bytes and the start, got {vocabulary=}."
+    )
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -88,14 +95,17 @@ class Schedule:
   seed: int = 0
 
   def __post_init__(self):
+    for name in ("steps", "steps_per_round", "batch_size", "rows_at_once"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"expected {name} >= 1, got {self}.")
     for whole, part in (
       ("steps", "steps_per_round"),
       ("batch_size", "rows_at_once"),
     ):
       if getattr(self, whole) % getattr(self, part):
         raise ValueError(f"expected {part} to divide {whole}, got {self}.")
-    if self.warmup >= self.steps:
-      raise ValueError(f"expected warmup below steps, got {self}.")
+    if not 0 <= self.warmup < self.steps:
+      raise ValueError(f"expected warmup from 0 to below steps, got {self}.")
 
   def optimizer(self) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping."""
@@ -140,8 +150,14 @@ def pretraining(
     An experiment whose export is a Hugging Face folder `model`.
 
   Raises:
-    ValueError: if there are fewer rows than a batch takes.
+    ValueError: if there are fewer rows than a batch takes, or a row does not
+      fit the model.
   """
+  if sequence_length > config.max_position_embeddings:
+    raise ValueError(
+      f"expected sequence_length <= {config.max_position_embeddings}, the"
+      f" model's context, got {sequence_length=}."
+    )
   rows = batches.rows_of_text(train, tokenizer, sequence_length)
   if len(rows.tokens) < schedule.batch_size:
     raise ValueError(
@@ -155,28 +171,30 @@ def pretraining(
   held_out_rows = batches.rows_of_text(held_out, tokenizer, sequence_length)
   evaluate = likelihood.evaluator(language.score_fn(model), held_out_rows)
 
+  @jax.jit
   def init():
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(schedule.seed), tokens)["params"]
     return params, optimizer.init(params)
 
-  def mean_loss(params, examples):
+  def total_loss(params, examples):
     everything = jnp.ones(schedule.rows_at_once, bool)
-    total, count = loss_fn({}, params, examples, everything, jax.random.key(0))
-    return total / count
+    return loss_fn({}, params, examples, everything, jax.random.key(0))
 
   def step(rows, state, indices):
     params, optimizer_state = state
 
     def accumulate(sums, indices):
       examples = jax.tree.map(lambda x: x[indices], rows)
-      values = jax.value_and_grad(mean_loss)(params, examples)
+      values = jax.value_and_grad(total_loss, has_aux=True)(params, examples)
       return jax.tree.map(jnp.add, sums, values), None
 
     parts = indices.reshape(-1, schedule.rows_at_once)
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(accumulate, zeros, parts)
-    loss, gradient = jax.tree.map(lambda x: x / len(parts), sums)
+    nothing = (jnp.float32(0), jnp.int32(0))
+    zeros = (nothing, jax.tree.map(jnp.zeros_like, params))
+    ((total, count), gradient), _ = jax.lax.scan(accumulate, zeros, parts)
+    # Divided at the end, so that a row padded at its end weighs less.
+    loss, gradient = jax.tree.map(lambda x: x / count, (total, gradient))
     updates, optimizer_state = optimizer.update(
       gradient, optimizer_state, params
     )

@@ -1,7 +1,9 @@
 """Tables and plots of finished runs: utility against bytes."""
 
+import collections
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +22,13 @@ class Run:
 
   Attributes:
     name: of the experiment.
+    folder: where it is.
     record: its `run.json`.
     lines: its `metrics.jsonl`; the first is of the model before training.
   """
 
   name: str
+  folder: pathlib.Path
   record: dict[str, Any]
   lines: list[dict[str, Any]]
 
@@ -47,12 +51,13 @@ class Run:
     return (sent + self.total("upload_bytes", rounds)) / _MEGA
 
 
-def load(folder: pathlib.Path) -> list[Run]:
+def load(folder: str | os.PathLike) -> list[Run]:
   """The run in `folder`, or the runs in its subfolders.
 
   Raises:
     ValueError: if there is none, or one has no finished round.
   """
+  folder = pathlib.Path(folder)
   folders = [folder, *sorted(x for x in folder.glob("*") if x.is_dir())]
   found = [x for x in folders if (x / "run.json").is_file()]
   if not found:
@@ -65,7 +70,7 @@ def load(folder: pathlib.Path) -> list[Run]:
     lines = experiment.read_metrics(path / "metrics.jsonl")
     if len(lines) < 2:
       raise ValueError(f"the run in {path} has no finished round yet.")
-    runs.append(Run(record["experiment"], record, lines))
+    runs.append(Run(record["experiment"], path.resolve(), record, lines))
   return runs
 
 
@@ -73,7 +78,7 @@ def table(runs: Sequence[Run]) -> str:
   """A Markdown table: utility before and after, bytes, seconds."""
   rows = [
     {
-      "run": run.name,
+      "run": label,
       "rounds": run.lines[-1]["round"],
       "held-out loss": _change(run, "loss", ".3f"),
       "perplexity": _change(run, "perplexity", ".2f"),
@@ -83,7 +88,7 @@ def table(runs: Sequence[Run]) -> str:
       "MB total": run.megabytes(),
       "seconds": run.total("seconds"),
     }
-    for run in runs
+    for label, run in zip(_labels(runs), runs, strict=True)
   ]
   return tabulate.tabulate(
     rows, headers="keys", tablefmt="github", floatfmt=".1f"
@@ -91,23 +96,41 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _change(run: Run, name: str, form: str) -> str:
-  before, after = run.evaluated[0][name], run.evaluated[-1][name]
-  return f"{before:{form}} → {after:{form}}"
+  before, after = run.evaluated[0].get(name), run.evaluated[-1].get(name)
+  return "" if after is None else f"{before:{form}} → {after:{form}}"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+  """The runs' names; for a name that comes twice, the end of the folder."""
+  times = collections.Counter(run.name for run in runs)
+  alike = [run.folder.parts for run in runs if times[run.name] > 1]
+  parts = 1
+  while len({x[-parts:] for x in alike}) < len(set(alike)):
+    parts += 1
+  return [
+    "/".join(run.folder.parts[-parts:]) if times[run.name] > 1 else run.name
+    for run in runs
+  ]
 
 
 def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
-  """Draws held-out loss against megabytes sent, a curve a run."""
+  """Draws held-out loss against megabytes sent, a curve a run.
+
+  Where nobody sent anything, as in pre-training, it is drawn against rounds.
+  """
   figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
   axes = figure.subplots()
-  for run in runs:
+  sent = any(run.megabytes() for run in runs)
+  for label, run in zip(_labels(runs), runs, strict=True):
     # The first point has sent nothing; a logarithmic axis has no place for it.
     points = [line for line in run.evaluated if line["round"] > 0]
+    rounds = [line["round"] for line in points]
     axes.plot(
-      [run.megabytes(line["round"]) for line in points],
+      [run.megabytes(x) for x in rounds] if sent else rounds,
       [line["loss"] for line in points],
       marker="o",
       markersize=4,
-      label=run.name,
+      label=label,
     )
   starts = {run.evaluated[0]["loss"] for run in runs}
   for loss in sorted(starts):
@@ -121,7 +144,9 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
       color="gray",
     )
   axes.set_xscale("log")
-  axes.set_xlabel("megabytes sent, both directions, all clients")
+  axes.set_xlabel(
+    "megabytes sent, both directions, all clients" if sent else "round"
+  )
   axes.set_ylabel("held-out loss (nats per token)")
   axes.grid(alpha=0.3)
   axes.legend()

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -22,4 +23,32 @@ def data() -> pathlib.Path:
   )
   if not folder.is_dir():
     pytest.skip(f"needs real data in {folder}; set FEDJAX_LLM_DATA.")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory) -> pathlib.Path:
+  """A model folder of the same make as real ones: a tiny random Llama."""
+  from fedjax_llm import pretraining
+  from fedjax_llm.models import llama, pretrained
+
+  folder = tmp_path_factory.mktemp("models") / "toy"
+  config = llama.LlamaConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=32,
+    tie_word_embeddings=True,
+  )
+  params = jax.jit(llama.Llama(config).init)(
+    jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )["params"]
+  pretrained.save(folder, config, params, dtype=jnp.float32)
+  texts = [" ".join(map(str, range(1000)))]
+  tokenizer = pretraining.train_tokenizer(texts, 300, context=32)
+  tokenizer.save_pretrained(folder)
   return folder

@@ -81,25 +81,21 @@ def uniform(bits: int, *, block: int = 256) -> base.Compressor:
     # Any divisor will do for a block of zeros: its levels are all zero.
     divisors = jnp.where(scales > 0, scales, 1)[:, None]
     # Clipped, because some devices divide inexactly, and codes would wrap.
-    levels = (jnp.clip(blocks / divisors, -1, 1) + 1) * _half(bits)
+    levels = (jnp.clip(blocks / divisors, -1, 1) + 1) * ((2**bits - 1) / 2)
     below = jnp.floor(levels)
-    is_up = jax.random.uniform(key, blocks.shape) < levels - below
-    codes = below.astype(jnp.uint8) + is_up
+    chance = jax.random.uniform(key, blocks.shape, jnp.float32)
+    codes = below.astype(jnp.uint8) + (chance < levels - below)
     packed = wire.pack_bits(codes.ravel()[: vector.size], bits)
     return Uniform(packed, scales, bits, block, vector.size)
 
   def decode(payload):
     codes = wire.unpack_bits(payload.codes, payload.size, payload.bits)
-    blocks = _blocks(codes.astype(jnp.float32), payload.block)
-    levels = (blocks - _half(payload.bits)) / _half(payload.bits)
-    return (levels * payload.scales[:, None]).ravel()[: payload.size]
+    # A table, because a division would round differently by device.
+    levels = jnp.asarray(np.linspace(-1, 1, 2**payload.bits, dtype=np.float32))
+    blocks = _blocks(levels[codes], payload.block)
+    return (blocks * payload.scales[:, None]).ravel()[: payload.size]
 
   return base.stateless(encode, decode)
-
-
-def _half(bits: int) -> float:
-  """Half of the largest code: the code of zero."""
-  return (2**bits - 1) / 2
 
 
 def _blocks(vector: jax.Array, block: int) -> jax.Array:

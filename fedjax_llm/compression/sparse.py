@@ -155,7 +155,8 @@ def top_k_mask(
 ) -> Bool[Array, " n"]:
   """Which `k` entries are largest in magnitude, exactly as `lax.top_k` chooses.
 
-  Several ten times faster than `lax.top_k` on a CPU, and `k` may be traced.
+  Several times faster than `lax.top_k` on a CPU (`benchmarks/top_k.py`), and
+  `k` may be traced.
 
   Args:
     vector: of any floating type.
@@ -227,7 +228,8 @@ def _draw(seed: UInt[Array, " 2"], count: int, size: int) -> Int[Array, " k"]:
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   # The largest of random keys, because a permutation would sort: equal keys,
   # and with them a preference, are as rare as size / 2**32.
-  return _where(_largest(jax.random.bits(key, (size,)), count), count)
+  keys = jax.random.bits(key, (size,), jnp.uint32)
+  return _where(_largest(keys, count), count)
 
 
 def _where(mask: Bool[Array, " n"], count: int) -> Int[Array, " count"]:

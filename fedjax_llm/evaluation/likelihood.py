@@ -56,6 +56,6 @@ def summary(loss: float, right: float, tokens: float) -> dict[str, float]:
   mean = loss / tokens
   return {
     "loss": mean,
-    "perplexity": math.exp(mean),
+    "perplexity": math.exp(mean) if mean < 700 else math.inf,
     "accuracy": right / tokens,
   }

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -56,9 +57,10 @@ def local_update(
       in every round.
 
   Returns:
-    `fn(trainable, frozen, examples, indices, mask, key) -> Training`, a scan
+    `fn(trainable, frozen, examples, indices, mask, key) -> Training`, a loop
     over the steps of `indices` and `mask` [steps, batch]. A step whose mask is
-    all False changes neither the parameters nor the optimizer's state.
+    all False changes neither the parameters nor the optimizer's state; those
+    at the end are not computed, unless vmapped with a client that has more.
   """
 
   def fn(trainable, frozen, examples, indices, mask, key):
@@ -67,30 +69,30 @@ def local_update(
       return total / jnp.maximum(count, 1), (total, count)
 
     gradient_fn = jax.value_and_grad(mean_loss, has_aux=True)
+    rows = lambda number: jax.tree.map(
+      lambda x: jnp.asarray(x)[indices[number]], examples
+    )
 
-    def train(carry, inputs):
+    def step(number, carry):
       trainable, state, loss, count = carry
-      number, rows, mask = inputs
-      batch = jax.tree.map(lambda x: x[rows], examples)
       step_key = jax.random.fold_in(key, number)
-      (_, aux), gradient = gradient_fn(trainable, batch, mask, step_key)
+      (_, (total, seen)), gradient = gradient_fn(
+        trainable, rows(number), mask[number], step_key
+      )
       updates, state = optimizer.update(gradient, state, trainable)
       trainable = optax.apply_updates(trainable, updates)
-      return trainable, state, loss + aux[0], count + aux[1]
+      after = (trainable, state, loss + total, count + seen)
+      keep = lambda new, old: jnp.where(is_real[number], new, old)
+      return jax.tree.map(keep, after, carry)
 
-    def step(carry, inputs):
-      # One client at a time, a padded step costs nothing; under vmap the
-      # condition becomes a selection.
-      mask = inputs[-1]
-      skip = lambda carry, inputs: carry
-      return jax.lax.cond(mask.any(), train, skip, carry, inputs), None
-
-    batch = jax.tree.map(lambda x: x[indices[0]], examples)
-    sums = jax.eval_shape(loss_fn, trainable, frozen, batch, mask[0], key)
+    # Not a condition in each step: that would be vmapped to a selection with
+    # all its operands batched, `frozen` too.
+    is_real = mask.any(axis=1)
+    steps = jnp.max(jnp.where(is_real, jnp.arange(len(mask)) + 1, 0))
+    sums = jax.eval_shape(loss_fn, trainable, frozen, rows(0), mask[0], key)
     zeros = jax.tree.map(jnp.zeros_like, sums)
     start = (trainable, optimizer.init(trainable), *zeros)
-    steps = (jnp.arange(len(mask)), indices, mask)
-    (trainable, _, loss, count), _ = jax.lax.scan(step, start, steps)
+    trainable, _, loss, count = jax.lax.fori_loop(0, steps, step, start)
     return Training(trainable, loss, count)
 
   return fn
@@ -109,9 +111,10 @@ def map_clients(
 
   Args:
     fn: `(shared, client) -> (summand, output)`.
-    clients_per_step: how many clients are vmapped at once on a device; None
-      for all. With 1 nothing is vmapped and padded steps cost nothing.
-    mesh: its axis "clients" shares the cohort out over devices; None for one.
+    clients_per_step: how many clients at most are vmapped at once on a device;
+      None for all. With 1 nothing is vmapped and no padding is computed. What
+      does not divide the clients is filled up with clients computed twice.
+    mesh: its axis "clients" shares the clients out over devices; None for one.
 
   Returns:
     `fn(shared, clients) -> (sum, outputs)`; `clients` has a leading axis, and
@@ -123,86 +126,72 @@ def map_clients(
   """
   if clients_per_step is not None and clients_per_step < 1:
     raise ValueError(f"expected {clients_per_step=} to be None or >= 1.")
-  if mesh is None:
-    return functools.partial(_in_chunks, fn, clients_per_step)
+  on_devices, devices = functools.partial(_in_steps, fn), 1
+  if mesh is not None:
+    on_devices, devices = _over(mesh, on_devices), mesh.shape["clients"]
+
+  def mapped(shared, clients):
+    count = jax.tree.leaves(clients)[0].shape[0]
+    on_each = -(-count // devices)
+    steps = -(-on_each // (clients_per_step or on_each))
+    size = -(-on_each // steps)
+    # Chunks that would not be full repeat clients, which are not added.
+    number = np.arange(devices * steps * size).reshape(-1, size)
+    chunks = jax.tree.map(lambda x: x[number % count], clients)
+    total, outputs = on_devices(shared, (number < count, chunks))
+    unchunk = lambda x: x.reshape(-1, *x.shape[2:])[:count]
+    return total, jax.tree.map(unchunk, outputs)
+
+  return mapped
+
+
+def _over(mesh, fn):
+  """Shares chunks out over the devices of `mesh`, and adds up their sums."""
   axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   if axes.get("clients") != jax.sharding.AxisType.Auto:
     raise ValueError(
       f'expected a mesh with an Auto axis "clients", got {axes}. Make it with'
       ' jax.sharding.Mesh(jax.devices(), ("clients",)).'
     )
-  return _over_devices(fn, clients_per_step, mesh)
 
-
-def _over_devices(fn, clients_per_step, mesh):
-  """`map_clients` on the devices of `mesh`, a part of the clients on each."""
-
-  def present_only(shared, client):
-    present, client = client
-    summand, output = fn(shared, client)
-    return jax.tree.map(lambda x: jnp.where(present, x, 0), summand), output
-
-  def on_device(shared, clients):
-    total, outputs = _in_chunks(present_only, clients_per_step, shared, clients)
+  def on_device(shared, chunks):
+    total, outputs = fn(shared, chunks)
     return jax.lax.psum(total, "clients"), outputs
 
-  sharded = jax.shard_map(
+  return jax.shard_map(
     on_device,
     mesh=mesh,
     in_specs=(jax.P(), jax.P("clients")),
     out_specs=(jax.P(), jax.P("clients")),
-    # Else every scan's carry would have to be declared as varying.
+    # Else the carry of every loop would have to be declared as varying.
     check_vma=False,
   )
 
-  def mapped(shared, clients):
-    count = _count(clients)
-    # Devices that would idle repeat a client; its summand is not added.
-    number = jnp.arange(count + -count % mesh.shape["clients"])
-    repeated = jax.tree.map(lambda x: x[number % count], clients)
-    total, outputs = sharded(shared, (number < count, repeated))
-    return total, jax.tree.map(lambda x: x[:count], outputs)
 
-  return mapped
+def _in_steps(fn, shared, chunks):
+  """Maps over chunks of clients [steps, size, ...], one after the other."""
+  together = functools.partial(_together, fn, shared)
+  shapes, _ = jax.eval_shape(together, jax.tree.map(lambda x: x[0], chunks))
 
+  def add(total, chunk):
+    summand, outputs = together(chunk)
+    return jax.tree.map(jnp.add, total, summand), outputs
 
-def _in_chunks(fn, size, shared, clients):
-  """`map_clients` on one device."""
-  count = _count(clients)
-  size = min(size or count, count)
-
-  def together(clients):
-    summands, outputs = jax.vmap(fn, in_axes=(None, 0))(shared, clients)
-    return jax.tree.map(lambda x: x.sum(0), summands), outputs
-
-  if size == 1:
-    return _scan_sum(functools.partial(fn, shared), clients)
-  whole = count - count % size
-  chunks = jax.tree.map(
-    lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), clients
-  )
-  total, outputs = _scan_sum(together, chunks)
-  outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-  if whole == count:
-    return total, outputs
-  rest, last = together(jax.tree.map(lambda x: x[whole:], clients))
-  join = lambda x, y: jnp.concatenate([x, y])
-  return jax.tree.map(jnp.add, total, rest), jax.tree.map(join, outputs, last)
+  return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), chunks)
 
 
-def _scan_sum(fn, xs):
-  """Scans `fn: x -> (summand, output)`: the sum, and the outputs stacked."""
-  shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
+def _together(fn, shared, chunk):
+  """Maps over one chunk of clients, vmapped unless there is only one."""
 
-  def add(total, x):
-    summand, output = fn(x)
-    return jax.tree.map(jnp.add, total, summand), output
+  def one(is_counted, client):
+    summand, output = fn(shared, client)
+    return jax.tree.map(lambda x: jnp.where(is_counted, x, 0), summand), output
 
-  return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), xs)
-
-
-def _count(clients: Any) -> int:
-  return jax.tree.leaves(clients)[0].shape[0]
+  if len(chunk[0]) == 1:
+    summand, output = one(*jax.tree.map(lambda x: x[0], chunk))
+    return summand, jax.tree.map(lambda x: x[None], output)
+  summands, outputs = jax.vmap(one)(*chunk)
+  return jax.tree.map(lambda x: x.sum(0), summands), outputs
 
 
 def proximal(mu: float) -> optax.GradientTransformation:

@@ -147,7 +147,9 @@ def federated_round(
     return _replicate(state, mesh), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
-      "download_bytes": jnp.full(finite.shape, wire.nbytes(message.payload)),
+      "download_bytes": jnp.full_like(
+        upload_bytes, wire.nbytes(message.payload)
+      ),
       "upload_bytes": upload_bytes,
       "finite": finite,
     }
@@ -193,11 +195,8 @@ def _answer(local_update, channel, aggregate):
     memory = jax.tree.map(keep, message.state, memory)
     share = aggregate.share(message.received, weight)
     upload_bytes = jnp.int32(wire.nbytes(message.payload))
-    return (share, training.loss, training.count), (
-      memory,
-      finite,
-      upload_bytes,
-    )
+    summand = (share, training.loss, training.count)
+    return summand, (memory, finite, upload_bytes)
 
   return fn
 

@@ -34,7 +34,7 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
 
   def fn(factors, params, examples, mask, key):
     tokens = examples.tokens
-    logits = model.apply(
+    logits: Any = model.apply(
       {"params": params, "lora": factors},
       tokens[:, :-1],
       deterministic=False,
@@ -61,7 +61,7 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
     if factors is not None:
       variables["lora"] = factors
     targets = examples.tokens[:, 1:]
-    logits = model.apply(variables, examples.tokens[:, :-1])
+    logits: Any = model.apply(variables, examples.tokens[:, :-1])
     losses = token_losses(logits, targets)
     right = (logits.argmax(-1) == targets) & examples.mask
     return {

@@ -4,9 +4,8 @@ Module names are Hugging Face's, so that a checkpoint's tensor names and a LoRA
 target's name can be read off the parameter tree. Layers are stacked on axis 0.
 """
 
-import dataclasses
+import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fedjax_llm.models import lora
+from fedjax_llm.models import llama_config, lora
 
 LINEAR = (
   "q_proj",
@@ -27,126 +26,7 @@ LINEAR = (
   "down_proj",
 )
 
-# Fields of a config.json that do not change what the model computes.
-_IGNORED = frozenset(
-  """_attn_implementation_autoset _name_or_path architectures attention_dropout
-  bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
-  initializer_range is_encoder_decoder label2id output_attentions
-  output_hidden_states pad_token_id pretraining_tp problem_type return_dict
-  torch_dtype transformers_version use_cache""".split()
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-  """The shape of a Llama; the fields are those of Hugging Face's config.json.
-
-  Attributes:
-    vocab_size: number of tokens.
-    hidden_size: width of the residual stream.
-    intermediate_size: width inside the feed-forward block.
-    num_hidden_layers: number of blocks.
-    num_attention_heads: query heads.
-    num_key_value_heads: key and value heads; divides the query heads.
-    head_dim: width of a head.
-    max_position_embeddings: longest context the model was made for.
-    rms_norm_eps: added to the mean square before its root.
-    rope_theta: base of the rotary frequencies.
-    rope_scaling: None, or the fields of rope type "llama3" or "linear".
-    tie_word_embeddings: whether the output uses the input embedding.
-    attention_bias: whether the attention projections have biases.
-    mlp_bias: whether the feed-forward projections have biases.
-  """
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  num_key_value_heads: int
-  head_dim: int
-  max_position_embeddings: int = 2048
-  rms_norm_eps: float = 1e-6
-  rope_theta: float = 10000.0
-  rope_scaling: tuple[tuple[str, Any], ...] | None = None
-  tie_word_embeddings: bool = False
-  attention_bias: bool = False
-  mlp_bias: bool = False
-
-  @classmethod
-  def from_hugging_face(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
-    """Reads the fields of a config.json, written by old or new transformers.
-
-    Raises:
-      ValueError: for another model type, or a field that would be computed
-        wrongly because it is not honoured here.
-    """
-    fields = dict(fields)
-    if (kind := fields.pop("model_type", None)) != "llama":
-      raise ValueError(f'expected model_type "llama", got {kind!r}.')
-    if (act := fields.pop("hidden_act", "silu")) != "silu":
-      raise ValueError(f'expected hidden_act "silu", got {act!r}.')
-    heads = fields["num_attention_heads"]
-    known = {field.name for field in dataclasses.fields(cls)}
-    rope = _rope_fields(fields)
-    values = {name: fields.pop(name) for name in known & fields.keys()}
-    if values.get("num_key_value_heads") is None:
-      values["num_key_value_heads"] = heads
-    if values.get("head_dim") is None:
-      values["head_dim"] = values["hidden_size"] // heads
-    if unknown := sorted(
-      name
-      for name in fields.keys() - _IGNORED
-      if fields[name] not in (None, False)
-    ):
-      raise ValueError(
-        f"config.json has fields that this Llama does not honour: {unknown}."
-        " Computing without them could be wrong, so it is refused."
-      )
-    return cls(**(values | rope))
-
-  def to_hugging_face(self) -> dict[str, Any]:
-    """The fields of a config.json that transformers loads."""
-    fields = dataclasses.asdict(self)
-    scaling = dict(fields.pop("rope_scaling") or {"rope_type": "default"})
-    theta = fields.pop("rope_theta")
-    return {
-      "architectures": ["LlamaForCausalLM"],
-      "model_type": "llama",
-      "hidden_act": "silu",
-      **fields,
-      "rope_parameters": {"rope_theta": theta, **scaling},
-    }
-
-
-def _rope_fields(fields: dict[str, Any]) -> dict[str, Any]:
-  """Pops the rotary fields: `rope_parameters`, or the two older ones."""
-  theta = fields.pop("rope_theta", None)
-  older = fields.pop("rope_scaling", None)
-  rope = dict(fields.pop("rope_parameters", None) or older or {})
-  theta = rope.pop("rope_theta", theta) or 10000.0
-  kind = rope.pop("rope_type", rope.pop("type", "default"))
-  rope.pop("type", None)
-  needed = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-      "factor",
-      "low_freq_factor",
-      "high_freq_factor",
-      "original_max_position_embeddings",
-    ),
-  }
-  if kind not in needed:
-    raise ValueError(f"expected rope type in {sorted(needed)}, got {kind!r}.")
-  if missing := sorted(set(needed[kind]) - rope.keys()):
-    raise ValueError(f"rope type {kind!r} needs the fields {missing}.")
-  scaling = (
-    None
-    if kind == "default"
-    else (("rope_type", kind), *((name, rope[name]) for name in needed[kind]))
-  )
-  return {"rope_theta": float(theta), "rope_scaling": scaling}
+LlamaConfig = llama_config.LlamaConfig
 
 
 def rotary_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
@@ -157,7 +37,9 @@ def rotary_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
   """
   exponents = np.arange(0, config.head_dim, 2) / config.head_dim
   frequencies = config.rope_theta**-exponents
-  scaling = dict(config.rope_scaling or {"rope_type": "default"})
+  scaling: dict[str, Any] = dict(
+    config.rope_scaling or {"rope_type": "default"}
+  )
   if scaling["rope_type"] == "linear":
     return frequencies / scaling["factor"]
   if scaling["rope_type"] == "llama3":
@@ -171,10 +53,7 @@ def rotary_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
 
 def _rotate(x, cos, sin):
   """Rotates channel i with i + half (Hugging Face's order)."""
-  cos, sin = (
-    cos[None, :, None].astype(x.dtype),
-    sin[None, :, None].astype(x.dtype),
-  )
+  cos, sin = (angles[None, :, None].astype(x.dtype) for angles in (cos, sin))
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -226,7 +105,10 @@ class Attention(nn.Module):
     query = _rotate(project("q_proj", config.num_attention_heads), cos, sin)
     key = _rotate(project("k_proj", config.num_key_value_heads), cos, sin)
     value = project("v_proj", config.num_key_value_heads)
-    y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    # The backward pass computes the [time, time] probabilities again: to keep
+    # those of every layer takes more time on a CPU, and memory everywhere.
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    y = jax.checkpoint(attend, prevent_cse=False)(query, key, value)
     output = lora.Dense(
       config.hidden_size,
       self.adapter,

@@ -7,12 +7,15 @@ alone and `x @ kernel` of all clients stays one product.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -40,8 +43,13 @@ class LoRA:
       raise ValueError(f"LoRA expected rank >= 1, got {self.rank}.")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"LoRA expected dropout in [0, 1), got {self.dropout}.")
-    if not self.targets:
-      raise ValueError("LoRA expected at least one target layer, got none.")
+    if not self.targets or isinstance(self.targets, str):
+      raise ValueError(
+        "LoRA expected a sequence of at least one target layer, got"
+        f" {self.targets!r}."
+      )
+    # A model is hashed with what it is made of.
+    object.__setattr__(self, "targets", tuple(self.targets))
 
   @property
   def scale(self) -> float:
@@ -58,8 +66,8 @@ class LoRA:
       )
 
 
-def _uniform_a(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
-  bound = 1 / math.sqrt(shape[0])
+def _uniform_a(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+  bound = 1 / math.sqrt(shape[-2])
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
@@ -96,11 +104,11 @@ class Dense(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None]
     if self.adapter is not None and self.name in self.adapter.targets:
-      y = y + self._low_rank(x, deterministic)
+      y = y + self._low_rank(x, self.adapter, deterministic)
     return y.reshape(shape)
 
-  def _low_rank(self, x, deterministic):
-    rank = self.adapter.rank
+  def _low_rank(self, x, adapter, deterministic):
+    rank = adapter.rank
     a = self.variable(
       "lora",
       "a",
@@ -109,24 +117,62 @@ class Dense(nn.Module):
     b = self.variable(
       "lora", "b", lambda: jnp.zeros((rank, self.features))
     ).value
-    x = nn.Dropout(self.adapter.dropout)(x, deterministic=deterministic)
+    x = nn.Dropout(adapter.dropout)(x, deterministic=deterministic)
     # Scaling `a @ b`'s small input is cheaper than scaling its output.
-    low = (x @ a.astype(self.dtype)) * self.adapter.scale
+    low = (x @ a.astype(self.dtype)) * adapter.scale
     return low @ b.astype(self.dtype)
 
 
 def init(model: nn.Module, key: PRNGKeyArray) -> Any:
   """Draws the LoRA factors of `model`: a tree of float32 `a` and `b`.
 
-  Base weights are not allocated, whatever the model's size.
+  Base weights are not allocated, and nothing as large as the model is compiled.
+  Factors of one name and shape are the same whatever other targets there are.
+
+  Raises:
+    ValueError: if the model has no adapter.
   """
+
+  def draw(path, leaf):
+    if path[-1] == "b":
+      return jnp.zeros(leaf.shape)
+    name_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+    return _uniform_a(name_key, leaf.shape)
+
+  factors = {path: draw(path, leaf) for path, leaf in _shapes(model).items()}
+  return flax.traverse_util.unflatten_dict(factors)
+
+
+def check(model: nn.Module, factors: Mapping[str, Any]) -> None:
+  """Raises a `ValueError` unless `factors` fit `model`.
+
+  Factors of other layers would be ignored and those of another rank scaled
+  wrongly, so check what comes from a file.
+  """
+  expected = {path: leaf.shape for path, leaf in _shapes(model).items()}
+  flat: Any = flax.traverse_util.flatten_dict(dict(factors))
+  got = {path: np.shape(leaf) for path, leaf in flat.items()}
+  if expected == got:
+    return
+  problems = [
+    f"{'/'.join(path)}: expected {expected.get(path, 'no factor')},"
+    f" got {got.get(path, 'none')}"
+    for path in sorted(expected | got)
+    if expected.get(path) != got.get(path)
+  ]
+  raise ValueError(
+    "the LoRA factors do not fit the model:\n  " + "\n  ".join(problems)
+  )
+
+
+def _shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   tokens = jnp.zeros((1, 1), jnp.int32)
-
-  @jax.jit
-  def factors(key):
-    return model.init({"params": key, "lora": key}, tokens)["lora"]
-
-  return factors(key)
+  key = jax.random.key(0)
+  shapes: Any = jax.eval_shape(model.init, {"params": key, "lora": key}, tokens)
+  if "lora" not in shapes:
+    raise ValueError("expected a model with LoRA factors; give it an adapter.")
+  flat: Any = flax.traverse_util.flatten_dict(shapes["lora"])
+  return flat
 
 
 def merge(params: Any, factors: Any, scale: float) -> Any:

@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import huggingface_hub
@@ -49,7 +49,7 @@ def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
         str(name_or_folder), allow_patterns=_PATTERNS
       )
     )
-  except Exception as error:
+  except (OSError, ValueError) as error:  # Of the hub, its cache or the name.
     raise ValueError(
       f"{str(name_or_folder)!r} is neither a folder nor a model that the"
       f" Hugging Face hub or its local cache gives: {error}"
@@ -96,12 +96,12 @@ def load(
     for path, leaf in shapes.items()
     for name, shape in _tensors(path, leaf.shape)
   }
-  files = _tensor_files(folder)
-  _check(folder, expected, files)
+  stored = _stored_tensors(folder)
+  _check(folder, expected, stored)
   params = {}
   for path, leaf in shapes.items():
     names = [name for name, _ in _tensors(path, leaf.shape)]
-    arrays = [_read(files[name], name) for name in names]
+    arrays = [stored[name].read(name) for name in names]
     if path[-1] == "kernel":
       arrays = [array.T for array in arrays]
     stacked = np.stack(arrays) if path[0] == "layers" else arrays[0]
@@ -127,7 +127,8 @@ def save(
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   tensors = {}
-  for path, leaf in flax.traverse_util.flatten_dict(dict(params)).items():
+  flat: Any = flax.traverse_util.flatten_dict(dict(params))
+  for path, leaf in flat.items():
     leaf = np.asarray(leaf.astype(dtype))
     layers = leaf if path[0] == "layers" else leaf[None]
     names = [name for name, _ in _tensors(path, leaf.shape)]
@@ -150,8 +151,10 @@ def tensor_name(path: tuple[str, ...], layer: int | None) -> str:
 
 def _parameter_shapes(config) -> dict[tuple[str, ...], Any]:
   tokens = jnp.zeros((1, 1), jnp.int32)
-  shapes = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)
-  return flax.traverse_util.flatten_dict(shapes["params"])
+  init = llama.Llama(config).init
+  shapes: Any = jax.eval_shape(init, jax.random.key(0), tokens)
+  flat: Any = flax.traverse_util.flatten_dict(shapes["params"])
+  return flat
 
 
 def _tensors(
@@ -166,44 +169,54 @@ def _tensors(
     yield f"{tensor_name(path[:-1], layer)}.{suffix}", shape[1:]
 
 
-def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Which file holds each tensor: one file, or shards with an index."""
+class _Stored(NamedTuple):
+  """Where a tensor is, and its shape."""
+
+  file: pathlib.Path
+  shape: tuple[int, ...]
+
+  def read(self, name: str) -> np.ndarray:
+    with safetensors.safe_open(self.file, "np") as file:
+      return file.get_tensor(name)
+
+
+def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
+  """What the headers of the folder's one file, or of its shards, list."""
+  files = ["model.safetensors"]
   index = folder / "model.safetensors.index.json"
   if index.is_file():
-    weight_map = json.loads(index.read_text())["weight_map"]
-    return {name: folder / file for name, file in weight_map.items()}
-  single = folder / "model.safetensors"
-  if not single.is_file():
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  if missing := [name for name in files if not (folder / name).is_file()]:
     raise ValueError(
-      f"expected model.safetensors or {index.name} in {folder}, found neither."
+      f"expected the weights of {folder} in {files}, missing {missing}. Only"
+      " safetensors are read: transformers' save_pretrained writes them."
     )
-  with safetensors.safe_open(single, "np") as file:
-    return dict.fromkeys(file.keys(), single)
+  tensors = {}
+  for path in (folder / name for name in files):
+    try:
+      with safetensors.safe_open(path, "np") as file:
+        for name in file.keys():
+          shape = tuple(file.get_slice(name).get_shape())
+          tensors[name] = _Stored(path, shape)
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"{path} is not a safetensors file: {error}") from error
+  return tensors
 
 
-def _check(folder, expected, files):
+def _check(folder, expected, stored):
   """Raises one error for everything that does not fit."""
-  problems = [f"missing {name}" for name in expected if name not in files]
-  for name, path in files.items():
-    if name not in expected:
-      # Tied models may carry the output matrix a second time.
-      if not name.endswith(_BUFFERS) and name != "lm_head.weight":
-        problems.append(f"unexpected {name}")
-      continue
-    if not path.is_file():
-      problems.append(f"missing file {path.name} for {name}")
-      continue
-    with safetensors.safe_open(path, "np") as file:
-      shape = tuple(file.get_slice(name).get_shape())
-    if shape != tuple(expected[name]):
-      problems.append(f"{name} has shape {shape}, not {expected[name]}")
+  problems = [f"missing {name}" for name in expected if name not in stored]
+  for name, tensor in stored.items():
+    if name in expected:
+      if tensor.shape != expected[name]:
+        problems.append(
+          f"{name} has shape {tensor.shape}, not {expected[name]}"
+        )
+    # Tied models may carry the output matrix a second time.
+    elif not name.endswith(_BUFFERS) and name != "lm_head.weight":
+      problems.append(f"unexpected {name}")
   if problems:
     raise ValueError(
       f"the tensors in {folder} do not fit its config.json:\n  "
       + "\n  ".join(problems)
     )
-
-
-def _read(path, name):
-  with safetensors.safe_open(path, "np") as file:
-    return file.get_tensor(name)

@@ -25,7 +25,6 @@ COMPRESSORS = {
   "top_k(1/4)": lambda n: top_k(1 / 4),
   "top_k(1/64)": lambda n: top_k(1 / 64),
   "random_k": lambda n: random_k(0.3),
-  "random_k, biased": lambda n: random_k(0.3, unbiased=False),
   "select": thirds,
   "cast(bfloat16)": lambda n: cast(jnp.bfloat16),
   "cast(float16)": lambda n: cast(jnp.float16),
@@ -37,7 +36,7 @@ COMPRESSORS = {
   "select + top_k + cast": lambda n: chain(
     thirds(n), top_k(1 / 4), cast(jnp.float16)
   ),
-  "feedback of top_k": lambda n: error_feedback(top_k(1 / 4)),
+  "feedback of cast": lambda n: error_feedback(cast(jnp.bfloat16)),
   "feedback of a chain": lambda n: error_feedback(
     chain(top_k(1 / 4), uniform(2))
   ),
@@ -45,25 +44,30 @@ COMPRESSORS = {
     top_k(1 / 4), error_feedback(uniform(2))
   ),
 }
-MANY_LENGTHS = ("identity", "top_k(1/4)", "top_k + uniform", "uniform(3)")
+MANY_LENGTHS = ("identity", "top_k + uniform", "uniform(3)")
 ROWS = [(name, 257) for name in COMPRESSORS]
-ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256, 1000)]
+ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256)]
 each_row = pytest.mark.parametrize(("name", "n"), ROWS)
 each_compressor = pytest.mark.parametrize("name", COMPRESSORS)
 CLIENTS = 3
+# Nearly all of the time of these tests is compilation, so LLVM is held back.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 @functools.cache
 def programs(name, n):
   """A compressor and its encode and decode, compiled once for all tests."""
   compressor = COMPRESSORS[name](n)
-  return compressor, jax.jit(compressor.encode), jax.jit(compressor.decode)
+  return compressor, jit(compressor.encode), jit(compressor.decode)
 
 
 def vectors(n):
-  return jax.random.normal(jax.random.key(n), (CLIENTS, n))
+  return np.random.default_rng(n).normal(size=(CLIENTS, n)).astype(np.float32)
 
 
+@functools.cache
 def keys():
   return jax.random.split(jax.random.key(0), CLIENTS)
 
@@ -109,20 +113,24 @@ def test_clients_under_vmap_send_what_they_send_alone(name):
   compressor, encode, decode = programs(name, 257)
   batch = vectors(257)
   states = jax.vmap(compressor.init)(batch)
-  payloads, after = jax.jit(jax.vmap(compressor.encode))(batch, states, keys())
-  received = jax.jit(jax.vmap(compressor.decode))(payloads)
+  payloads, after = jit(jax.vmap(compressor.encode))(batch, states, keys())
+  received = jit(jax.vmap(compressor.decode))(payloads)
+  together = jax.device_get((payloads, after))
   for client in range(CLIENTS):
     state = compressor.init(batch[client])
     alone = encode(batch[client], state, keys()[client])
-    together = jax.tree.map(lambda x, i=client: x[i], (payloads, after))
-    jax.tree.map(np.testing.assert_array_equal, together, alone)
+    jax.tree.map(
+      lambda x, y, i=client: np.testing.assert_array_equal(x[i], y),
+      together,
+      alone,
+    )
     np.testing.assert_array_equal(received[client], decode(alone[0]))
 
 
 @each_compressor
 def test_zero_arrives_as_zero_and_leaves_no_residual(name):
   compressor, encode, decode = programs(name, 257)
-  zero = jnp.zeros(257)
+  zero = np.zeros(257, np.float32)
   payload, state = encode(zero, compressor.init(zero), keys()[0])
   assert not np.any(decode(payload))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))

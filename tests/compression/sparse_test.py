@@ -24,6 +24,7 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("case", CASES)
 mask_of = jax.jit(sparse.top_k_mask)  # One program for all k.
+transmit = jax.jit(compression.transmit, static_argnums=0)
 
 
 def np_top_k_mask(vector, k):
@@ -78,14 +79,14 @@ def test_every_client_may_have_its_own_traced_k():
 
 def test_top_k_never_hides_a_nan():
   vector = jnp.array([1.0, jnp.inf, -jnp.nan, 2.0])
-  payload, _ = compression.top_k(0.25).encode(vector, (), KEY)
+  payload = transmit(compression.top_k(0.25), vector, (), KEY).payload
   assert np.isnan(payload.values).all()
   with pytest.raises(ValueError, match="1 of 1 values are not finite"):
     wire.dumps(payload)
 
 
 def test_no_support_of_that_many_entries_loses_less_than_top_k():
-  sent = compression.transmit(compression.top_k(0.25), NORMAL, (), KEY)
+  sent = transmit(compression.top_k(0.25), NORMAL, (), KEY)
   lost = np.sort(np.abs(NORMAL))[: N - N // 4]
   np.testing.assert_allclose(
     np.linalg.norm(NORMAL - sent.received), np.linalg.norm(lost), rtol=1e-6
@@ -94,7 +95,8 @@ def test_no_support_of_that_many_entries_loses_less_than_top_k():
 
 def test_top_k_is_by_index_and_not_by_threshold():
   # The tenth magnitude is 0, and every entry reaches that.
-  payload, _ = compression.top_k(0.1).encode(CASES["mostly zero"], (), KEY)
+  compressor = compression.top_k(0.1)
+  payload = transmit(compressor, CASES["mostly zero"], (), KEY).payload
   assert payload.values.size == 30
   indices = supports.unpack(payload.support, N, 30)
   assert np.unique(indices).size == 30
@@ -114,15 +116,15 @@ def test_k_is_the_floor_of_the_floating_product_and_at_least_one(n, density, k):
 def test_density_one_keeps_every_bit(case, dtype):
   with jax.enable_x64(dtype == jnp.float64):
     vector = jnp.asarray(CASES[case], dtype)
-    sent = compression.transmit(compression.top_k(1.0), vector, (), KEY)
+    sent = transmit(compression.top_k(1.0), vector, (), KEY)
   assert sent.received.dtype == dtype
   assert np.asarray(sent.received).tobytes() == np.asarray(vector).tobytes()
 
 
 def test_top_k_keeps_the_values_it_keeps_bit_for_bit():
   with jax.enable_x64(True):
-    vector = jnp.asarray(NORMAL, jnp.float64) / 3
-    sent = compression.transmit(compression.top_k(0.25), vector, (), KEY)
+    vector = jnp.asarray(NORMAL.astype(float) / 3)
+    sent = transmit(compression.top_k(0.25), vector, (), KEY)
   expected = np.where(np_top_k_mask(NORMAL, 75), NORMAL.astype(float) / 3, 0)
   np.testing.assert_array_equal(sent.received, expected)
 
@@ -130,10 +132,8 @@ def test_top_k_keeps_the_values_it_keeps_bit_for_bit():
 def test_random_k_is_unbiased():
   vector, draws = np.array([1.0, -2.0, 0.0, 4.0, 8.0], np.float32), 4000
   compressor = compression.random_k(0.4)  # Two of five.
-  transmit = jax.vmap(
-    lambda key: compression.transmit(compressor, vector, (), key).received
-  )
-  received = np.asarray(jax.jit(transmit)(jax.random.split(KEY, draws)))
+  many = jax.vmap(lambda key: transmit(compressor, vector, (), key).received)
+  received = np.asarray(many(jax.random.split(KEY, draws)))
   assert (np.count_nonzero(received, axis=1) <= 2).all()
   # An entry x is 2.5 x with chance 0.4: its variance is x^2 (n / k - 1).
   deviation = np.abs(vector) * np.sqrt(1.5 / draws)
@@ -141,13 +141,24 @@ def test_random_k_is_unbiased():
 
 
 def test_random_k_sends_eight_bytes_for_its_support():
-  payload, _ = compression.random_k(0.5).encode(NORMAL, (), KEY)
+  encode = compression.random_k(0.5).encode
+  payload, _ = jax.eval_shape(encode, NORMAL, (), KEY)
+  assert payload.seed.size * payload.seed.dtype.itemsize == 8
   assert wire.nbytes(payload) <= 4 * 150 + 8 + 16
+
+
+def test_a_seed_draws_the_same_entries_whatever_the_receiver_has_set():
+  compressor = compression.random_k(0.5)
+  payload = jax.device_get(transmit(compressor, NORMAL, (), KEY).payload)
+  received = [jax.jit(compressor.decode)(payload)]
+  with jax.enable_x64(True), jax.default_prng_impl("rbg"):
+    received.append(jax.jit(compressor.decode)(payload))
+  np.testing.assert_array_equal(*received)
 
 
 def test_biased_random_k_keeps_values_as_they_are():
   compressor = compression.random_k(0.5, unbiased=False)
-  received = compression.transmit(compressor, NORMAL, (), KEY).received
+  received = transmit(compressor, NORMAL, (), KEY).received
   is_kept = np.asarray(received) != 0
   assert is_kept.sum() == 150
   np.testing.assert_array_equal(received[is_kept], NORMAL[is_kept])
@@ -155,7 +166,7 @@ def test_biased_random_k_keeps_values_as_they_are():
 
 def test_select_sends_the_entries_of_its_mask_and_no_support():
   mask = NORMAL > 1
-  sent = compression.transmit(compression.select(mask), NORMAL, (), KEY)
+  sent = transmit(compression.select(mask), NORMAL, (), KEY)
   np.testing.assert_array_equal(sent.received, np.where(mask, NORMAL, 0))
   np.testing.assert_array_equal(sent.payload.values, NORMAL[mask])
 

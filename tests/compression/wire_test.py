@@ -15,6 +15,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, supports, wire
 
 KEY = jax.random.key(0)
+transmit = jax.jit(compression.transmit, static_argnums=0)
 VECTOR = np.random.default_rng(0).normal(size=200).astype(np.float32)
 quick = hypothesis.settings(deadline=None, derandomize=True)
 
@@ -31,8 +32,8 @@ def test_codes_are_packed_without_gaps_and_come_back(bits):
   np.testing.assert_array_equal(wire.unpack_bits(packed, 37, bits), codes)
 
 
-SUPPORTS = [(1, 1), (2, 1), (9, 8), (64, 1), (64, 16), (100, 7), (100, 50)]
-SUPPORTS += [(1000, 1), (1000, 3), (1000, 250), (1000, 999), (1000, 1000)]
+SUPPORTS = [(1, 1), (2, 1), (9, 8), (64, 16), (100, 7)]
+SUPPORTS += [(1000, 1), (1000, 100), (1000, 999), (1000, 1000)]
 
 
 @functools.cache
@@ -129,7 +130,7 @@ def np_decode_top_k(message):
 
 @pytest.mark.parametrize("density", [1 / 64, 1 / 10, 1 / 2])
 def test_a_decoder_in_plain_python_agrees(density):
-  sent = compression.transmit(compression.top_k(density), VECTOR, (), KEY)
+  sent = transmit(compression.top_k(density), VECTOR, (), KEY)
   np.testing.assert_array_equal(
     np_decode_top_k(wire.dumps(sent.payload)), sent.received
   )
@@ -196,13 +197,13 @@ def messages():
     compression.identity(),
     compression.top_k(1 / 2),
     compression.top_k(1 / 20),
-    compression.top_k(1.0),
     compression.random_k(0.1),
     compression.uniform(3),
     compression.chain(compression.top_k(1 / 4), compression.uniform(4)),
   ]
   return [
-    wire.dumps(c.encode(VECTOR, c.init(VECTOR), KEY)[0]) for c in compressors
+    wire.dumps(transmit(c, VECTOR, c.init(VECTOR), KEY).payload)
+    for c in compressors
   ]
 
 

@@ -1,0 +1,179 @@
+"""The commands as functions: several experiments, comparison, evaluation."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fedjax_llm import commands, experiment, finetuning
+from fedjax_llm.data import batches
+from fedjax_llm.models import adapters, language, llama, lora, pretrained
+
+
+def halving(*, factor: float = 0.5) -> experiment.Experiment:
+  """An experiment of no cost."""
+  return experiment.Experiment(
+    rounds=2,
+    init=lambda: {"x": jnp.float32(1)},
+    round=lambda state, number: (
+      {"x": factor * state["x"]},
+      {"train_loss": state["x"], "download_bytes": 100, "upload_bytes": 10},
+    ),
+    evaluate=lambda state: {"loss": state["x"]},
+    export=lambda state, folder: None,
+    data={},
+  )
+
+
+def several(*, factor: float = 0.5) -> dict[str, experiment.Experiment]:
+  """Two experiments."""
+  return {"slow": halving(factor=factor), "fast": halving(factor=factor**2)}
+
+
+def test_one_experiment_is_in_the_folder_itself(tmp_path, capsys):
+  commands.run(halving, tmp_path, name="halving", knobs={})
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["experiment"] == "halving"
+  assert record["knobs"] == {"factor": 0.5}  # The default is resolved.
+  assert "| halving |" in capsys.readouterr().out
+  assert (tmp_path / "loss.png").is_file()
+
+
+def test_each_of_several_experiments_gets_a_subfolder(tmp_path, capsys):
+  commands.run(several, tmp_path, name="several", knobs={"factor": 0.25})
+  for name in ("slow", "fast"):
+    record = json.loads((tmp_path / name / "run.json").read_text())
+    assert record["experiment"] == name
+    assert "finished" in record
+  out = capsys.readouterr().out
+  assert "1.000 → 0.062" in out and "1.000 → 0.004" in out
+  assert not (tmp_path / "run.json").exists()
+
+
+def test_several_experiments_resume(tmp_path):
+  def dies(*, factor: float = 0.5):
+    made = several(factor=factor)
+
+    def round_fn(state, number):
+      raise InterruptedError
+
+    broken = experiment.Experiment(**{**vars(made["fast"]), "round": round_fn})
+    return made | {"fast": broken}
+
+  with pytest.raises(InterruptedError):
+    commands.run(dies, tmp_path, name="several", knobs={})
+  before = (tmp_path / "slow" / "metrics.jsonl").read_text()
+  commands.run(several, tmp_path, name="several", knobs={})
+  # The first was finished, so not even its seconds change.
+  assert (tmp_path / "slow" / "metrics.jsonl").read_text() == before
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
+  def run(*_, **__):
+    raise experiment.Interrupted("stopped after round 1")
+
+  monkeypatch.setattr(experiment, "run", run)
+  message = "halving stopped after round 1.* The same command goes on"
+  with pytest.raises(KeyboardInterrupt, match=message):
+    commands.run(halving, tmp_path, name="halving", knobs={})
+
+
+def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
+  commands.run(several, tmp_path / "a", name="a", knobs={})
+  commands.run(halving, tmp_path / "b", name="b", knobs={})
+  capsys.readouterr()
+  plot = tmp_path / "compare.png"
+  commands.compare((tmp_path / "a", tmp_path / "b"), out=plot)
+  out = capsys.readouterr().out
+  shown = [line.split("|")[1].strip() for line in out.splitlines()[2:5]]
+  assert shown == ["fast", "slow", "b"]
+  assert plot.is_file() and f"Plot: {plot}" in out
+
+
+def test_compare_wants_a_run():
+  with pytest.raises(ValueError, match="one or more run folders"):
+    commands.compare(())
+
+
+@pytest.fixture(scope="module")
+def adapter(toy_model, tmp_path_factory):
+  """An adapter that moves the toy model: its folder."""
+  config = pretrained.read_config(toy_model)
+  settings = lora.LoRA(rank=2, targets=llama.LINEAR)
+  factors = lora.init(llama.Llama(config, settings), jax.random.key(0))
+  factors = jax.tree.map(lambda x: x + 0.1, factors)
+  folder = tmp_path_factory.mktemp("adapter")
+  adapters.save(folder, factors, settings, base_model=str(toy_model))
+  return folder
+
+
+def evaluate(capsys, **arguments):
+  commands.evaluate(as_json=True, **arguments)
+  return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("count", [10, 100], ids=["one pass", "windows"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
+def test_evaluate_is_the_mean_over_all_predicted_tokens(
+  toy_model, adapter, tmp_path, capsys, count, adapted
+):
+  path = tmp_path / "text.txt"
+  path.write_text(" ".join(map(str, range(count))))
+  config, params = pretrained.load(toy_model)
+  tokenizer = finetuning.load_tokenizer(toy_model, config)
+  ids = jnp.array(tokenizer(path.read_text())["input_ids"])
+  settings, factors = adapters.load(adapter) if adapted else (None, None)
+  variables = {"params": params} | ({"lora": factors} if adapted else {})
+  total, context = 0.0, config.max_position_embeddings
+  for start in range(0, len(ids) - 1, context):
+    window = ids[None, start : start + context + 1]
+    logits = llama.Llama(config, settings).apply(variables, window[:, :-1])
+    total += language.token_losses(logits, window[:, 1:]).sum()
+  result = evaluate(
+    capsys,
+    model=str(toy_model),
+    text=path,
+    adapter=adapter if adapted else None,
+  )
+  assert result["task"] == "perplexity"
+  assert result["tokens"] == len(ids) - 1
+  assert (result["tokens"] > context) == (count == 100)
+  assert result["loss"] == pytest.approx(float(total) / (len(ids) - 1), rel=1e-5)
+
+
+def test_a_short_text_does_not_cost_the_whole_context(
+  toy_model, tmp_path, monkeypatch
+):
+  seen = []
+  evaluator = commands.likelihood.evaluator
+
+  def spy(score_fn, rows: batches.Examples, **options):
+    seen.append(rows.tokens.shape)
+    return evaluator(score_fn, rows, **options)
+
+  monkeypatch.setattr(commands.likelihood, "evaluator", spy)
+  (tmp_path / "text.txt").write_text("1")
+  commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
+  assert seen == [(1, 2)]
+
+
+def test_evaluate_prints_lines_for_people(toy_model, tmp_path, capsys):
+  (tmp_path / "text.txt").write_text("1 2 3")
+  commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
+  names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+  assert names == ["loss", "perplexity", "accuracy", "tokens"]
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [(None, "expected a file"), (b"", "got none"), (b"\xff\xfe\x00", "utf-8")],
+  ids=["missing", "empty", "binary"],
+)
+def test_evaluate_refuses_what_is_no_text(toy_model, tmp_path, content, message):
+  path = pathlib.Path(tmp_path / "text.txt")
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    commands.evaluate(model=str(toy_model), text=path)

@@ -1,0 +1,69 @@
+"""Every shipped config runs for two rounds at toy size."""
+
+import inspect
+import json
+import pathlib
+
+import pytest
+
+from fedjax_llm import cli, commands
+from fedjax_llm.models import pretrained
+
+CONFIGS = sorted(path.stem for path in cli.config_folder().glob("*.py"))
+FEDERATED = {
+  "rounds": 2,
+  "clients_per_round": 2,
+  "rank": 2,
+  "local_steps": 1,
+  "batch_size": 2,
+  "sequence_length": 16,
+  "held_out_rows": 1,
+}
+PRETRAINING = {
+  "steps": 2,
+  "steps_per_round": 1,
+  "batch_size": 2,
+  "rows_at_once": 1,
+  "sequence_length": 16,
+  "warmup": 1,
+  "vocabulary": 300,
+  "hidden_size": 64,
+  "layers": 1,
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+  return cli.load_config(request.param)
+
+
+def test_it_runs_for_two_rounds(config, tmp_path, request):
+  knobs = inspect.signature(config.experiment).parameters
+  if "text" in knobs:
+    data = request.getfixturevalue("data")
+    toy = FEDERATED | {
+      "model": str(data / "stories260k"),
+      "text": str(data / "tinyshakespeare" / "input.txt"),
+    }
+  elif "steps" in knobs:
+    toy = PRETRAINING
+  else:
+    assert pretrained.SHIPPED.is_dir(), "the shipped model is not built yet"
+    toy = FEDERATED
+  commands.run(config.experiment, tmp_path, name="toy", knobs=toy)
+  records = [
+    json.loads(path.read_text()) for path in tmp_path.rglob("run.json")
+  ]
+  assert records and all("finished" in record for record in records)
+  results = [*tmp_path.rglob("adapter_model.safetensors")]
+  assert results or (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_its_docstrings_tell_the_command_and_every_knob(config):
+  name = pathlib.Path(config.__file__).stem
+  assert f"fedjax-llm run {name}" in config.__doc__ or (
+    f"fedjax-llm pretrain {name}" in config.__doc__
+  )
+  for knob in inspect.signature(config.experiment).parameters.values():
+    assert f"  {knob.name}: " in config.experiment.__doc__
+    assert knob.kind is knob.KEYWORD_ONLY

@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm.federated import aggregators
+
+UPDATES = np.array([[1.0, -2, 0], [0, 4, 0], [5, 6, 0], [9, 9, 9]], np.float32)
+WEIGHTS = np.array([1, 2, 5, 0], np.float32)
+BOTH = pytest.mark.parametrize(
+  "aggregator", [aggregators.weighted_mean(), aggregators.uniform_mean()]
+)
+
+
+def aggregate(aggregator, updates, weights):
+  shares = jax.vmap(aggregator.share)(jnp.asarray(updates), weights)
+  return aggregator.finish(jax.tree.map(lambda x: x.sum(0), shares))
+
+
+def test_the_weighted_mean_weighs_by_the_weights():
+  got = aggregate(aggregators.weighted_mean(), UPDATES, WEIGHTS)
+  expected = (UPDATES[0] + 2 * UPDATES[1] + 5 * UPDATES[2]) / 8
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_the_uniform_mean_counts_clients():
+  # Law 14: neither by examples, nor by who sent an entry: zeros count too.
+  got = aggregate(aggregators.uniform_mean(), UPDATES, WEIGHTS)
+  expected = UPDATES[:3].sum(0) / np.float32(3)
+  np.testing.assert_array_equal(got, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("sent", [np.nan, np.inf, 7.0])
+def test_a_client_of_weight_zero_is_not_there(aggregator, sent):
+  updates = UPDATES.copy()
+  updates[3] = sent
+  got = aggregate(aggregator, updates, WEIGHTS)
+  without = aggregate(aggregator, UPDATES[:3], WEIGHTS[:3])
+  np.testing.assert_array_equal(got, without)
+
+
+@BOTH
+def test_the_mean_of_nobody_is_zero(aggregator):
+  got = aggregate(aggregator, UPDATES, np.zeros(4, np.float32))
+  np.testing.assert_array_equal(got, np.zeros(3))
+
+
+@BOTH
+def test_the_mean_has_the_type_of_the_updates(aggregator):
+  updates = UPDATES.astype(jnp.bfloat16)
+  assert aggregate(aggregator, updates, WEIGHTS).dtype == jnp.bfloat16

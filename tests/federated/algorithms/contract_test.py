@@ -1,0 +1,223 @@
+"""What every algorithm promises: one table, and the laws of all its rows."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_llm import compression
+from fedjax_llm.compression import sparse
+from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated.algorithms import fed_avg, flasc
+
+KEY = jax.random.key(9)
+CLIENT = optax.sgd(0.05, momentum=0.9)
+REPLACE = optax.sgd(1.0)
+HALF = sparse.top_k(0.5)
+
+
+def avg(server=REPLACE, client=CLIENT, **fixed):
+  return lambda loss_fn, **parts: fed_avg.fed_avg(
+    loss_fn, client, server, **fixed, **parts
+  )
+
+
+def federated_select(loss_fn, **parts):
+  """Clients answer where they received something (no support is sent)."""
+
+  def upload(payload):
+    vector = HALF.decode(payload)
+    return sparse.select(vector != 0, vector.size // 2)
+
+  return avg(channel=rounds.Channel(HALF, upload))(loss_fn, **parts)
+
+
+def flasc_half(loss_fn, **parts):
+  server = flasc.server_adamw(0.05)
+  densities = dict(download_density=0.5, upload_density=0.25)
+  return flasc.flasc(loss_fn, CLIENT, server, **densities, **parts)
+
+
+# Random messages, with a memory of both kinds of senders.
+FEEDBACK = rounds.Channel(
+  compression.error_feedback(compression.uniform(8)),
+  compression.error_feedback(
+    compression.chain(sparse.top_k(0.25), compression.uniform(4))
+  ),
+)
+
+# Each makes an algorithm from a loss and the placement of clients.
+ALGORITHMS = {
+  "FedAvg": avg(),
+  "FedAvg, uniform": avg(aggregate=aggregators.uniform_mean()),
+  "FedAvgM": avg(optax.sgd(0.3, momentum=0.9)),
+  "FedAdam": avg(optax.adam(0.05, b2=0.99, eps=1e-3)),
+  "FedYogi": avg(optax.yogi(0.05, b2=0.99, eps=1e-3)),
+  "FedAdagrad": avg(optax.adagrad(0.1, initial_accumulator_value=1e-6)),
+  "FedProx": avg(client=optax.chain(clients.proximal(0.1), CLIENT)),
+  "FedAdam at clients": avg(client=optax.adam(0.02)),
+  "FLASC": flasc_half,
+  "Federated Select": federated_select,
+  "error feedback": avg(channel=FEEDBACK, population=7),
+}
+each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+PLACED = ("FLASC", "error feedback")
+
+
+@functools.cache
+def program(name, loss_fn, **placement):
+  """An algorithm and its round, compiled once for all tests."""
+  placement = placement or {"clients_per_step": 1}
+  algorithm = ALGORITHMS[name](loss_fn, **placement)
+  return algorithm, jax.jit(algorithm.round, donate_argnums=0)
+
+
+class Run(NamedTuple):
+  """What went over rounds with different cohorts, on the host."""
+
+  states: list
+  metrics: list
+
+
+def play(problem, name, cohorts, state=None, examples=None, **placement):
+  algorithm, step = program(name, problem.loss_fn, **placement)
+  state = algorithm.init(problem.trainable) if state is None else state
+  # The host's copies are of the states before they are donated.
+  run = Run([jax.tree.map(np.array, state)], [])
+  examples = problem.examples if examples is None else examples
+  for cohort in cohorts:
+    state, metrics = step(state, problem.frozen, examples, cohort, KEY)
+    run.states.append(jax.tree.map(np.array, state))
+    run.metrics.append(jax.device_get(metrics))
+  return run
+
+
+def loss(problem, trainable):
+  everyone = np.ones(len(problem.examples["y"]), bool)
+  arguments = (problem.frozen, problem.examples, everyone, KEY)
+  return float(problem.loss_fn(trainable, *arguments)[0])
+
+
+def assert_same_bits(got, expected):
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def assert_close(got, expected):
+  # Float32 in another order of additions, over a few rounds.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, got, expected)
+
+
+@each_algorithm
+def test_an_experiment_is_compiled_once_and_only_values_change(problem, name):
+  run = play(problem, name, problem.cohorts(4))
+  _, step = program(name, problem.loss_fn)
+  assert step._cache_size() == 1
+  shapes = [
+    jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in run.states
+  ]
+  assert all(shape == shapes[0] for shape in shapes)
+  assert [int(state.round) for state in run.states] == [0, 1, 2, 3, 4]
+
+
+@each_algorithm
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(problem, name):
+  # Law 21, from a state that left the device; it is also determinism.
+  cohorts = problem.cohorts(4)
+  whole = play(problem, name, cohorts)
+  saved = jax.device_put(whole.states[2])
+  resumed = play(problem, name, cohorts[2:], saved)
+  assert_same_bits(resumed.states, whole.states[2:])
+  assert_same_bits(resumed.metrics, whole.metrics[2:])
+
+
+@each_algorithm
+def test_the_metrics_are_of_the_whole_cohort(problem, name):
+  cohort = problem.cohort(2, 0, 5)
+  (metrics,) = play(problem, name, [cohort]).metrics
+  assert metrics["tokens"] == cohort.mask.sum() == 8 + 1 + 7
+  assert metrics["finite"].tolist() == [True] * 3
+  for direction in ("download_bytes", "upload_bytes"):
+    assert metrics[direction].shape == (3,)
+    assert metrics[direction].dtype == np.int32
+    assert (metrics[direction] > 0).all()
+  alone = [
+    play(problem, name, [cohort._replace(mask=only(cohort, i))]).metrics[0]
+    for i in range(3)
+  ]
+  losses = [one["train_loss"] * one["tokens"] for one in alone]
+  mean = sum(losses) / metrics["tokens"]
+  np.testing.assert_allclose(metrics["train_loss"], mean, rtol=1e-5)
+
+
+def only(cohort, i):
+  return cohort.mask & (np.arange(len(cohort.mask)) == i)[:, None, None]
+
+
+@each_algorithm
+def test_the_order_of_clients_matters_only_to_rounding(problem, name):
+  # Law 16.
+  cohort = problem.cohort(3, 6, 1)
+  turned = jax.tree.map(lambda x: x[::-1], cohort)
+  runs = [play(problem, name, [each]) for each in (cohort, turned)]
+  assert_close(runs[0].states, runs[1].states)
+
+
+@each_algorithm
+def test_a_client_that_diverges_is_left_out(problem, name):
+  cohort = problem.cohort(3, 6, 1)
+  rows = cohort.indices[1][cohort.mask[1]]
+  broken = jax.tree.map(np.copy, problem.examples)
+  broken["x"][rows] = np.nan
+  got = play(problem, name, [cohort], examples=broken)
+  assert got.metrics[0]["finite"].tolist() == [True, False, True]
+  leaves = jax.tree.leaves(got.states[-1])
+  assert all(np.isfinite(leaf).all() for leaf in leaves)
+  weights = cohort.weights * np.array([1, 0, 1], np.float32)
+  without = play(problem, name, [cohort._replace(weights=weights)])
+  expected = without.states[-1]
+  assert_same_bits(got.states[-1].trainable, expected.trainable)
+  assert_same_bits(got.states[-1].optimizer, expected.optimizer)
+
+
+@each_algorithm
+def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
+  # Donating the state must not delete what it was made from.
+  trainable = jax.tree.map(jnp.asarray, problem.trainable)
+  mine = problem._replace(trainable=trainable)
+  run = play(mine, name, problem.cohorts(15))
+  assert loss(problem, run.states[-1].trainable) < 0.8 * loss(mine, trainable)
+
+
+@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize(
+  ("clients_per_step", "on_mesh"), [(2, False), (None, False), (1, True)]
+)
+def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):
+  # Law 21: three clients, in steps of one (the reference), two and a rest, all
+  # at once, and on two devices.
+  placement = dict(clients_per_step=clients_per_step)
+  placement |= dict(mesh=mesh) if on_mesh else {}
+  cohorts = problem.cohorts(2)
+  got = play(problem, name, cohorts, **placement)
+  expected = play(problem, name, cohorts)
+  assert_close(got.states, expected.states)
+  assert_close(got.metrics, expected.metrics)
+  _, step = program(name, problem.loss_fn, **placement)
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_compiled_round_is_the_round(problem, name):
+  # Law 21.
+  algorithm, _ = program(name, problem.loss_fn)
+  (cohort,) = problem.cohorts(1)
+  arguments = (problem.frozen, problem.examples, cohort, KEY)
+  state, metrics = algorithm.round(algorithm.init(problem.trainable), *arguments)
+  compiled = play(problem, name, [cohort])
+  assert_close(jax.tree.map(np.array, state), compiled.states[-1])
+  assert_close(metrics, compiled.metrics[-1])

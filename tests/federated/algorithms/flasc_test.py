@@ -1,0 +1,205 @@
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.compression import base, sparse, wire
+from fedjax_llm.federated import aggregators
+from fedjax_llm.federated.algorithms import fed_avg, flasc
+
+KEY = jax.random.key(4)
+SGD = optax.sgd(0.05, momentum=0.9)
+STILL = optax.sgd(0.0)
+# One step of it doubles the parameters: the update is minus the start.
+DOUBLE = optax.stateless(lambda updates, params: params)
+ADAMW = flasc.server_adamw(0.1)
+
+
+@functools.cache
+def compose(loss_fn, client, server, download, upload):
+  algorithm = flasc.flasc(
+    loss_fn,
+    client,
+    server,
+    download_density=download,
+    upload_density=upload,
+    clients_per_step=1,
+  )
+  return algorithm, jax.jit(algorithm.round)
+
+
+def run(problem, client, server, download, upload, cohorts):
+  """The last state, and the last metrics."""
+  algorithm, step = compose(problem.loss_fn, client, server, download, upload)
+  state = algorithm.init(problem.trainable)
+  metrics = None
+  for cohort in cohorts:
+    state, metrics = step(state, problem.frozen, problem.examples, cohort, KEY)
+  return state, metrics
+
+
+def received(problem, download, upload=0.5):
+  algorithm, _ = compose(problem.loss_fn, SGD, ADAMW, download, upload)
+  state = algorithm.init(problem.trainable)
+  return jax.device_get(algorithm.received(state, KEY))
+
+
+def flat(tree):
+  return np.asarray(ravel_pytree(tree)[0])
+
+
+def test_flasc_is_its_oracle_in_float64(problem, oracle):
+  # Law 20: masks both ways, unequal clients that count alike, AdamW.
+  cohorts = problem.cohorts(4)
+  expected = oracle.flatten(problem.trainable)
+  server = oracle.adamw(0.1)
+  for cohort in cohorts:
+    start = oracle.top_k(expected, 0.6)
+    update = np.zeros_like(start)
+    for indices, mask in zip(cohort.indices, cohort.mask, strict=True):
+      trained = oracle.local_sgd(problem, start, indices, mask, 0.05, 0.9)
+      update += oracle.top_k(start - trained, 0.3)
+    expected = server(expected, update / len(cohort.clients))
+  with jax.enable_x64(True):
+    state, _ = run(problem, SGD, ADAMW, 0.6, 0.3, cohorts)
+    got = flat(state.trainable)
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
+  # Law 1.
+  cohorts = problem.cohorts(3)
+  state, _ = run(problem, SGD, ADAMW, 1.0, 1.0, cohorts)
+  dense = fed_avg.fed_avg(
+    problem.loss_fn,
+    SGD,
+    ADAMW,
+    aggregate=aggregators.uniform_mean(),
+    clients_per_step=1,
+  )
+  step = jax.jit(dense.round)
+  expected = dense.init(problem.trainable)
+  for cohort in cohorts:
+    arguments = (problem.frozen, problem.examples, cohort, KEY)
+    expected, _ = step(expected, *arguments)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.parametrize("density", [0.29, 0.9])
+def test_messages_hold_exactly_k_entries(problem, recorder, density):
+  # Laws 3 and 5: k is the floor, with ties too. At 0.9 the k-th magnitude is
+  # zero, because `b` is, and a threshold would select everything.
+  n = flat(problem.trainable).size
+  k = int(n * density)
+  cohorts = [problem.cohort(2, 5)]
+  state, metrics = run(problem, SGD, recorder, density, density, cohorts)
+  zeros = sparse.top_k(density).encode(np.zeros(n, np.float32), (), KEY)[0]
+  assert zeros.values.size == k
+  for name in ("download_bytes", "upload_bytes"):
+    assert metrics[name].tolist() == [len(wire.dumps(zeros))] * 2
+  assert np.count_nonzero(flat(received(problem, density))) == min(k, n - 8)
+  one, _ = run(problem, SGD, recorder, density, density, [problem.cohort(2)])
+  assert np.count_nonzero(flat(one.optimizer)) == k
+
+
+def test_the_mask_is_global_not_of_each_layer(problem):
+  # Law 4: a tensor that is scaled takes the whole budget.
+  scaled = {**problem.trainable, "a": 1000 * problem.trainable["a"]}
+  kept = received(problem._replace(trainable=scaled), 0.5)
+  assert kept["a"].all()
+  assert not kept["head"].any()
+
+
+def test_clients_start_from_one_mask_and_zeros(problem, recorder, oracle):
+  # Laws 6 and 7: whoever they are, and whoever else is there.
+  masked = oracle.top_k(flat(problem.trainable).astype(np.float32), 0.5)
+  assert 0 < np.count_nonzero(masked) < np.count_nonzero(flat(problem.trainable))
+  np.testing.assert_array_equal(flat(received(problem, 0.5)), masked)
+  for client in (2, 5):
+    cohorts = [problem.cohort(client, steps=1)]
+    state, _ = run(problem, DOUBLE, recorder, 0.5, 1.0, cohorts)
+    np.testing.assert_array_equal(-flat(state.optimizer), masked)
+
+
+def test_clients_choose_what_they_send_each_for_themselves(problem, recorder):
+  # Law 6; and law 14: entries that few clients send are divided by all.
+  alone = []
+  for client in (2, 5, 3):
+    cohorts = [problem.cohort(client)]
+    state, _ = run(problem, SGD, recorder, 0.5, 0.25, cohorts)
+    alone.append(flat(state.optimizer))
+  supports = [set(np.flatnonzero(update)) for update in alone]
+  assert supports[0] != supports[1] != supports[2]
+  cohorts = [problem.cohort(2, 5, 3)]
+  state, _ = run(problem, SGD, recorder, 0.5, 0.25, cohorts)
+  mean = sum(alone) / 3
+  np.testing.assert_allclose(flat(state.optimizer), mean, rtol=1e-6)
+
+
+def test_clients_count_alike_whatever_they_own(problem, recorder):
+  # Law 14.
+  cohort = problem.cohort(2, 5, 3)
+  heavy = cohort._replace(weights=np.array([100, 1, 1], np.float32))
+  states = [
+    run(problem, SGD, recorder, 0.5, 0.25, [each])[0] for each in (cohort, heavy)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_clients_train_outside_the_mask(problem, recorder):
+  # Law 8.
+  mask = flat(received(problem, 0.5)) != 0
+  state, _ = run(problem, SGD, recorder, 0.5, 1.0, [problem.cohort(2, 5)])
+  assert flat(state.optimizer)[~mask].any()
+
+
+def test_who_does_not_train_sends_zeros(problem, recorder):
+  # Law 7: the update is measured from the masked start.
+  state, _ = run(problem, STILL, recorder, 0.5, 0.25, problem.cohorts(1))
+  assert not flat(state.optimizer).any()
+
+
+def test_adamw_decays_by_one_percent_of_the_rate(problem):
+  # Law 7, with the decay of torch's default, not of optax's.
+  with jax.enable_x64(True):
+    state, _ = run(problem, STILL, ADAMW, 0.5, 0.25, problem.cohorts(3))
+    got = flat(state.trainable)
+  print(got.dtype, flat(problem.trainable).dtype)
+  expected = flat(problem.trainable) * (1 - 0.1 * 0.01) ** 3
+  np.testing.assert_allclose(got, expected, rtol=1e-14)
+
+
+def test_the_download_does_not_depend_on_the_upload_density(problem):
+  # Law 18. Densities are constant here: its schedule of rate 1 is all there is.
+  few, many = received(problem, 0.5, 0.1), received(problem, 0.5, 1.0)
+  jax.tree.map(np.testing.assert_array_equal, few, many)
+
+
+def test_the_server_stays_dense_and_what_is_received_is_sparse(problem):
+  # Dense and masked evaluation: of `state.trainable` and of `received`.
+  state, _ = run(problem, SGD, ADAMW, 0.6, 0.3, problem.cohorts(4))
+  algorithm, _ = compose(problem.loss_fn, SGD, ADAMW, 0.6, 0.3)
+  dense = flat(state.trainable)
+  masked = flat(algorithm.received(state, KEY))
+  assert dense.all()
+  assert np.count_nonzero(masked) == int(0.6 * dense.size)
+  np.testing.assert_array_equal(masked[masked != 0], dense[masked != 0])
+
+
+def test_a_round_costs_each_client_two_sparse_messages(problem):
+  # Law 17: a support and k values each way, far less than a dense round.
+  _, metrics = run(problem, SGD, ADAMW, 0.6, 0.3, problem.cohorts(4))
+  dense = wire.nbytes(base.Dense(np.zeros(24, np.float32)))
+  for name, k in (("download_bytes", 14), ("upload_bytes", 7)):
+    assert set(metrics[name].tolist()) <= set(range(4 * k + 4, dense))
+
+
+@pytest.mark.parametrize("name", ["download_density", "upload_density"])
+def test_a_density_out_of_range_is_refused(problem, name):
+  densities = {"download_density": 0.5, "upload_density": 0.5, name: 0.0}
+  with pytest.raises(ValueError, match="density in"):
+    flasc.flasc(problem.loss_fn, SGD, ADAMW, **densities)

@@ -1,0 +1,340 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm import compression
+from fedjax_llm.compression import base, sparse, wire
+from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated.algorithms import fed_avg
+
+KEY = jax.random.key(11)
+SGD = optax.sgd(0.1, momentum=0.9)
+# One step of it doubles the parameters, so that a client's update tells, but
+# for its sign, what the client started from.
+DOUBLE = optax.stateless(lambda updates, params: params)
+
+
+def compose(problem, server=None, client=SGD, clients_per_step=1, **parts):
+  """An algorithm, and its round compiled."""
+  algorithm = fed_avg.fed_avg(
+    problem.loss_fn,
+    client,
+    server or optax.sgd(1.0),
+    clients_per_step=clients_per_step,
+    **parts,
+  )
+  return algorithm, jax.jit(algorithm.round, donate_argnums=0)
+
+
+def advance(step, state, problem, *cohorts, examples=None):
+  """The state and the metrics after a round with each cohort."""
+  examples = problem.examples if examples is None else examples
+  metrics = None
+  for cohort in cohorts:
+    state, metrics = step(state, problem.frozen, examples, cohort, KEY)
+  return state, metrics
+
+
+def flat(tree):
+  return np.asarray(ravel_pytree(tree)[0])
+
+
+def test_a_dense_round_sends_every_parameter_both_ways(problem):
+  # Law 17: 2 C (4 n + header) bytes.
+  algorithm, step = compose(problem)
+  state = algorithm.init(problem.trainable)
+  n = flat(state.trainable).size
+  header = len(wire.dumps(base.Dense(np.zeros(n, np.float32)))) - 4 * n
+  assert 0 < header < 16
+  _, metrics = advance(step, state, problem, problem.cohort(0, 4, 6))
+  for name in ("download_bytes", "upload_bytes"):
+    assert metrics[name].tolist() == [4 * n + header] * 3
+
+
+def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
+  # Law 17: of the real messages, made here from what both ends hold.
+  channel = rounds.Channel(
+    download=compression.chain(sparse.top_k(1 / 2), compression.uniform(4)),
+    upload=compression.cast(jnp.bfloat16),
+  )
+  algorithm, step = compose(problem, recorder, client=DOUBLE, channel=channel)
+  start = algorithm.init(problem.trainable)
+  received = algorithm.received(start, KEY)
+  encode = lambda compressor, vector: jax.jit(compressor.encode)(
+    vector, compressor.init(vector), KEY
+  )
+  download, _ = encode(channel.download, flat(start.trainable))
+  sent, _ = encode(channel.upload, -flat(received))
+  message = wire.dumps(sent)
+  state, metrics = advance(step, start, problem, problem.cohort(0, 4, steps=1))
+  assert metrics["upload_bytes"].tolist() == 2 * [len(message)]
+  assert metrics["download_bytes"].tolist() == 2 * [len(wire.dumps(download))]
+  # And what the server averaged is what the message says.
+  arrived = channel.upload.decode(wire.loads(message))
+  np.testing.assert_array_equal(flat(state.optimizer), arrived)
+
+
+def test_received_is_what_clients_train_on(problem, recorder):
+  channel = rounds.Channel(download=compression.uniform(2))  # At random.
+  algorithm, step = compose(problem, recorder, client=DOUBLE, channel=channel)
+  state = algorithm.init(problem.trainable)
+  cohort = problem.cohort(2, 5, steps=1)
+  seen = []
+  for _ in range(2):
+    received = flat(algorithm.received(state, KEY))
+    state, _ = advance(step, state, problem, cohort)
+    np.testing.assert_allclose(-flat(state.optimizer), received, rtol=1e-6)
+    seen.append(received)
+  assert (seen[0] != seen[1]).any()
+
+
+def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
+  def loss_fn(trainable, frozen, examples, mask, key):
+    return jax.random.normal(key, (4,)) @ trainable["head"], mask.sum()
+
+  algorithm, step = compose(problem._replace(loss_fn=loss_fn), recorder)
+  start = algorithm.init(problem.trainable)
+
+  def update(state, client, *others):
+    cohort = problem.cohort(client, *others, steps=1)
+    alone = (cohort.clients == client).astype(np.float32)
+    state = jax.tree.map(jnp.array, state)  # Else it would be donated.
+    state, _ = advance(step, state, problem, cohort._replace(weights=alone))
+    return state.optimizer["head"] * cohort.mask[0].sum(), state
+
+  first, later = update(start, 0, 4, 6)
+  np.testing.assert_array_equal(update(start, 0, 3, 1)[0], first)
+  others = [update(start, 3, 0, 1)[0], update(later, 0, 4, 6)[0]]
+  assert all(abs(other - first).min() > 1e-3 for other in others)
+
+
+def test_a_client_that_diverges_keeps_its_memory(problem):
+  # A residual that is not finite would spoil all of its later answers.
+  upload = compression.error_feedback(
+    sparse.random_k(0.3, unbiased=False)  # May not send what is not finite.
+  )
+  algorithm, step = compose(
+    problem, channel=rounds.Channel(upload=upload), population=7
+  )
+  cohort = problem.cohort(1, 4, 6)
+  rows = cohort.indices[1][cohort.mask[1]]
+  broken = jax.tree.map(np.copy, problem.examples)
+  broken["y"][rows] = np.inf
+  state = algorithm.init(problem.trainable)
+  state, _ = advance(step, state, problem, cohort)
+  before = jax.device_get(state.upload)
+  state, metrics = advance(step, state, problem, cohort, examples=broken)
+  assert metrics["finite"].tolist() == [True, False, True]
+  residual = state.upload[0]
+  np.testing.assert_array_equal(residual[4], before[0][4])
+  assert (residual[1] != before[0][1]).any()
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  state, metrics = advance(step, state, problem, cohort)
+  assert metrics["finite"].all()
+
+
+def test_if_every_client_diverges_the_server_gets_no_update(problem, recorder):
+  algorithm, step = compose(problem, recorder)
+  broken = jax.tree.map(lambda x: np.full_like(x, np.nan), problem.examples)
+  state = algorithm.init(problem.trainable)
+  cohort = problem.cohort(0, 4, 6)
+  state, metrics = advance(step, state, problem, cohort, examples=broken)
+  assert not metrics["finite"].any()
+  assert not flat(state.optimizer).any()
+
+
+def test_an_answer_that_overflows_on_the_way_is_not_finite(problem):
+  upload = rounds.Channel(upload=compression.cast(jnp.float16))
+  algorithm, step = compose(problem, client=optax.sgd(1e6), channel=upload)
+  state = algorithm.init(problem.trainable)
+  state, metrics = advance(step, state, problem, problem.cohort(0, steps=1))
+  assert metrics["finite"].tolist() == [False]
+  assert jnp.isfinite(metrics["train_loss"])
+  np.testing.assert_array_equal(
+    flat(state.trainable), flat(problem.trainable).astype(np.float32)
+  )
+
+
+def test_memory_is_kept_for_each_client_by_its_number(problem):
+  upload = compression.error_feedback(sparse.top_k(1 / 8))
+  algorithm, step = compose(
+    problem, channel=rounds.Channel(upload=upload), population=7
+  )
+  start = algorithm.init(problem.trainable)
+  n = flat(start.trainable).size
+  assert start.upload[0].shape == (7, n)
+  state, _ = advance(step, start, problem, problem.cohort(5, 0, 3))
+  changed = np.asarray(state.upload[0]).any(axis=1)
+  assert np.flatnonzero(changed).tolist() == [0, 3, 5]
+  before = np.asarray(state.upload[0])
+  state, _ = advance(step, state, problem, problem.cohort(3, 6, 5))
+  changed = (np.asarray(state.upload[0]) != before).any(axis=1)
+  assert np.flatnonzero(changed).tolist() == [3, 5, 6]
+
+
+def test_an_answer_contains_what_error_feedback_kept_back(problem, recorder):
+  # What arrived in two rounds, plus what is still kept, is all that was sent.
+  upload = compression.error_feedback(sparse.top_k(1 / 8))
+  algorithm, step = compose(
+    problem,
+    recorder,
+    client=DOUBLE,
+    channel=rounds.Channel(upload=upload),
+    population=7,
+  )
+  state = algorithm.init(problem.trainable)
+  cohort = problem.cohort(5, steps=1)
+  arrived = 0
+  for _ in range(2):
+    state, _ = advance(step, state, problem, cohort)
+    arrived += flat(state.optimizer)
+  total = arrived + state.upload[0][5]
+  np.testing.assert_allclose(total, -2 * flat(state.trainable), rtol=1e-6)
+
+
+def test_a_memory_for_each_client_needs_the_population(problem):
+  upload = compression.error_feedback(sparse.top_k(0.5))
+  algorithm, _ = compose(problem, channel=rounds.Channel(upload=upload))
+  with pytest.raises(ValueError, match="needs `population`"):
+    algorithm.init(problem.trainable)
+
+
+def test_an_upload_can_use_what_the_download_said(problem, recorder):
+  n = flat(problem.trainable).size
+  count = n // 2
+  held = lambda payload: sparse.top_k(0.5).decode(payload) != 0
+  channel = rounds.Channel(
+    download=sparse.top_k(0.5),
+    upload=lambda payload: sparse.select(held(payload), count),
+  )
+  algorithm, step = compose(problem, recorder, channel=channel)
+  state = algorithm.init(problem.trainable)
+  mask = flat(algorithm.received(state, KEY)) != 0
+  assert mask.sum() == count
+  state, metrics = advance(step, state, problem, problem.cohort(2, 5))
+  update = flat(state.optimizer)
+  assert update[mask].all()
+  assert not update[~mask].any()
+  # The support costs nothing on the way up.
+  alone = wire.dumps(base.Dense(np.zeros(count, np.float32)))
+  assert metrics["upload_bytes"].tolist() == [len(alone)] * 2
+
+
+def test_an_upload_of_unknown_size_is_refused_before_the_round(problem):
+  held = lambda payload: sparse.top_k(0.5).decode(payload) != 0
+  channel = rounds.Channel(
+    download=sparse.top_k(0.5),
+    upload=lambda payload: sparse.select(held(payload)),
+  )
+  algorithm, _ = compose(problem, channel=channel)
+  with pytest.raises(ValueError, match="needs `count`"):
+    algorithm.init(problem.trainable)
+
+
+def test_a_rank_that_was_truncated_away_stays_zero(problem, recorder):
+  # Law 13: where a's columns and b's rows are zero, both gradients are.
+  kept = {"a": np.ones((6, 2)), "b": np.ones((2, 4)), "head": np.ones(4)}
+  kept["a"][:, 1:] = kept["b"][1:] = 0
+  mask = flat(kept) == 1
+  trained = {**problem.trainable, "b": np.full((2, 4), 0.3)}
+  channel = rounds.Channel(download=sparse.select(mask))
+  algorithm, step = compose(problem, recorder, channel=channel)
+  state, _ = advance(
+    step, algorithm.init(trained), problem, problem.cohort(2, 5)
+  )
+  update = flat(state.optimizer)
+  assert update[mask].all()
+  assert not update[~mask].any()
+
+
+def test_one_tier_of_full_rank_is_the_homogeneous_round(problem):
+  # Law 13, its other half.
+  everything = sparse.select(np.ones(flat(problem.trainable).size, bool))
+  states = []
+  for channel in (None, rounds.Channel(everything, everything)):
+    algorithm, step = compose(problem, channel=channel)
+    start = algorithm.init(problem.trainable)
+    states.append(advance(step, start, problem, *problem.cohorts(2))[0])
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_frozen_weights_are_neither_constants_nor_batched(problem):
+  algorithm, _ = compose(problem, clients_per_step=None)
+  jaxpr = jax.make_jaxpr(algorithm.round)(
+    algorithm.init(problem.trainable),
+    problem.frozen,
+    problem.examples,
+    problem.cohort(0, 4, 6),
+    KEY,
+  )
+  assert all(np.size(constant) <= 1 for constant in jaxpr.consts)
+  assert "f32[6,4]" in str(jaxpr)
+  assert "f32[3,6,4]" not in str(jaxpr)
+
+
+@functools.cache
+def temporary_bytes(cohort, clients_per_step):
+  """Memory of a round beside its arguments; a client trains 16 KiB."""
+  n, steps = 4096, 2
+
+  def loss_fn(trainable, frozen, examples, mask, key):
+    return ((trainable[None] * examples) ** 2).sum() + frozen, mask.sum()
+
+  algorithm = fed_avg.fed_avg(
+    loss_fn, SGD, optax.sgd(1.0), clients_per_step=clients_per_step
+  )
+  arguments = (
+    algorithm.init(jnp.zeros(n)),
+    jnp.zeros(()),
+    jnp.zeros((8, n)),
+    clients.Cohort(
+      np.arange(cohort, dtype=np.int32),
+      np.zeros((cohort, steps, 1), np.int32),
+      np.ones((cohort, steps, 1), bool),
+      np.ones(cohort, np.float32),
+    ),
+    KEY,
+  )
+  compiled = jax.jit(algorithm.round).lower(*arguments).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_clients_per_step_bounds_the_memory_of_a_round():
+  # All at once, 24 more clients hold 24 more sets of parameters, at least.
+  assert temporary_bytes(32, None) - temporary_bytes(8, None) > 24 * 4 * 4096
+  # In steps of two, none: what grows is a few numbers for each client.
+  assert temporary_bytes(32, 2) - temporary_bytes(8, 2) < 4 * 4096
+
+
+def test_an_experiment_on_a_mesh_is_compiled_once(problem, mesh):
+  # A state that the first round moves would make the second compile again.
+  upload = compression.error_feedback(sparse.top_k(0.5))
+  algorithm, step = compose(
+    problem,
+    optax.adam(0.1),
+    channel=rounds.Channel(upload=upload),
+    population=7,
+    mesh=mesh,
+  )
+  state = algorithm.init(problem.trainable)
+  advance(step, state, problem, *problem.cohorts(3))
+  assert step._cache_size() == 1
+
+
+def test_the_server_optimizer_gets_the_mean_update_and_the_state(problem):
+  # It may remember the parameters it started from: they are not donated twice.
+  def update_fn(updates, start, params):
+    back = jax.tree.map(lambda p, s: s - p, params, start)
+    return back, start
+
+  server = optax.GradientTransformation(lambda params: params, update_fn)
+  algorithm, step = compose(problem, server)
+  trainable = jax.tree.map(jnp.asarray, problem.trainable)
+  state = algorithm.init(trainable)
+  state, _ = advance(step, state, problem, *problem.cohorts(2))
+  np.testing.assert_array_equal(flat(state.trainable), flat(trainable))

@@ -1,0 +1,36 @@
+"""README's Python blocks run, and its tables are those of committed results."""
+
+import pathlib
+import re
+
+import pytest
+
+from fedjax_llm import report
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["quickstart", "flasc_shakespeare"])
+def test_tables_are_those_of_the_committed_runs(name):
+  assert report.table(report.load(RESULTS / name)) in README
+
+
+def test_the_commands_are_one_line_each():
+  assert [block.count("\n") for block in blocks("bash")][:2] == [1, 1]
+
+
+def test_linked_files_exist():
+  for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    assert (ROOT / path).exists(), path
