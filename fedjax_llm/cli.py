@@ -6,7 +6,7 @@ its signature and docstring are the command's options and their help.
 
 import ast
 import dataclasses
-import importlib.util
+import importlib.machinery
 import inspect
 import os
 import pathlib
@@ -108,10 +108,10 @@ def load_config(name_or_path: str) -> types.ModuleType:
       f" of {', '.join(names)}."
     )
   name = f"fedjax_llm.configs.{path.stem}" if shipped else _CONFIG
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
+  module = types.ModuleType(name)
+  module.__file__ = str(path)
   sys.modules[name] = module  # Dataclasses of a config look themselves up.
-  spec.loader.exec_module(module)
+  importlib.machinery.SourceFileLoader(name, str(path)).exec_module(module)
   if not callable(getattr(module, "experiment", None)):
     raise ValueError(
       f"{path} has no function `experiment`; a config's knobs are its"
@@ -128,7 +128,9 @@ def options_of(module: types.ModuleType) -> type:
   """
   hints = get_type_hints(module.experiment, include_extras=True)
   fields: list[Any] = []
-  for name, parameter in inspect.signature(module.experiment).parameters.items():
+  for name, parameter in inspect.signature(
+    module.experiment
+  ).parameters.items():
     if name not in hints:
       raise ValueError(f"{module.__file__}: the knob {name!r} has no type.")
     required = parameter.default is inspect.Parameter.empty
@@ -175,7 +177,9 @@ def _prepare_process() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
   import jax  # Read the variable if it was imported only now.
 
-  jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+  jax.config.update(
+    "jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"])
+  )
 
 
 def _is_of_a_config(error: Exception) -> bool:

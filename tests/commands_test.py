@@ -126,10 +126,11 @@ def test_evaluate_is_the_mean_over_all_predicted_tokens(
   ids = jnp.array(tokenizer(path.read_text())["input_ids"])
   settings, factors = adapters.load(adapter) if adapted else (None, None)
   variables = {"params": params} | ({"lora": factors} if adapted else {})
+  apply = jax.jit(llama.Llama(config, settings).apply)
   total, context = 0.0, config.max_position_embeddings
   for start in range(0, len(ids) - 1, context):
     window = ids[None, start : start + context + 1]
-    logits = llama.Llama(config, settings).apply(variables, window[:, :-1])
+    logits = apply(variables, window[:, :-1])
     total += language.token_losses(logits, window[:, 1:]).sum()
   result = evaluate(
     capsys,
@@ -140,7 +141,9 @@ def test_evaluate_is_the_mean_over_all_predicted_tokens(
   assert result["task"] == "perplexity"
   assert result["tokens"] == len(ids) - 1
   assert (result["tokens"] > context) == (count == 100)
-  assert result["loss"] == pytest.approx(float(total) / (len(ids) - 1), rel=1e-5)
+  assert result["loss"] == pytest.approx(
+    float(total) / (len(ids) - 1), rel=1e-5
+  )
 
 
 def test_a_short_text_does_not_cost_the_whole_context(
@@ -171,7 +174,9 @@ def test_evaluate_prints_lines_for_people(toy_model, tmp_path, capsys):
   [(None, "expected a file"), (b"", "got none"), (b"\xff\xfe\x00", "utf-8")],
   ids=["missing", "empty", "binary"],
 )
-def test_evaluate_refuses_what_is_no_text(toy_model, tmp_path, content, message):
+def test_evaluate_refuses_what_is_no_text(
+  toy_model, tmp_path, content, message
+):
   path = pathlib.Path(tmp_path / "text.txt")
   if content is not None:
     path.write_bytes(content)

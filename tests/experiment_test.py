@@ -39,7 +39,10 @@ def made(lives=None, **changes):
   def advance(state, number):
     lives.spend()
     x = (state["x"] + 2 / state["x"]) / 2
-    return {"x": x, "sum": state["sum"] + number}, {"train_loss": x, "tokens": 3}
+    return {"x": x, "sum": state["sum"] + number}, {
+      "train_loss": x,
+      "tokens": 3,
+    }
 
   def evaluate(state):
     lives.spend()

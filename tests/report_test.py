@@ -70,9 +70,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     write(tmp_path / seed / "flasc", "flasc", *lines())
   write(tmp_path / "dense", "dense", *lines())
   runs = [
-    run
-    for name in ("0", "1", "dense")
-    for run in report.load(tmp_path / name)
+    run for name in ("0", "1", "dense") for run in report.load(tmp_path / name)
   ]
   shown = [row["run"] for row in cells(report.table(runs))]
   assert shown == ["0/flasc", "1/flasc", "dense"]
@@ -88,7 +86,9 @@ def test_metrics_that_a_run_lacks_are_left_blank(tmp_path):
   assert row["MB total"] == "0.0"
 
 
-@pytest.mark.parametrize("sent", [True, False], ids=["federated", "pretraining"])
+@pytest.mark.parametrize(
+  "sent", [True, False], ids=["federated", "pretraining"]
+)
 def test_the_plot_is_a_picture(tmp_path, sent):
   rows = [
     {k: x for k, x in line.items() if sent or not k.endswith("bytes")}

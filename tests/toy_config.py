@@ -1,6 +1,7 @@
 """FLASC at toy size, run by the tests as a user would run it."""
 
 import dataclasses
+import os
 import time
 
 import optax
@@ -35,7 +36,6 @@ def experiment(
   upload_density: float = 0.25,
   client_learning_rate: float = 0.1,
   sequence_length: int = 16,
-  pause: float = 0.0,
 ) -> experiments.Experiment:
   """Fine-tune a tiny random Llama on counting.
 
@@ -49,7 +49,6 @@ def experiment(
     upload_density: share of an update's entries that a client sends.
     client_learning_rate: of the clients' SGD.
     sequence_length: tokens a row.
-    pause: seconds to wait in a round, so that a test can kill it there.
   """
   task = finetuning.language_model(
     corpus(),
@@ -80,7 +79,8 @@ def experiment(
   )
 
   def slow_round(state, number):
-    time.sleep(pause)
+    # So that a test can kill it there.
+    time.sleep(float(os.environ.get("TOY_PAUSE", 0)))
     return made.round(state, number)
 
   return dataclasses.replace(made, round=slow_round)

@@ -21,7 +21,8 @@ class Cohort(NamedTuple):
     indices: int32 [cohort, steps, batch], rows of the examples.
     mask: bool [cohort, steps, batch]; False where there is no example. A step
       without any leaves the client as it was.
-    weights: float32 [cohort], of the clients in a weighted mean.
+    weights: float32 [cohort], of the clients in a weighted mean; a client of
+      weight zero is left out of any mean.
   """
 
   clients: Any
@@ -206,8 +207,8 @@ def proximal(mu: float) -> optax.GradientTransformation:
   if mu < 0:
     raise ValueError(f"proximal expected mu >= 0, got {mu=}.")
 
-  def update_fn(updates, received, params):
-    pull = lambda g, p, start: g + mu * (p - start)
-    return jax.tree.map(pull, updates, params, received), received
+  def update_fn(updates, state, params=None):
+    pull = lambda gradient, p, received: gradient + mu * (p - received)
+    return jax.tree.map(pull, updates, params, state), state
 
   return optax.GradientTransformation(lambda params: params, update_fn)

@@ -66,8 +66,8 @@ class FederatedAlgorithm(NamedTuple):
       with `state` donated; `key` is the experiment's, the same in all rounds.
       Metrics: `train_loss` and `tokens` of all local steps together, and for
       each client of the cohort `download_bytes`, `upload_bytes` and whether
-      its answer was `finite`; one that is not is left out of the mean, and the
-      client's memory stays as it was.
+      its answer was `finite`; one that is not is left out, as is a client of
+      weight zero: not in the mean, and its memory stays as it was.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
       evaluation has the new parameters under the mask of the round before.)
@@ -191,7 +191,7 @@ def _answer(local_update, channel, aggregate):
     # Of both: a compressor may lose what is not finite, or overflow.
     finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
     weight = jnp.where(finite, cohort.weights, 0)
-    keep = lambda new, old: jnp.where(finite, new, old)
+    keep = lambda new, old: jnp.where(weight > 0, new, old)
     memory = jax.tree.map(keep, message.state, memory)
     share = aggregate.share(message.received, weight)
     upload_bytes = jnp.int32(wire.nbytes(message.payload))

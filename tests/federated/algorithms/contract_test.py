@@ -11,7 +11,7 @@ import pytest
 
 from fedjax_llm import compression
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import clients, rounds
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 
 KEY = jax.random.key(9)
@@ -53,19 +53,16 @@ FEEDBACK = rounds.Channel(
 # Each makes an algorithm from a loss and the placement of clients.
 ALGORITHMS = {
   "FedAvg": avg(),
-  "FedAvg, uniform": avg(aggregate=aggregators.uniform_mean()),
   "FedAvgM": avg(optax.sgd(0.3, momentum=0.9)),
   "FedAdam": avg(optax.adam(0.05, b2=0.99, eps=1e-3)),
   "FedYogi": avg(optax.yogi(0.05, b2=0.99, eps=1e-3)),
   "FedAdagrad": avg(optax.adagrad(0.1, initial_accumulator_value=1e-6)),
   "FedProx": avg(client=optax.chain(clients.proximal(0.1), CLIENT)),
-  "FedAdam at clients": avg(client=optax.adam(0.02)),
   "FLASC": flasc_half,
   "Federated Select": federated_select,
   "error feedback": avg(channel=FEEDBACK, population=7),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
-PLACED = ("FLASC", "error feedback")
 
 
 @functools.cache
@@ -168,8 +165,8 @@ def test_the_order_of_clients_matters_only_to_rounding(problem, name):
 
 
 @each_algorithm
-def test_a_client_that_diverges_is_left_out(problem, name):
-  cohort = problem.cohort(3, 6, 1)
+def test_a_client_that_diverges_is_one_that_is_not_there(problem, name):
+  cohort = problem.cohort(3, 4, 1)
   rows = cohort.indices[1][cohort.mask[1]]
   broken = jax.tree.map(np.copy, problem.examples)
   broken["x"][rows] = np.nan
@@ -178,10 +175,8 @@ def test_a_client_that_diverges_is_left_out(problem, name):
   leaves = jax.tree.leaves(got.states[-1])
   assert all(np.isfinite(leaf).all() for leaf in leaves)
   weights = cohort.weights * np.array([1, 0, 1], np.float32)
-  without = play(problem, name, [cohort._replace(weights=weights)])
-  expected = without.states[-1]
-  assert_same_bits(got.states[-1].trainable, expected.trainable)
-  assert_same_bits(got.states[-1].optimizer, expected.optimizer)
+  absent = play(problem, name, [cohort._replace(weights=weights)])
+  assert_same_bits(got.states[-1], absent.states[-1])
 
 
 @each_algorithm
@@ -193,13 +188,18 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
   assert loss(problem, run.states[-1].trainable) < 0.8 * loss(mine, trainable)
 
 
-@pytest.mark.parametrize("name", PLACED)
 @pytest.mark.parametrize(
-  ("clients_per_step", "on_mesh"), [(2, False), (None, False), (1, True)]
+  ("name", "clients_per_step", "on_mesh"),
+  [
+    ("FLASC", None, False),
+    ("FLASC", 2, True),
+    ("error feedback", 2, False),
+    ("error feedback", 1, True),
+  ],
 )
 def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):
-  # Law 21: three clients, in steps of one (the reference), two and a rest, all
-  # at once, and on two devices.
+  # Law 21: three clients one by one, which is the reference, in steps of two,
+  # all at once, and on two devices.
   placement = dict(clients_per_step=clients_per_step)
   placement |= dict(mesh=mesh) if on_mesh else {}
   cohorts = problem.cohorts(2)
@@ -211,13 +211,14 @@ def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_a_compiled_round_is_the_round(problem, name):
+def test_a_compiled_round_is_the_round(problem, name="FedAvg"):
   # Law 21.
   algorithm, _ = program(name, problem.loss_fn)
   (cohort,) = problem.cohorts(1)
   arguments = (problem.frozen, problem.examples, cohort, KEY)
-  state, metrics = algorithm.round(algorithm.init(problem.trainable), *arguments)
+  state, metrics = algorithm.round(
+    algorithm.init(problem.trainable), *arguments
+  )
   compiled = play(problem, name, [cohort])
   assert_close(jax.tree.map(np.array, state), compiled.states[-1])
   assert_close(metrics, compiled.metrics[-1])

@@ -1,0 +1,67 @@
+"""Who may import whom: the architecture, read off the source."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "fedjax_llm"
+FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+# What each folder may import of the others.
+ALLOWED = {
+  "compression": set(),
+  "models": set(),
+  "federated": {"compression", "models.lora"},
+  "data": {"models", "federated", "compression"},
+  "evaluation": {"models", "federated", "compression", "data"},
+}
+# What the parts that a reader starts with do without.
+PURE = ("models", "compression", "federated")
+HEAVY = {"datasets", "tyro", "tqdm", "matplotlib"}
+
+
+def imports(path):
+  """Dotted names of all that a file imports, wherever in it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path} has a relative import"
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def within(name, allowed):
+  return any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
+
+
+def test_there_is_something_to_check():
+  assert set(ALLOWED) <= {name.split("/")[0] for name in FILES}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_folders_import_only_what_is_below_them(name):
+  folder = name.split("/")[0]
+  if folder not in ALLOWED:
+    pytest.skip("stands on top and may import all")
+  inner = {
+    imported.removeprefix("fedjax_llm.")
+    for imported in imports(FILES[name])
+    if imported.split(".")[0] == "fedjax_llm"
+  }
+  allowed = ALLOWED[folder] | {folder}
+  assert not {x for x in inner if not within(x, allowed)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_library_does_without_torch_and_the_core_without_more(name):
+  forbidden = {"torch", "peft"}
+  if name.split("/")[0] in PURE:
+    forbidden |= HEAVY
+  assert not {x for x in imports(FILES[name]) if x.split(".")[0] in forbidden}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_readable_in_one_go(name):
+  assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320

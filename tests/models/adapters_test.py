@@ -1,0 +1,225 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedjax_llm.models import adapters, llama, lora, pretrained
+
+SETTINGS = lora.LoRA(
+  rank=3, alpha=6.0, dropout=0.1, targets=("down_proj", "q_proj", "v_proj")
+)
+
+
+@pytest.fixture
+def model(config):
+  return llama.Llama(config, SETTINGS)
+
+
+@pytest.fixture
+def factors(model, lora_factors):
+  return lora_factors(model)
+
+
+@pytest.fixture
+def folder(factors, tmp_path):
+  adapters.save(tmp_path / "adapter", factors, SETTINGS, base_model="tiny")
+  return tmp_path / "adapter"
+
+
+def edit(folder, change):
+  """Rewrites the weights with what `change` makes of the tensors."""
+  path = folder / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def edit_fields(folder, **changes):
+  path = folder / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(folder, factors, model):
+  settings, loaded = adapters.load(folder)
+  assert settings == SETTINGS
+  jax.tree.map(np.testing.assert_array_equal, loaded, factors)
+  lora.check(model, loaded)
+
+
+def test_what_is_loaded_is_saved_bit_for_bit(folder, tmp_path):
+  settings, loaded = adapters.load(folder)
+  adapters.save(tmp_path / "again", loaded, settings, base_model="tiny")
+  for file in folder.iterdir():
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_factors_are_stored_as_peft_does(folder, factors):
+  tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+  name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+  ours = factors["layers"]["mlp"]["down_proj"]
+  np.testing.assert_array_equal(tensors[name.format("A")], ours["a"][1].T)
+  np.testing.assert_array_equal(tensors[name.format("B")], ours["b"][1].T)
+  assert len(tensors) == 2 * 2 * 3
+
+
+def test_the_settings_are_stored_as_peft_does(folder):
+  fields = json.loads((folder / "adapter_config.json").read_text())
+  assert fields["r"] == 3
+  assert fields["lora_alpha"] == 6
+  assert fields["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+  assert fields["base_model_name_or_path"] == "tiny"
+
+
+def test_factors_stored_in_bfloat16_are_read_as_float32(folder, factors):
+  def shorten(tensors):
+    for name in tensors:
+      tensors[name] = np.asarray(jnp.asarray(tensors[name], jnp.bfloat16))
+
+  edit(folder, shorten)
+  _, loaded = adapters.load(folder)
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  expected = jax.tree.map(rounded, factors)
+  jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("peft_type", "IA3"),
+    ("bias", "all"),
+    ("use_dora", True),
+    ("use_rslora", True),
+    ("rank_pattern", {"q_proj": 4}),
+    ("alpha_pattern", {"q_proj": 4}),
+    ("modules_to_save", ["lm_head"]),
+    ("layers_to_transform", [0]),
+    ("layer_replication", [[0, 2]]),
+    ("trainable_token_indices", [5]),
+    ("target_parameters", ["experts"]),
+    ("fan_in_fan_out", True),
+    ("lora_bias", True),
+    ("use_qalora", True),
+    ("init_lora_weights", "pissa"),
+    ("a_feature_of_the_future", True),
+  ],
+)
+def test_other_features_of_peft_are_refused_by_name(folder, field, value):
+  edit_fields(folder, **{field: value})
+  with pytest.raises(ValueError, match=field):
+    adapters.load(folder)
+
+
+@pytest.mark.parametrize("value", [True, "gaussian", "eva"])
+def test_how_the_factors_began_does_not_matter(folder, value):
+  edit_fields(folder, init_lora_weights=value)
+  adapters.load(folder)
+
+
+@pytest.mark.parametrize("factor, lost", [("A", 0), ("B", 1)])
+def test_a_factor_that_some_layer_lacks_is_named(folder, factor, lost):
+  name = (
+    f"base_model.model.model.layers.{lost}.mlp.down_proj.lora_{factor}.weight"
+  )
+  edit(folder, lambda tensors: tensors.pop(name))
+  with pytest.raises(ValueError, match=f"missing {name}"):
+    adapters.load(folder)
+
+
+def test_tensors_of_other_layers_are_named(folder):
+  name = "base_model.model.lm_head.lora_A.weight"
+  edit(folder, lambda tensors: tensors.update({name: np.zeros((3, 24))}))
+  with pytest.raises(ValueError, match=f"cannot place {name}"):
+    adapters.load(folder)
+
+
+def test_an_adapter_without_factors_is_refused(folder):
+  edit(folder, lambda tensors: tensors.clear())
+  with pytest.raises(ValueError, match="it has none"):
+    adapters.load(folder)
+
+
+def test_a_rank_that_the_factors_do_not_have_is_refused(folder):
+  edit_fields(folder, r=4)
+  with pytest.raises(ValueError, match=r"rank 4, got \{3\}"):
+    adapters.load(folder)
+
+
+@pytest.mark.parametrize(
+  "file", ["adapter_config.json", "adapter_model.safetensors"]
+)
+def test_a_missing_file_is_named(folder, file):
+  (folder / file).unlink()
+  with pytest.raises(ValueError, match=f"missing \\['{file}"):
+    adapters.load(folder)
+
+
+def test_an_adapter_of_another_model_is_refused(folder, config):
+  settings, factors = adapters.load(folder)
+  deeper = dataclasses.replace(config, num_hidden_layers=4)
+  with pytest.raises(ValueError, match=r"q_proj/a: expected \(4, 24, 3\)"):
+    lora.check(llama.Llama(deeper, settings), factors)
+
+
+@pytest.fixture
+def reference(config, base_params, tmp_path):
+  """The base model in transformers, and peft."""
+  pytest.importorskip("torch", reason="oracle needs torch")
+  peft = pytest.importorskip("peft", reason="oracle needs peft")
+  transformers = pytest.importorskip("transformers")
+  base = tmp_path / "base"
+  pretrained.save(base, config, base_params(config), dtype=jnp.float32)
+  return transformers.AutoModelForCausalLM.from_pretrained(base), peft
+
+
+def same_logits(reference, model, params, factors, tokens):
+  import torch
+
+  with torch.no_grad():
+    expected = reference.eval()(torch.tensor(tokens, dtype=torch.long)).logits
+  variables = {"params": params, "lora": factors}
+  got = jax.jit(model.apply)(variables, tokens)
+  np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_peft_loads_what_is_saved(
+  reference, folder, model, factors, config, base_params, tokens
+):
+  base, peft = reference
+  adapted = peft.PeftModel.from_pretrained(base, folder)
+  same_logits(adapted, model, base_params(config), factors, tokens)
+  merged = lora.merge(base_params(config), factors, SETTINGS.scale)
+  alone = llama.Llama(config)
+  same_logits(adapted, alone, merged, {}, tokens)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_what_peft_saves_is_loaded(
+  reference, config, base_params, tokens, tmp_path
+):
+  import torch
+
+  base, peft = reference
+  torch.manual_seed(0)
+  adapted = peft.get_peft_model(
+    base,
+    peft.LoraConfig(
+      r=5,
+      lora_alpha=7,
+      target_modules="all-linear",
+      init_lora_weights=False,  # Both factors random.
+      task_type="CAUSAL_LM",
+    ),
+  )
+  adapted.save_pretrained(tmp_path / "theirs")
+  settings, factors = adapters.load(tmp_path / "theirs")
+  assert settings == lora.LoRA(5, 7.0, 0.0, tuple(sorted(llama.LINEAR)))
+  model = llama.Llama(config, settings)
+  lora.check(model, factors)
+  same_logits(adapted, model, base_params(config), factors, tokens)

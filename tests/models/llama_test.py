@@ -1,0 +1,427 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm.models import language, llama, lora, pretrained
+
+ALL = lora.LoRA(rank=3, alpha=6.0, targets=llama.LINEAR)
+
+
+def np_rms(x, scale, epsilon):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def np_silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def np_rotate(x, position, frequencies):
+  """Turns each pair (i, i + half) of `x` [head_dim] as a complex number."""
+  half = len(x) // 2
+  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequencies)
+  return np.concatenate([turned.real, turned.imag])
+
+
+def np_frequencies(config):
+  frequencies = []
+  scaling = dict(config.rope_scaling or {"rope_type": "default"})
+  for i in range(0, config.head_dim, 2):
+    frequency = config.rope_theta ** (-i / config.head_dim)
+    if scaling["rope_type"] == "linear":
+      frequency /= scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+      length = scaling["original_max_position_embeddings"]
+      wavelength = 2 * math.pi / frequency
+      low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+      if wavelength > length / low:
+        frequency /= scaling["factor"]
+      elif wavelength >= length / high:
+        smooth = (length / wavelength - low) / (high - low)
+        scaled = frequency / scaling["factor"]
+        frequency = (1 - smooth) * scaled + smooth * frequency
+    frequencies.append(frequency)
+  return np.array(frequencies)
+
+
+def np_dense(x, params, factors, scale):
+  y = x @ params["kernel"] + params.get("bias", 0)
+  return y + scale * x @ factors["a"] @ factors["b"] if factors else y
+
+
+def np_attention(x, params, factors, config, scale):
+  dense = lambda name, x: np_dense(
+    x, params[name], factors.get(name), scale
+  ).reshape(len(x), -1, config.head_dim)
+  query, key, value = (dense(f"{name}_proj", x) for name in "qkv")
+  group = config.num_attention_heads // config.num_key_value_heads
+  frequencies = np_frequencies(config)
+  out = np.zeros_like(query)
+  for head in range(config.num_attention_heads):
+    for t in range(len(x)):
+      q = np_rotate(query[t, head], t, frequencies)
+      scores = [
+        q @ np_rotate(key[s, head // group], s, frequencies)
+        for s in range(t + 1)
+      ]
+      weights = np.exp(np.array(scores) / math.sqrt(config.head_dim))
+      weights /= weights.sum()
+      out[t, head] = weights @ value[: t + 1, head // group]
+  out = out.reshape(len(x), -1)
+  return np_dense(out, params["o_proj"], factors.get("o_proj"), scale)
+
+
+def np_llama(config, params, factors, row, scale=0.0):
+  """Logits of one row, in float64 and with plain loops."""
+  params, factors = jax.tree.map(
+    lambda x: np.asarray(x, np.float64), (params, factors)
+  )
+  x = params["embed_tokens"]["embedding"][row]
+  for i in range(config.num_hidden_layers):
+    layer, low = jax.tree.map(
+      lambda x, i=i: x[i], (params["layers"], factors.get("layers", {}))
+    )
+    norm = lambda name, x, layer=layer: np_rms(
+      x, layer[name]["scale"], config.rms_norm_eps
+    )
+    x = x + np_attention(
+      norm("input_layernorm", x),
+      layer["self_attn"],
+      low.get("self_attn", {}),
+      config,
+      scale,
+    )
+    z = norm("post_attention_layernorm", x)
+    mlp, low = layer["mlp"], low.get("mlp", {})
+    dense = lambda name, z, mlp=mlp, low=low: np_dense(
+      z, mlp[name], low.get(name), scale
+    )
+    z = np_silu(dense("gate_proj", z)) * dense("up_proj", z)
+    x = x + dense("down_proj", z)
+  x = np_rms(x, params["norm"]["scale"], config.rms_norm_eps)
+  if config.tie_word_embeddings:
+    return x @ params["embed_tokens"]["embedding"].T
+  return x @ params["lm_head"]["kernel"]
+
+
+def test_logits_match_numpy(variant, base_params, tokens):
+  params = base_params(variant)
+  logits = jax.jit(llama.Llama(variant).apply)({"params": params}, tokens)
+  for row, got in zip(tokens, logits, strict=True):
+    expected = np_llama(variant, params, {}, row)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_logits_with_lora_match_numpy(
+  config, base_params, lora_factors, tokens
+):
+  model = llama.Llama(config, ALL)
+  params, factors = base_params(config), lora_factors(model)
+  logits = jax.jit(model.apply)({"params": params, "lora": factors}, tokens)
+  expected = np_llama(config, params, factors, tokens[0], scale=2.0)
+  np.testing.assert_allclose(logits[0], expected, atol=2e-4)
+
+
+def test_rope_frequencies_match_numpy(variant):
+  np.testing.assert_allclose(
+    llama.rotary_frequencies(variant), np_frequencies(variant), rtol=1e-12
+  )
+
+
+def test_llama_3_frequencies_keep_short_and_divide_long_wavelengths():
+  scaling = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+  }
+  fields = dict(
+    vocab_size=8,
+    hidden_size=128,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=128,
+    rope_theta=500000.0,
+  )
+  plain = llama.rotary_frequencies(llama.LlamaConfig(**fields))
+  scaled = llama.rotary_frequencies(
+    llama.LlamaConfig(**fields, rope_scaling=tuple(scaling.items()))
+  )
+  ratio = scaled / plain
+  assert ratio[0] == 1 and ratio[-1] == 1 / 8
+  assert (np.diff(ratio) <= 0).all()
+  assert ((1 / 8 < ratio) & (ratio < 1)).any()
+
+
+def test_later_tokens_do_not_change_earlier_logits(config, base_params, tokens):
+  apply = jax.jit(llama.Llama(config).apply)
+  variables = {"params": base_params(config)}
+  changed = tokens.copy()
+  changed[:, 9:] = 0
+  before, after = apply(variables, tokens), apply(variables, changed)
+  np.testing.assert_array_equal(before[:, :9], after[:, :9])
+  assert not np.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_a_target_that_is_no_layer_is_refused(config):
+  with pytest.raises(ValueError, match="c_attn.*q_proj"):
+    llama.Llama(config, lora.LoRA(targets=("q_proj", "c_attn")))
+
+
+def gradient(model, tokens):
+  def loss(factors, params):
+    variables = {"params": params, "lora": factors}
+    logits = model.apply(variables, tokens[:, :-1])
+    return language.token_losses(logits, jnp.asarray(tokens[:, 1:])).mean()
+
+  return jax.value_and_grad(loss)
+
+
+def test_programs_do_not_grow_with_depth(
+  config, base_params, lora_factors, tokens, equations
+):
+  def size(layers):
+    shape = dataclasses.replace(config, num_hidden_layers=layers)
+    model = llama.Llama(shape, ALL)
+    factors, params = lora_factors(model), base_params(shape)
+    return len(equations(gradient(model, tokens), factors, params))
+
+  assert size(2) == size(8)
+
+
+def test_rematerialisation_changes_memory_and_not_gradients(
+  config, base_params, lora_factors, tokens
+):
+  shape = dataclasses.replace(config, num_hidden_layers=8)
+  params, results, memory = base_params(shape), [], []
+  for remat in (False, True):
+    model = llama.Llama(shape, ALL, remat=remat)
+    factors = lora_factors(model)
+    program = jax.jit(gradient(model, tokens)).lower(factors, params).compile()
+    memory.append(program.memory_analysis().temp_size_in_bytes)
+    results.append(program(factors, params))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+    *results,
+  )
+  assert memory[1] < memory[0] / 2
+
+
+def test_bfloat16_is_close_to_float32(
+  config, base_params, lora_factors, tokens
+):
+  params = base_params(config)
+  (loss, expected), (rounded, got) = (
+    jax.jit(gradient(model, tokens))(lora_factors(model), params)
+    for model in (
+      llama.Llama(config, ALL),
+      llama.Llama(config, ALL, dtype=jnp.bfloat16),
+    )
+  )
+  # bfloat16 keeps eight bits: errors of a percent or so.
+  np.testing.assert_allclose(rounded, loss, rtol=0.02)
+  for x, y in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
+    assert y.dtype == jnp.float32
+    assert jnp.linalg.norm(x - y) < 0.1 * jnp.linalg.norm(x)
+
+
+def test_logits_are_float32_in_bfloat16_too(config, base_params, tokens):
+  model = llama.Llama(config, dtype=jnp.bfloat16)
+  variables = {"params": base_params(config)}
+  logits = jax.eval_shape(model.apply, variables, tokens)
+  assert logits.dtype == jnp.float32
+
+
+def kernel_shapes(params):
+  flat = jax.tree.leaves_with_path(params["layers"])
+  return {x.shape[1:] for path, x in flat if path[-1].key == "kernel"}
+
+
+def products(all_equations):
+  return [x for x in all_equations if x.primitive.name == "dot_general"]
+
+
+def test_no_gradient_of_a_base_weight_is_computed(
+  config, base_params, lora_factors, tokens, equations
+):
+  model = llama.Llama(config, ALL)
+  factors, params = lora_factors(model), base_params(config)
+  shapes = kernel_shapes(params)
+  shapes |= {shape[::-1] for shape in shapes}
+
+  def base_gradients(fn):
+    dots = products(equations(fn, factors, params))
+    return [x for x in dots if x.outvars[0].aval.shape in shapes]
+
+  assert not base_gradients(gradient(model, tokens))
+  loss = lambda *args: gradient(model, tokens)(*args)[0]
+  both = base_gradients(jax.grad(loss, argnums=(0, 1)))
+  assert len(both) >= len(llama.LINEAR)
+
+
+def test_the_backward_pass_costs_no_base_gradients(
+  config, base_params, lora_factors, tokens
+):
+  # Rank 1 in wide layers, so that the base model is nearly all of the work:
+  # forward 1, gradient of the activations 1, gradient of the weights 1.
+  shape = dataclasses.replace(config, hidden_size=96, intermediate_size=384)
+  model = llama.Llama(shape, dataclasses.replace(ALL, rank=1))
+  factors, params = lora_factors(model), base_params(shape)
+  value_and_grad = gradient(model, tokens)
+  loss = lambda *args: value_and_grad(*args)[0]
+
+  def flops(fn):
+    return jax.jit(fn).lower(factors, params).cost_analysis()["flops"]
+
+  assert flops(value_and_grad) < 2.4 * flops(loss)
+  assert flops(jax.grad(loss, argnums=(0, 1))) > 2.7 * flops(loss)
+
+
+def test_base_products_have_no_client_dimension(
+  config, base_params, lora_factors, tokens, equations
+):
+  clients = 5
+  model = llama.Llama(config, ALL)
+  params = base_params(config)
+  factors = jax.tree.map(
+    lambda x: jnp.stack([x] * clients), lora_factors(model)
+  )
+  rows = jnp.stack([jnp.asarray(tokens)] * clients)
+  one = lambda factors, params, rows: gradient(model, rows)(factors, params)
+  everyone = jax.vmap(one, in_axes=(0, None, 0))
+  found = equations(everyone, factors, params, rows)
+  shapes = kernel_shapes(params)
+  base = [
+    x
+    for x in products(found)
+    if any(operand.aval.shape in shapes for operand in x.invars)
+  ]
+  # Forward, and backward to the activations (of the first layer's too).
+  assert len(base) >= 2 * len(llama.LINEAR)
+  for product in base:
+    assert product.params["dimension_numbers"][1] == ((), ())
+  batched = {(clients, *shape) for shape in shapes}
+  everything = [v.aval.shape for x in found for v in x.outvars]
+  assert not batched & set(everything)
+
+
+def test_vmapped_clients_equal_a_loop(
+  config, base_params, lora_factors, tokens
+):
+  model = llama.Llama(config, dataclasses.replace(ALL, dropout=0.3))
+  params, factors = base_params(config), lora_factors(model)
+  keys = jax.random.split(jax.random.key(3), 3)
+
+  def apply(key):
+    return model.apply(
+      {"params": params, "lora": factors},
+      tokens,
+      deterministic=False,
+      rngs={"dropout": key},
+    )
+
+  together = jax.jit(jax.vmap(apply))(keys)
+  alone = jnp.stack([jax.jit(apply)(key) for key in keys])
+  np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+  # Same rows, same factors: only the masks differ.
+  assert jnp.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_dropout_is_off_when_deterministic(
+  config, base_params, lora_factors, tokens
+):
+  model = llama.Llama(config, dataclasses.replace(ALL, dropout=0.3))
+  variables = {"params": base_params(config), "lora": lora_factors(model)}
+  np.testing.assert_array_equal(
+    jax.jit(model.apply)(variables, tokens),
+    jax.jit(llama.Llama(config, ALL).apply)(variables, tokens),
+  )
+
+
+def hugging_face(folder):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  transformers = pytest.importorskip("transformers")
+  torch.set_num_threads(1)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
+
+  def logits(tokens):
+    with torch.no_grad():
+      return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits
+
+  return logits
+
+
+@pytest.mark.oracle
+def test_logits_equal_transformers(variant, base_params, tokens, tmp_path):
+  params = base_params(variant)
+  pretrained.save(tmp_path, variant, params, dtype=jnp.float32)
+  expected = hugging_face(tmp_path)(tokens).numpy()
+  got = jax.jit(llama.Llama(variant).apply)({"params": params}, tokens)
+  np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def stories(data):
+  folder = data / "stories260k"
+  config, params = pretrained.load(folder)
+  apply = jax.jit(llama.Llama(config).apply)
+  return folder, lambda tokens: apply({"params": params}, tokens)
+
+
+@pytest.fixture(scope="module")
+def sample_rows(data, stories):
+  """Some of the text that the model was trained on, [8, 129]."""
+  transformers = pytest.importorskip("transformers")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(stories[0])
+  path = data / "tinystories_sample" / "tinystories_train_head.txt"
+  ids = tokenizer(path.read_text(encoding="utf-8")[:8000])["input_ids"]
+  return np.array(ids[: 8 * 129], np.int32).reshape(8, 129)
+
+
+@pytest.mark.oracle
+def test_stories260k_logits_equal_transformers(stories, sample_rows):
+  folder, logits = stories
+  expected = hugging_face(folder)(sample_rows).numpy()
+  assert np.abs(logits(sample_rows) - expected).max() <= 1e-4
+
+
+@pytest.mark.oracle
+def test_stories260k_loss_equals_transformers(stories, sample_rows):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  folder, logits = stories
+  inputs, targets = sample_rows[:, :-1], sample_rows[:, 1:]
+  loss = language.token_losses(logits(inputs), jnp.asarray(targets)).mean()
+  expected = torch.nn.functional.cross_entropy(
+    hugging_face(folder)(inputs).flatten(0, 1),
+    torch.tensor(targets.flatten(), dtype=torch.long),
+  )
+  assert abs(loss - expected.item()) <= 1e-4
+  assert loss < 2.5  # Rows start anywhere; a random model has 6.2.
+
+
+@pytest.mark.oracle
+def test_stories260k_greedy_text_equals_transformers(stories):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  folder, logits = stories
+  reference = hugging_face(folder)
+  length, texts = 64, []
+  with torch.no_grad():
+    for predict in (logits, reference):
+      row = np.zeros((1, length + 1), np.int32)
+      row[0, 0] = 1
+      for t in range(length):  # What is right of t does not matter.
+        row[0, t + 1] = int(predict(row)[0, t].argmax())
+      texts.append(row)
+  np.testing.assert_array_equal(*texts)
+  transformers = pytest.importorskip("transformers")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  text = tokenizer.decode(texts[0][0], skip_special_tokens=True)
+  assert text.strip().startswith("Once upon a time")

@@ -1,0 +1,228 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedjax_llm.models import llama, pretrained
+
+
+@pytest.fixture
+def folder(config, base_params, tmp_path):
+  pretrained.save(tmp_path, config, base_params(config), dtype=jnp.float32)
+  return tmp_path
+
+
+def edit(folder, change):
+  """Rewrites the weights with what `change` makes of the tensors."""
+  path = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def split(folder):
+  """Two shards with an index, as the hub has them."""
+  path = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  path.unlink()
+  weight_map = {}
+  for i, name in enumerate(sorted(tensors)):
+    weight_map[name] = f"model-0000{i % 2 + 1}-of-00002.safetensors"
+  for file in set(weight_map.values()):
+    part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+    safetensors.numpy.save_file(part, folder / file)
+  index = {"metadata": {}, "weight_map": weight_map}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def equal(x, y):
+  jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def test_what_is_saved_is_loaded(variant, base_params, tmp_path):
+  params = base_params(variant)
+  pretrained.save(tmp_path / "new", variant, params, dtype=jnp.float32)
+  config, loaded = pretrained.load(tmp_path / "new")
+  assert config == variant
+  equal(loaded, params)
+
+
+def test_tensors_have_the_names_and_layout_of_hugging_face(
+  folder, config, base_params
+):
+  tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+  kernel = base_params(config)["layers"]["mlp"]["up_proj"]["kernel"]
+  name = "model.layers.1.mlp.up_proj.weight"
+  np.testing.assert_array_equal(tensors[name], kernel[1].T)
+  assert {"model.embed_tokens.weight", "model.norm.weight"} < set(tensors)
+  assert tensors["lm_head.weight"].shape == (96, 24)
+
+
+def test_the_type_of_parameters_is_chosen(folder):
+  _, params = pretrained.load(folder, dtype=jnp.bfloat16)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+def test_weights_are_stored_in_bfloat16_unless_told(
+  config, base_params, tmp_path
+):
+  params = base_params(config)
+  pretrained.save(tmp_path, config, params)
+  _, loaded = pretrained.load(tmp_path)
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  equal(loaded, jax.tree.map(rounded, params))
+  assert json.loads((tmp_path / "config.json").read_text())["dtype"] == (
+    "bfloat16"
+  )
+
+
+def test_shards_are_put_together(folder, config, base_params):
+  split(folder)
+  equal(pretrained.load(folder)[1], base_params(config))
+
+
+def test_a_missing_shard_is_named(folder):
+  split(folder)
+  (folder / "model-00002-of-00002.safetensors").unlink()
+  with pytest.raises(ValueError, match=r"missing \['model-00002-of"):
+    pretrained.load(folder)
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(folder):
+  def change(tensors):
+    del tensors["model.norm.weight"]
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((40, 24))
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((24, 40))
+
+  edit(folder, change)
+  with pytest.raises(ValueError) as error:
+    pretrained.load(folder)
+  assert str(error.value).splitlines()[1:] == [
+    "  missing model.layers.1.self_attn.k_proj.weight",
+    "  missing model.norm.weight",
+    "  model.layers.0.mlp.up_proj.weight has shape (24, 40), not (40, 24)",
+    "  unexpected model.layers.2.mlp.up_proj.weight",
+  ]
+
+
+def test_biases_that_the_config_does_not_tell_of_are_refused(folder):
+  name = "model.layers.0.mlp.up_proj.bias"
+  edit(folder, lambda tensors: tensors.update({name: np.zeros(40)}))
+  with pytest.raises(ValueError, match=f"unexpected {name}"):
+    pretrained.load(folder)
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(
+  folder, config, base_params
+):
+  name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+  edit(folder, lambda tensors: tensors.update({name: np.zeros(3)}))
+  equal(pretrained.load(folder)[1], base_params(config))
+
+
+def test_a_tied_model_may_store_its_output_matrix(
+  tmp_path, variant, base_params
+):
+  params = base_params(variant)
+  pretrained.save(tmp_path, variant, params, dtype=jnp.float32)
+  output = {"lm_head.weight": np.zeros((96, 24), np.float32)}
+  edit(tmp_path, lambda tensors: tensors.update(output))
+  _, loaded = pretrained.load(tmp_path)
+  assert ("lm_head" in loaded) == (not variant.tie_word_embeddings)
+
+
+def test_an_untied_model_needs_its_output_matrix(folder):
+  edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+  with pytest.raises(ValueError, match="missing lm_head.weight"):
+    pretrained.load(folder)
+
+
+@pytest.mark.parametrize(
+  "file, content, named",
+  [
+    ("config.json", None, "found none"),
+    ("config.json", "{", "config.json"),
+    ("config.json", '{"model_type": "gpt2"}', 'config.json.*"llama".*gpt2'),
+    ("model.safetensors", None, "Only safetensors"),
+    ("model.safetensors", "version https://git-lfs", "not a safetensors"),
+  ],
+)
+def test_a_broken_folder_is_refused(folder, file, content, named):
+  (folder / file).unlink()
+  if content is not None:
+    (folder / file).write_text(content)
+  with pytest.raises(ValueError, match=named):
+    pretrained.load(folder)
+
+
+HUB = """
+import sys
+from fedjax_llm.models import pretrained
+config, params = pretrained.load("someone/tiny-llama")
+print(pretrained.resolve("someone/tiny-llama").name, config.hidden_size)
+assert not {"torch", "peft"} & set(sys.modules)
+for name in ("someone/unknown", "no/such/folder", "unknown"):
+  try:
+    pretrained.load(name)
+  except ValueError as error:
+    assert repr(name) in str(error), error
+    print("refused", name)
+"""
+
+
+def test_a_hub_name_is_read_from_the_cache_without_torch(folder, tmp_path):
+  revision = "0123456789abcdef0123456789abcdef01234567"
+  repository = tmp_path / "cache" / "models--someone--tiny-llama"
+  snapshot = repository / "snapshots" / revision
+  snapshot.mkdir(parents=True)
+  (repository / "refs").mkdir()
+  (repository / "refs" / "main").write_text(revision)
+  split(folder)
+  for path in folder.iterdir():
+    if path.is_file():
+      shutil.copy(path, snapshot)
+  done = subprocess.run(
+    [sys.executable, "-c", HUB],
+    env=os.environ
+    | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    f"{revision} 24",
+    "refused someone/unknown",
+    "refused no/such/folder",
+    "refused unknown",
+  ]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
+def test_what_transformers_saves_is_loaded(
+  variant, tokens, tmp_path, shard_size
+):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  reference = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(**variant.to_hugging_face())
+  ).eval()
+  reference.save_pretrained(tmp_path, max_shard_size=shard_size)
+  shards = len(list(tmp_path.glob("*.safetensors")))
+  assert (shards > 1) == (shard_size == "10KB")
+  config, params = pretrained.load(tmp_path)
+  assert config == variant
+  got = llama.Llama(config).apply({"params": params}, tokens)
+  with torch.no_grad():
+    expected = reference(torch.tensor(tokens, dtype=torch.long)).logits
+  np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
