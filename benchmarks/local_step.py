@@ -58,6 +58,12 @@ WAYS = {
 }
 
 
+def mebibytes(program):
+  """What it allocates beside its arguments and results."""
+  analysis: Any = program.memory_analysis()
+  return round(analysis.temp_size_in_bytes / 2**20, 1)
+
+
 def compile_step(changes, config, params, tokens):
   """The compiled step, its factors, and the seconds that compiling took."""
   model = llama.Llama(config, lora.LoRA(8, 16.0, targets=llama.LINEAR))
@@ -119,9 +125,7 @@ def main():
         "fastest ms": round(1e3 * min(times[name]), 2),
         "median ms": round(1e3 * float(np.median(times[name])), 2),
         "compile s": round(seconds, 2),
-        "temporary MiB": round(
-          step.memory_analysis().temp_size_in_bytes / 2**20, 1
-        ),
+        "temporary MiB": mebibytes(step),
       }
       for name, (step, _, seconds) in steps.items()
     ],

@@ -105,8 +105,8 @@ class Attention(nn.Module):
     query = _rotate(project("q_proj", config.num_attention_heads), cos, sin)
     key = _rotate(project("k_proj", config.num_key_value_heads), cos, sin)
     value = project("v_proj", config.num_key_value_heads)
-    # The backward pass computes the [time, time] probabilities again: to keep
-    # those of every layer takes more time on a CPU, and memory everywhere.
+    # The backward pass computes the [time, time] probabilities again: it costs
+    # no time that could be measured, and to keep those of all layers memory.
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     y = jax.checkpoint(attend, prevent_cse=False)(query, key, value)
     output = lora.Dense(

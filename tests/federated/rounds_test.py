@@ -34,6 +34,7 @@ def compose(
   algorithm = fed_avg.fed_avg(
     loss_fn, client, server, clients_per_step=clients_per_step, **parts
   )
+  algorithm = algorithm._replace(received=jax.jit(algorithm.received))
   return algorithm, jax.jit(algorithm.round, donate_argnums=0)
 
 
