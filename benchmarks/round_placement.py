@@ -65,8 +65,10 @@ def candidate(parts, devices: int, clients_per_step: int, density):
   """A function that runs one round and returns its seconds."""
   loss_fn, factors, frozen, examples, cohort = parts
   compress = base.identity() if density is None else sparse.top_k(density)
-  chosen = jax.devices()[:devices]
-  mesh = jax.sharding.Mesh(chosen, ("clients",)) if devices > 1 else None
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = None
+  if devices > 1:
+    mesh = jax.make_mesh((devices,), ("clients",), axis_types=auto)
   algorithm = fed_avg.fed_avg(
     loss_fn,
     optax.sgd(0.1, momentum=0.9),
@@ -75,7 +77,9 @@ def candidate(parts, devices: int, clients_per_step: int, density):
     clients_per_step=clients_per_step,
     mesh=mesh,
   )
-  where = jax.sharding.NamedSharding(mesh, jax.P()) if mesh else chosen[0]
+  where = (
+    jax.sharding.NamedSharding(mesh, jax.P()) if mesh else jax.devices()[0]
+  )
   frozen, examples, cohort = jax.device_put((frozen, examples, cohort), where)
   key = jax.random.key(SEED)
   step = jax.jit(algorithm.round, donate_argnums=0)

@@ -15,22 +15,22 @@ from fedjax_llm.models import llama, lora
 def experiment(
   *,
   seed: int = 0,
-  rounds: int = 50,
-  clients_per_round: int = 10,
+  rounds: int = 16,
+  clients_per_round: int = 6,
   clients_per_step: int = 1,
   rank: int = 8,
-  alpha: float = 16.0,
+  alpha: float = 4.0,
   dropout: float = 0.0,
   targets: tuple[str, ...] = llama.LINEAR,
   download_density: float = 0.25,
   upload_density: float = 0.0625,
-  client_learning_rate: float = 0.3,
+  client_learning_rate: float = 1.0,
   server_learning_rate: float = 1e-2,
   local_epochs: int = 1,
-  local_steps: int = 8,
+  local_steps: int = 4,
   batch_size: int = 4,
   sequence_length: int = 128,
-  held_out_rows: int = 4,
+  held_out_rows: int = 2,
   dtype: finetuning.Dtype = "float32",
 ) -> dict[str, experiments.Experiment]:
   """Fine-tune the shipped model, dense LoRA and FLASC from the same seed.
@@ -82,6 +82,7 @@ def experiment(
       batch_size=batch_size,
       local_epochs=local_epochs,
       local_steps=local_steps,
+      evaluate_every=4,
     )
 
   return {

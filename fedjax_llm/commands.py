@@ -13,7 +13,7 @@ from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, report
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
-from fedjax_llm.models import adapters, language, llama, pretrained
+from fedjax_llm.models import adapters, language, llama, lora, pretrained
 
 
 def run(
@@ -111,6 +111,8 @@ def evaluate(
   width = int(rows.mask.any(0).sum())
   rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
   network = llama.Llama(config, settings, jnp.dtype(dtype))
+  if factors is not None:
+    lora.check(network, factors)
   score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)
   result = score(factors, params) | {"tokens": int(rows.mask.sum())}
   print(

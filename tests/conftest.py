@@ -9,10 +9,18 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compilations are shared between tests and between runs of the suite.
-jax.config.update("jax_threefry_partitionable", True)
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+# Compilations are most of the suite's time: they are shared between tests,
+# workers, the processes that tests start, and runs of the suite.
+CACHE = {
+  "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "jax"),
+  "jax_persistent_cache_min_compile_time_secs": 0.2,
+}
+for name, value in CACHE.items():
+  jax.config.update(name, value)
+  os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

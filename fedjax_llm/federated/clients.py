@@ -151,8 +151,8 @@ def _over(mesh, fn):
   axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   if axes.get("clients") != jax.sharding.AxisType.Auto:
     raise ValueError(
-      f'expected a mesh with an Auto axis "clients", got {axes}. Make it with'
-      ' jax.sharding.Mesh(jax.devices(), ("clients",)).'
+      f'expected a mesh with an Auto axis "clients", got {axes}. Give'
+      " jax.make_mesh `axis_types=(jax.sharding.AxisType.Auto,)`."
     )
 
   def on_device(shared, chunks):

@@ -90,7 +90,8 @@ def problem():
 
 @pytest.fixture(scope="session")
 def mesh():
-  return jax.sharding.Mesh(jax.devices(), ("clients",))
+  auto = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh((2,), ("clients",), axis_types=auto)
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,22 @@ def test_a_client_that_diverges_keeps_its_memory(problem):
   assert metrics["finite"].all()
 
 
+def test_what_is_not_finite_cannot_hide_in_a_memory(problem):
+  # The only entry that diverges is one that the upload does not send.
+  def loss_fn(trainable, *rest):
+    total, count = problem.loss_fn(trainable, *rest)
+    return total + jnp.inf * trainable["a"][0, 0], count
+
+  sent = np.arange(flat(problem.trainable).size) > 0
+  upload = compression.error_feedback(sparse.select(sent))
+  channel = rounds.Channel(upload=upload)
+  algorithm, step = compose(loss_fn, channel=channel, population=7)
+  start = algorithm.init(problem.trainable)
+  state, metrics = advance(step, start, problem, problem.cohort(2, steps=1))
+  assert metrics["finite"].tolist() == [False]
+  assert not state.upload[0].any()
+
+
 def test_if_every_client_diverges_the_server_gets_no_update(problem, recorder):
   algorithm, step = compose(problem.loss_fn, recorder)
   broken = jax.tree.map(lambda x: np.full_like(x, np.nan), problem.examples)

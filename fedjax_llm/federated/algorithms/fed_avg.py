@@ -8,8 +8,11 @@ Decentralized Data", 2017; Reddi et al., "Adaptive Federated Optimization",
   FedAvgM     server `optax.sgd(rate, momentum=0.9)`
   FedAdam     server `optax.adam(rate, b2=0.99, eps=1e-3)`
   FedYogi     server `optax.yogi(rate, b2=0.99, eps=1e-3)`
-  FedAdagrad  server `optax.adagrad(rate, eps=1e-3)`
+  FedAdagrad  server `optax.adagrad(rate, initial_accumulator_value=1e-6)`
   FedProx     client `optax.chain(clients.proximal(mu), optax.sgd(rate))`
+
+optax's adaptive optimizers differ in details from the second paper's: adam and
+yogi correct the bias of their moments, adagrad adds epsilon under the root.
 """
 
 from typing import Any
