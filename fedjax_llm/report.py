@@ -143,7 +143,9 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
       fontsize="small",
       color="gray",
     )
+  axes.margins(y=0.1)
   axes.set_xscale("log")
+  axes.xaxis.set_major_formatter("{x:g}")
   axes.set_xlabel(
     "megabytes sent, both directions, all clients" if sent else "round"
   )
