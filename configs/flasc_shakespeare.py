@@ -4,6 +4,9 @@
 
 The folder holds `stories260k`, a Llama that knows children's stories, and
 `tinyshakespeare/input.txt`, where 105 speakers have 2,000 characters or more.
+
+2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 4.532 to
+3.029 with 32.9 MB sent; the record is `benchmarks/results/flasc_shakespeare/`.
 """
 
 import os
