@@ -107,7 +107,11 @@ def language_model(
     ),
     mesh=mesh,
     seed=seed,
-    data={**corpora.identity(corpus), "base_model": folder.name},
+    data={
+      **corpora.identity(corpus),
+      "base_model": pathlib.Path(model).name,
+      "base_model_fingerprint": pretrained.fingerprint(folder),
+    },
   )
 
 

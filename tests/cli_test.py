@@ -118,7 +118,7 @@ def test_a_run_folder_holds_what_the_run_was(whole):
   record = json.loads((folder / "run.json").read_text())
   assert record["knobs"]["upload_density"] == 0.25  # A default, resolved.
   assert record["device"] == "2 x cpu"
-  assert {"fingerprint", "base_model"} <= record["data"].keys()
+  assert {"fingerprint", "base_model_fingerprint"} <= record["data"].keys()
   lines = experiment.read_metrics(folder / "metrics.jsonl")
   assert [line["round"] for line in lines] == list(range(7))
   for line in lines[1:]:

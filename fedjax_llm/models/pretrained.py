@@ -5,6 +5,7 @@ A parameter `layers/self_attn/q_proj/kernel` [layers, in, out] is the tensors
 are transposed and layers stacked, everything else is the same array.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -107,6 +108,16 @@ def load(
     stacked = np.stack(arrays) if path[0] == "layers" else arrays[0]
     params[path] = jnp.asarray(stacked, dtype)
   return config, flax.traverse_util.unflatten_dict(params)
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+  """SHA-256 of a model folder's shape and weights, wherever it lies."""
+  digest = hashlib.sha256()
+  files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+  for path in files:
+    with path.open("rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  return digest.hexdigest()
 
 
 def save(

@@ -54,6 +54,17 @@ def test_what_is_saved_is_loaded(variant, base_params, tmp_path):
   equal(loaded, params)
 
 
+def test_the_fingerprint_is_of_shape_and_weights_wherever_they_lie(
+  folder, tmp_path_factory
+):
+  copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+  shutil.copytree(folder, copy)
+  before = pretrained.fingerprint(folder)
+  assert pretrained.fingerprint(copy) == before
+  edit(copy, lambda tensors: tensors["model.norm.weight"].__iadd__(1))
+  assert pretrained.fingerprint(copy) != before
+
+
 def test_tensors_have_the_names_and_layout_of_hugging_face(
   folder, config, base_params
 ):
