@@ -164,8 +164,8 @@ def _prepare_process() -> None:
   """Settings that must precede JAX's start.
 
   Huge pages: XLA's CPU backend allocates its temporary buffers anew in every
-  step, and the page faults cost a quarter of the time. glibc reads the setting
-  when a process starts, so the process starts itself again, once.
+  step, and the page faults cost time. glibc reads the setting when a process
+  starts, so the process starts itself again, once.
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   # On a CPU every core is a device with clients of its own.

@@ -211,8 +211,7 @@ def _count_rows(*masks: Bool[Array, "r c"]) -> tuple[Int[Array, " r"], ...]:
   """How many entries of each row are set, for all masks in one pass.
 
   XLA:CPU turns a large reduction of one operand into a slow cascade over a
-  materialised operand. One of several operands, as here, becomes a fused loop,
-  which is five to fifty times faster.
+  materialised operand. One of several operands, as here, becomes a fused loop.
   """
   return lax.reduce(
     tuple(mask.astype(jnp.int32) for mask in masks),

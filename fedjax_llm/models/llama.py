@@ -167,8 +167,8 @@ class Llama(nn.Module):
     config: the model's shape.
     adapter: what gets LoRA factors, or None for the base model alone.
     dtype: what activations are computed in; logits are always float32.
-    remat: recompute activations in the backward pass: about a quarter of the
-      memory for about a fifth more time.
+    remat: recompute activations in the backward pass: much less memory for
+      somewhat more time.
   """
 
   config: LlamaConfig

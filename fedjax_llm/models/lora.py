@@ -94,7 +94,7 @@ class Dense(nn.Module):
     inputs = x.shape[-1]
     shape = (*x.shape[:-1], self.features)
     # Two dimensions: with three, the gradients of the factors contract two
-    # dimensions at once, which XLA:CPU does many times slower.
+    # dimensions at once, which XLA:CPU does more slowly.
     x = x.reshape(-1, inputs).astype(self.dtype)
     kernel = self.param(
       "kernel", nn.initializers.normal(0.02), (inputs, self.features)
