@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.models import language, llama, lora, pretrained
+from fedjax_llm.models import decoder, language, lora, pretrained
 
 ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results" / "local_step.json"
@@ -66,7 +66,7 @@ def mebibytes(program):
 
 def compile_step(changes, config, params, tokens):
   """The compiled step, its factors, and the seconds that compiling took."""
-  model = llama.Llama(config, lora.LoRA(8, 16.0, targets=llama.LINEAR))
+  model = decoder.Decoder(config, lora.LoRA(8, 16.0, targets=decoder.LINEAR))
   factors = lora.init(model, jax.random.key(1))
 
   def loss(factors, params, tokens):

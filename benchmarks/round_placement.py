@@ -26,7 +26,7 @@ from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches
 from fedjax_llm.federated import clients, rounds
 from fedjax_llm.federated.algorithms import fed_avg, flasc
-from fedjax_llm.models import language, llama, lora, pretrained
+from fedjax_llm.models import decoder, language, lora, pretrained
 
 ROOT = pathlib.Path(__file__).parent.parent
 # XLA:CPU allocates its buffers anew in every step; huge pages make that cheap.
@@ -43,7 +43,7 @@ CHANNELS = (None, 1 / 4, 1 / 16)
 def problem(folder: pathlib.Path):
   """A model with factors everywhere, and rows of random tokens."""
   config, frozen = pretrained.load(folder)
-  model = llama.Llama(config, lora.LoRA(RANK, targets=llama.LINEAR))
+  model = decoder.Decoder(config, lora.LoRA(RANK, targets=decoder.LINEAR))
   factors = lora.init(model, jax.random.key(SEED))
   rng = np.random.default_rng(SEED)
   rows = CLIENTS * STEPS * BATCH

@@ -10,7 +10,7 @@ from fedjax_llm import finetuning
 from fedjax_llm.data import corpora
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import fed_avg, flasc
-from fedjax_llm.models import llama, lora
+from fedjax_llm.models import decoder, lora
 
 
 def experiment(
@@ -22,7 +22,7 @@ def experiment(
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
-  targets: tuple[str, ...] = llama.LINEAR,
+  targets: tuple[str, ...] = decoder.LINEAR,
   client_learning_rate: float = 1.0,
   server_learning_rate: float = 1e-2,
   local_epochs: int = 1,

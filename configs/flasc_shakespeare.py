@@ -18,7 +18,7 @@ from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning
 from fedjax_llm.data import corpora
 from fedjax_llm.federated.algorithms import flasc
-from fedjax_llm.models import llama, lora
+from fedjax_llm.models import decoder, lora
 
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
@@ -34,7 +34,7 @@ def experiment(
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
-  targets: tuple[str, ...] = llama.LINEAR,
+  targets: tuple[str, ...] = decoder.LINEAR,
   download_density: float = 0.25,
   upload_density: float = 0.0625,
   client_learning_rate: float = 1.0,

@@ -13,7 +13,7 @@ come out alike, not the same to the bit.)
 from fedjax_llm import experiment as experiments
 from fedjax_llm import pretraining
 from fedjax_llm.data import corpora
-from fedjax_llm.models import llama
+from fedjax_llm.models import decoder
 
 
 def experiment(
@@ -49,7 +49,7 @@ def experiment(
   tokenizer = pretraining.train_tokenizer(
     remainder.train, vocabulary, sequence_length
   )
-  config = llama.LlamaConfig(
+  config = decoder.DecoderConfig(
     vocab_size=vocabulary,
     hidden_size=hidden_size,
     intermediate_size=3 * hidden_size,

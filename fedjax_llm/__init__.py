@@ -32,5 +32,5 @@ from fedjax_llm.federated.rounds import (
   ServerState,
   federated_round,
 )
-from fedjax_llm.models.llama import Llama, LlamaConfig
+from fedjax_llm.models.decoder import Decoder, DecoderConfig
 from fedjax_llm.models.lora import LoRA

@@ -13,7 +13,7 @@ from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, report
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
-from fedjax_llm.models import adapters, language, llama, lora, pretrained
+from fedjax_llm.models import adapters, families, language, lora, pretrained
 
 
 def run(
@@ -100,7 +100,9 @@ def evaluate(
     raise ValueError(f"--text expected a file, got {text}, which is none.")
   folder = pretrained.resolve(model)
   config, params = pretrained.load(folder, dtype=jnp.dtype(dtype))
-  settings, factors = adapters.load(adapter) if adapter else (None, None)
+  settings, factors = (
+    adapters.load(adapter, config) if adapter else (None, None)
+  )
   tokenizer = finetuning.load_tokenizer(folder, config)
   rows = batches.rows_of_text(
     [text.read_text(encoding="utf-8")],
@@ -110,7 +112,7 @@ def evaluate(
   # A short text must not cost what the longest one would.
   width = int(rows.mask.any(0).sum())
   rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
-  network = llama.Llama(config, settings, jnp.dtype(dtype))
+  network = families.model(config, settings, dtype=jnp.dtype(dtype))
   if factors is not None:
     lora.check(network, factors)
   score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)

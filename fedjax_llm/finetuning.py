@@ -23,7 +23,7 @@ from fedjax_llm import experiment
 from fedjax_llm.data import batches, cohorts, corpora
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.federated import rounds
-from fedjax_llm.models import adapters, language, llama, lora, pretrained
+from fedjax_llm.models import adapters, families, language, lora, pretrained
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -91,7 +91,7 @@ def language_model(
       f"expected sequence_length <= {config.max_position_embeddings}, the"
       f" context of {folder.name}, got {sequence_length}."
     )
-  network = llama.Llama(config, adapter, jnp.dtype(dtype), remat)
+  network = families.model(config, adapter, dtype=jnp.dtype(dtype), remat=remat)
   held_out = batches.held_out(corpus, tokenizer, sequence_length, held_out_rows)
   evaluate = likelihood.evaluator(language.score_fn(network), held_out.examples)
   mesh = device_mesh()
@@ -103,7 +103,7 @@ def language_model(
     population=batches.population(corpus, tokenizer, sequence_length),
     evaluate=lambda factors: evaluate(factors, frozen),
     save_adapter=lambda factors, folder: adapters.save(
-      folder, factors, adapter, base_model=str(model)
+      folder, factors, adapter, config=config, base_model=str(model)
     ),
     mesh=mesh,
     seed=seed,
@@ -209,7 +209,7 @@ def federated(
 
 
 def load_tokenizer(
-  folder: pathlib.Path, config: llama.LlamaConfig
+  folder: pathlib.Path, config: Any
 ) -> transformers.PreTrainedTokenizerBase:
   """The tokenizer of a model folder, checked against the model's vocabulary.
 

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from fedjax_llm import experiment
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
-from fedjax_llm.models import language, llama, pretrained
+from fedjax_llm.models import decoder, language, pretrained
 
 _START = "<|endoftext|>"
 _ORDER = 0  # Purpose of the random stream that orders the rows.
@@ -127,7 +127,7 @@ class Schedule:
 
 def pretraining(
   *,
-  config: llama.LlamaConfig,
+  config: decoder.DecoderConfig,
   tokenizer: transformers.PreTrainedTokenizerFast,
   train: Sequence[str],
   held_out: Sequence[str],
@@ -164,7 +164,7 @@ def pretraining(
       f"expected at least {schedule.batch_size} rows of {sequence_length}"
       f" tokens, got {len(rows.tokens)}: lower batch_size or sequence_length."
     )
-  model = llama.Llama(config)
+  model = decoder.Decoder(config)
   optimizer = schedule.optimizer()
   loss_fn = language.loss_fn(model)
   device_rows = jax.device_put(rows)

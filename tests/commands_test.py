@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_llm import commands, experiment, finetuning
 from fedjax_llm.data import batches
-from fedjax_llm.models import adapters, language, llama, lora, pretrained
+from fedjax_llm.models import adapters, decoder, language, lora, pretrained
 
 
 def halving(*, factor: float = 0.5) -> experiment.Experiment:
@@ -100,9 +100,9 @@ def test_compare_wants_a_run():
 @pytest.fixture(scope="module")
 def adapter(toy_model, tmp_path_factory):
   """An adapter that moves the toy model: its folder."""
-  config = pretrained.read_config(toy_model)
-  settings = lora.LoRA(rank=2, targets=llama.LINEAR)
-  factors = lora.init(llama.Llama(config, settings), jax.random.key(0))
+  config = families.read_config(toy_model)
+  settings = lora.LoRA(rank=2, targets=decoder.LINEAR)
+  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
   factors = jax.tree.map(lambda x: x + 0.1, factors)
   folder = tmp_path_factory.mktemp("adapter")
   adapters.save(folder, factors, settings, base_model=str(toy_model))
@@ -126,7 +126,7 @@ def test_evaluate_is_the_mean_over_all_predicted_tokens(
   ids = jnp.array(tokenizer(path.read_text())["input_ids"])
   settings, factors = adapters.load(adapter) if adapted else (None, None)
   variables = {"params": params} | ({"lora": factors} if adapted else {})
-  apply = jax.jit(llama.Llama(config, settings).apply)
+  apply = jax.jit(decoder.Decoder(config, settings).apply)
   total, context = 0.0, config.max_position_embeddings
   for start in range(0, len(ids) - 1, context):
     window = ids[None, start : start + context + 1]

@@ -38,10 +38,10 @@ def data() -> pathlib.Path:
 def toy_model(tmp_path_factory) -> pathlib.Path:
   """A model folder of the same make as real ones: a tiny random Llama."""
   from fedjax_llm import pretraining
-  from fedjax_llm.models import llama, pretrained
+  from fedjax_llm.models import decoder, pretrained
 
   folder = tmp_path_factory.mktemp("models") / "toy"
-  config = llama.LlamaConfig(
+  config = decoder.DecoderConfig(
     vocab_size=300,
     hidden_size=16,
     intermediate_size=32,
@@ -52,7 +52,7 @@ def toy_model(tmp_path_factory) -> pathlib.Path:
     max_position_embeddings=32,
     tie_word_embeddings=True,
   )
-  params = jax.jit(llama.Llama(config).init)(
+  params = jax.jit(decoder.Decoder(config).init)(
     jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
   )["params"]
   pretrained.save(folder, config, params, dtype=jnp.float32)

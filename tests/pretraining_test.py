@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from fedjax_llm import experiment, pretraining
-from fedjax_llm.models import llama, pretrained
+from fedjax_llm.models import decoder, pretrained
 
 TEXTS = [" ".join(str(step * x) for x in range(150)) for step in range(1, 6)]
 HELD_OUT = [" ".join(str(7 * x) for x in range(60))]
@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def make(tokenizer):
-  config = llama.LlamaConfig(
+  config = decoder.DecoderConfig(
     vocab_size=280,
     hidden_size=16,
     intermediate_size=32,

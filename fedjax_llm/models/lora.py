@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fedjax_llm.models import heads, quantized
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -30,7 +32,8 @@ class LoRA:
     rank: the inner dimension of the factors, at least 1.
     alpha: numerator of the scale.
     dropout: probability in [0, 1) of dropping an input of `a` in training.
-    targets: names of the dense layers, such as "q_proj".
+    targets: names of the dense layers, such as "q_proj", or ends of their
+      dotted paths, such as "mlp.c_proj".
   """
 
   rank: int = 8
@@ -56,10 +59,21 @@ class LoRA:
     """What the product of the factors is multiplied by."""
     return self.alpha / self.rank
 
+  def matches(self, path: str) -> bool:
+    """Whether the layer of that dotted path is a target, as PEFT sees it."""
+    return any(f".{path}".endswith(f".{target}") for target in self.targets)
+
   def check(self, layers: Sequence[str]) -> None:
-    """Raises a `ValueError` unless every target is one of `layers`."""
-    unknown = sorted(set(self.targets) - set(layers))
-    if unknown:
+    """Raises a `ValueError` unless every target is found in `layers`.
+
+    Args:
+      layers: dotted paths of a model's dense layers.
+    """
+    if unknown := sorted(
+      target
+      for target in self.targets
+      if not any(f".{layer}".endswith(f".{target}") for layer in layers)
+    ):
       raise ValueError(
         f"LoRA targets {unknown} are no layers of this model. It has:"
         f" {', '.join(layers)}."
@@ -96,14 +110,18 @@ class Dense(nn.Module):
     # Two dimensions: with three, the gradients of the factors contract two
     # dimensions at once, which XLA:CPU does more slowly.
     x = x.reshape(-1, inputs).astype(self.dtype)
-    kernel = self.param(
-      "kernel", nn.initializers.normal(0.02), (inputs, self.features)
-    )
-    y = x @ kernel.astype(self.dtype)
+    draw = nn.initializers.normal(0.02)
+    # No `self.param`: it would not take the leaves of a quantised kernel.
+    kernel = self.variable(
+      "params",
+      "kernel",
+      lambda: draw(self.make_rng("params"), (inputs, self.features)),
+    ).value
+    y = quantized.matmul(x, kernel)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None]
-    if self.adapter is not None and self.name in self.adapter.targets:
+    if self.adapter is not None and self.adapter.matches(".".join(self.path)):
       y = y + self._low_rank(x, self.adapter, deterministic)
     return y.reshape(shape)
 
@@ -123,21 +141,33 @@ class Dense(nn.Module):
     return low @ b.astype(self.dtype)
 
 
-def init(model: nn.Module, key: PRNGKeyArray) -> Any:
-  """Draws the LoRA factors of `model`: a tree of float32 `a` and `b`.
+def init(
+  model: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any] | None = None
+) -> Any:
+  """Draws what is trained of `model`: float32 factors `a` and `b`, and a head.
 
   Base weights are not allocated, and nothing as large as the model is compiled.
   Factors of one name and shape are the same whatever other targets there are.
 
+  Args:
+    model: a module with an adapter.
+    key: of the draws.
+    params: the base model's; a head that is among them is where that of
+      `model` starts.
+
   Raises:
     ValueError: if the model has no adapter.
   """
+  trained: Any = flax.traverse_util.flatten_dict(dict(params or {}))
 
   def draw(path, leaf):
-    if path[-1] == "b":
+    if path in trained:
+      return jnp.asarray(trained[path], jnp.float32)
+    if path[-1] in ("b", "bias"):
       return jnp.zeros(leaf.shape)
     name_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-    return _uniform_a(name_key, leaf.shape)
+    of_kind = heads.draw if path[-1] == "kernel" else _uniform_a
+    return of_kind(name_key, leaf.shape)
 
   factors = {path: draw(path, leaf) for path, leaf in _shapes(model).items()}
   return flax.traverse_util.unflatten_dict(factors)
@@ -166,32 +196,45 @@ def check(model: nn.Module, factors: Mapping[str, Any]) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  key = jax.random.key(0)
-  shapes: Any = jax.eval_shape(model.init, {"params": key, "lora": key}, tokens)
+  shapes = abstract_variables(model)
   if "lora" not in shapes:
     raise ValueError("expected a model with LoRA factors; give it an adapter.")
   flat: Any = flax.traverse_util.flatten_dict(shapes["lora"])
   return flat
 
 
+def abstract_variables(model: nn.Module) -> dict[str, Any]:
+  """Shapes of all variables of a model, none of which is computed."""
+  key = jax.random.key(0)
+  example: Any = getattr(model, "example", jnp.zeros((1, 1), jnp.int32))
+  shapes: Any = jax.eval_shape(
+    model.init, {"params": key, "lora": key}, example
+  )
+  return shapes
+
+
 def merge(params: Any, factors: Any, scale: float) -> Any:
-  """Adds `scale * a @ b` to the kernels that have factors.
+  """Adds `scale * a @ b` to the kernels that have factors; heads are put in.
 
   Args:
     params: the base model's parameters.
-    factors: LoRA factors, a subtree of the same layout with `a` and `b` in
-      place of `kernel`; leading axes (stacked layers) agree.
+    factors: what was trained: a subtree of the same layout with `a` and `b` in
+      place of `kernel`, or a head; leading axes (stacked layers) agree.
     scale: `LoRA.scale`.
 
   Returns:
-    `params` with the merged kernels, in their own dtype.
+    `params` with the merged kernels, in their own dtype; float32 where they
+    were quantised.
   """
   if "a" in factors:
-    kernel = params["kernel"]
-    low_rank = scale * factors["a"] @ factors["b"]
-    return {**params, "kernel": (kernel + low_rank).astype(kernel.dtype)}
-  return {
-    **params,
-    **{name: merge(params[name], factors[name], scale) for name in factors},
+    kernel = quantized.dequantize(params["kernel"], jnp.float32)
+    merged = kernel + scale * factors["a"] @ factors["b"]
+    dtype = getattr(params["kernel"], "dtype", jnp.float32)
+    return {**params, "kernel": merged.astype(dtype)}
+  merged = {
+    name: merge(params.get(name, {}), inner, scale)
+    if isinstance(inner, Mapping)
+    else inner
+    for name, inner in factors.items()
   }
+  return {**params, **merged}

@@ -1,16 +1,17 @@
 """Hugging Face folder or hub name -> Flax parameters, and back, without torch.
 
-A parameter `layers/self_attn/q_proj/kernel` [layers, in, out] is the tensors
-`model.layers.{i}.self_attn.q_proj.weight` [out, in] of the checkpoint: kernels
-are transposed and layers stacked, everything else is the same array.
+What a checkpoint's tensors are called is in `models.layout`; kernels of dense
+layers are transposed, layers stacked, everything else is the same array.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.traverse_util
 import huggingface_hub
@@ -20,14 +21,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fedjax_llm.models import llama
+from fedjax_llm.models import families, heads, layout, lora, quantized
 
 # The small Llama that the package ships, see configs/pretrain.py.
 SHIPPED = pathlib.Path(__file__).parent / "python_llama"
 # The files of a repository that loading needs: no pickles, no other formats.
-_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
-# Buffers that old checkpoints carry and that are computed here.
-_BUFFERS = ("rotary_emb.inv_freq",)
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+_SHARD_BYTES = 5_000_000_000
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
@@ -57,56 +57,55 @@ def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
     ) from error
 
 
-def read_config(folder: pathlib.Path) -> llama.LlamaConfig:
-  """Reads the `config.json` of a model folder.
-
-  Raises:
-    ValueError: if there is none, or it describes a model not supported here.
-  """
-  path = folder / "config.json"
-  if not path.is_file():
-    raise ValueError(f"expected a config.json in {folder}, found none.")
-  try:
-    return llama.LlamaConfig.from_hugging_face(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
-
-
 def load(
-  name_or_folder: str | os.PathLike, *, dtype: Any = jnp.float32
-) -> tuple[llama.LlamaConfig, dict[str, Any]]:
+  name_or_folder: str | os.PathLike,
+  *,
+  head: heads.Classifier | None = None,
+  dtype: Any = jnp.float32,
+  quantize: Literal["int8", "nf4"] | None = None,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Any, dict[str, Any]]:
   """Loads the shape and the parameters of a base model.
 
-  One stacked parameter is in host memory at a time.
+  Tensors are read one by one, only the part that a device holds, straight into
+  `dtype`: beside the model, one stacked parameter is in host memory.
 
   Args:
     name_or_folder: a Hugging Face folder or hub name (see `resolve`).
+    head: what classifies a row, if the model is no language model. The head of
+      the checkpoint is loaded if it has one.
     dtype: what the parameters are stored in.
+    quantize: store the kernels of the layers in this format instead.
+    sharding: of every parameter; the first device's if None.
 
   Returns:
-    The config, and the parameters as `llama.Llama(config).apply` takes them.
+    The config, and the parameters as `families.model(config, head=head)` takes
+    them.
 
   Raises:
     ValueError: listing every missing, unexpected or mis-shaped tensor.
   """
   folder = resolve(name_or_folder)
-  config = read_config(folder)
-  shapes = _parameter_shapes(config)
-  expected = {
-    name: shape[::-1] if path[-1] == "kernel" else shape
-    for path, leaf in shapes.items()
-    for name, shape in _tensors(path, leaf.shape)
-  }
-  stored = _stored_tensors(folder)
-  _check(folder, expected, stored)
-  params = {}
-  for path, leaf in shapes.items():
-    names = [name for name, _ in _tensors(path, leaf.shape)]
-    arrays = [stored[name].read(name) for name in names]
-    if path[-1] == "kernel":
-      arrays = [array.T for array in arrays]
-    stacked = np.stack(arrays) if path[0] == "layers" else arrays[0]
-    params[path] = jnp.asarray(stacked, dtype)
+  config = families.read_config(folder)
+  names = families.of(config).layout
+  shapes = _parameter_shapes(config, head)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with contextlib.ExitStack() as stack:
+    stored = _stored_tensors(folder, names, stack)
+    _check(folder, names, shapes, stored, head)
+    params = {}
+    for path, leaf in shapes.items():
+      tensors = list(_tensors(names, path, leaf.shape))
+      if tensors[0][0] not in stored:
+        continue  # A head that is yet to be trained.
+      read = _Reader([stored[name] for name, _ in tensors], names, path, dtype)
+      array = jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index, read=read: read(index)
+      )
+      if quantize and path[0] == "layers" and path[-1] == "kernel":
+        array = quantized.quantize(array, quantize)
+      params[path] = array
   return config, flax.traverse_util.unflatten_dict(params)
 
 
@@ -122,76 +121,147 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 def save(
   folder: str | os.PathLike,
-  config: llama.LlamaConfig,
+  config: Any,
   params: Mapping[str, Any],
   *,
+  head: heads.Classifier | None = None,
   dtype: Any = jnp.bfloat16,
+  like: pathlib.Path | None = None,
 ) -> None:
-  """Writes `config.json` and `model.safetensors` as transformers loads them.
+  """Writes a model folder as transformers loads it.
 
   Args:
     folder: where to; made if absent.
     config: the model's shape.
     params: its parameters.
+    head: what classifies a row, if the model is no language model.
     dtype: what the tensors are stored in.
+    like: folder of a base model, whose tokenizer, token ids and settings of
+      generation are kept.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = {}
-  flat: Any = flax.traverse_util.flatten_dict(dict(params))
-  for path, leaf in flat.items():
-    leaf = np.asarray(leaf.astype(dtype))
-    layers = leaf if path[0] == "layers" else leaf[None]
-    names = [name for name, _ in _tensors(path, leaf.shape)]
-    for name, array in zip(names, layers, strict=True):
-      array = array.T if path[-1] == "kernel" else array
-      tensors[name] = np.ascontiguousarray(array)
-  safetensors.numpy.save_file(
-    tensors, folder / "model.safetensors", metadata={"format": "pt"}
-  )
-  fields = {**config.to_hugging_face(), "dtype": jnp.dtype(dtype).name}
+  fields = config.to_hugging_face(head)
+  if like is not None:
+    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
+      for path in like.glob(pattern):
+        if not path.name.endswith(".safetensors.index.json"):
+          shutil.copy(path, folder)
+    older = json.loads((like / "config.json").read_text())
+    older.pop("torch_dtype", None)
+    fields = older | {x: fields[x] for x in fields if x not in older}
+    if head is not None:
+      made = config.to_hugging_face(head)
+      fields |= {x: made[x] for x in ("architectures", "id2label", "label2id")}
+  fields["dtype"] = jnp.dtype(dtype).name
   (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+  _write(folder, _shards(_named(config, params, dtype)))
 
 
-def tensor_name(path: tuple[str, ...], layer: int | None) -> str:
-  """The checkpoint's name of a module, e.g. `model.layers.3.mlp.up_proj`."""
-  if path[0] == "layers":
-    return ".".join(("model.layers", str(layer), *path[1:]))
-  return ".".join(path if path[0] == "lm_head" else ("model", *path))
+def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors of a checkpoint, one stacked parameter at a time."""
+  names = families.of(config).layout
+  flat: Any = flax.traverse_util.flatten_dict(
+    dict(params), is_leaf=lambda _, x: not isinstance(x, Mapping)
+  )
+  for path, leaf in flat.items():
+    leaf = np.asarray(quantized.dequantize(leaf, dtype))
+    layers = leaf if path[0] == "layers" else leaf[None]
+    tensors = _tensors(names, path, leaf.shape)
+    for (name, _), array in zip(tensors, layers, strict=True):
+      if names.is_transposed(path):
+        array = array.swapaxes(-1, -2)
+      yield name, np.ascontiguousarray(array)
 
 
-def _parameter_shapes(config) -> dict[tuple[str, ...], Any]:
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  init = llama.Llama(config).init
-  shapes: Any = jax.eval_shape(init, jax.random.key(0), tokens)
+def _shards(tensors) -> Iterator[dict[str, np.ndarray]]:
+  """Gathers tensors up to the size of a file."""
+  shard, size = {}, 0
+  for name, array in tensors:
+    if shard and size + array.nbytes > _SHARD_BYTES:
+      yield shard
+      shard, size = {}, 0
+    shard[name] = array
+    size += array.nbytes
+  yield shard
+
+
+def _write(folder, shards):
+  """Writes one file, or several and their index."""
+  files, weight_map, total = [], {}, 0
+  for shard in shards:
+    files.append(folder / f"model-{len(files)}.safetensors")
+    safetensors.numpy.save_file(shard, files[-1], metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(shard, len(files))
+    total += sum(array.nbytes for array in shard.values())
+  if len(files) == 1:
+    files[0].rename(folder / "model.safetensors")
+    return
+  name = lambda number: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+  for number, path in enumerate(files, 1):
+    path.rename(folder / name(number))
+  index = {
+    "metadata": {"total_size": total},
+    "weight_map": {tensor: name(x) for tensor, x in weight_map.items()},
+  }
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps(index, indent=2) + "\n"
+  )
+
+
+def _parameter_shapes(config, head) -> dict[layout.Path, Any]:
+  shapes = lora.abstract_variables(families.model(config, head=head))
   flat: Any = flax.traverse_util.flatten_dict(shapes["params"])
   return flat
 
 
 def _tensors(
-  path: tuple[str, ...], shape: tuple[int, ...]
+  names: layout.Layout, path: layout.Path, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """The checkpoint's names of a parameter, with the shape of each slice."""
-  suffix = "bias" if path[-1] == "bias" else "weight"
-  if path[0] != "layers":
-    yield f"{tensor_name(path[:-1], None)}.{suffix}", shape
-    return
-  for layer in range(shape[0]):
-    yield f"{tensor_name(path[:-1], layer)}.{suffix}", shape[1:]
+  """The checkpoint's names of a parameter, with the shape of each tensor."""
+  is_stacked = path[0] == "layers"
+  inner = shape[1:] if is_stacked else shape
+  if names.is_transposed(path):
+    inner = (*inner[:-2], inner[-1], inner[-2])
+  for layer in range(shape[0]) if is_stacked else (None,):
+    yield names.tensor_name(path, layer), inner
 
 
 class _Stored(NamedTuple):
-  """Where a tensor is, and its shape."""
+  """A tensor in an open file, its name there and its shape."""
 
-  file: pathlib.Path
+  file: Any
+  name: str
   shape: tuple[int, ...]
 
-  def read(self, name: str) -> np.ndarray:
-    with safetensors.safe_open(self.file, "np") as file:
-      return file.get_tensor(name)
+
+class _Reader(NamedTuple):
+  """Reads any part of a parameter from the tensors that hold it."""
+
+  tensors: list[_Stored]
+  names: layout.Layout
+  path: layout.Path
+  dtype: Any
+
+  def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of the parameter that `index` says, in its dtype."""
+    is_stacked = self.path[0] == "layers"
+    tensors = self.tensors[index[0]] if is_stacked else self.tensors
+    inner = index[1:] if is_stacked else index
+    transposed = self.names.is_transposed(self.path)
+    if transposed:
+      inner = (*inner[:-2], inner[-1], inner[-2])
+    parts = None
+    for number, tensor in enumerate(tensors):
+      part = tensor.file.get_slice(tensor.name)[inner]
+      part = part.swapaxes(-1, -2) if transposed else part
+      if parts is None:
+        parts = np.empty((len(tensors), *part.shape), self.dtype)
+      parts[number] = part
+    return parts if is_stacked else parts[0]
 
 
-def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
+def _stored_tensors(folder, names, stack) -> dict[str, _Stored]:
   """What the headers of the folder's one file, or of its shards, list."""
   files = ["model.safetensors"]
   index = folder / "model.safetensors.index.json"
@@ -205,26 +275,30 @@ def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
   tensors = {}
   for path in (folder / name for name in files):
     try:
-      with safetensors.safe_open(path, "np") as file:
-        for name in file.keys():
-          shape = tuple(file.get_slice(name).get_shape())
-          tensors[name] = _Stored(path, shape)
+      file = stack.enter_context(safetensors.safe_open(path, "np"))
     except safetensors.SafetensorError as error:
       raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    for name in file.keys():
+      shape = tuple(file.get_slice(name).get_shape())
+      tensors[names.current(name)] = _Stored(file, name, shape)
   return tensors
 
 
-def _check(folder, expected, stored):
+def _check(folder, names, shapes, stored, head):
   """Raises one error for everything that does not fit."""
-  problems = [f"missing {name}" for name in expected if name not in stored]
+  problems, expected = [], {}
+  for path, leaf in shapes.items():
+    tensors = dict(_tensors(names, path, leaf.shape))
+    expected |= tensors
+    if head is None or path[0] not in names.heads:
+      problems += [f"missing {name}" for name in tensors if name not in stored]
   for name, tensor in stored.items():
     if name in expected:
       if tensor.shape != expected[name]:
         problems.append(
           f"{name} has shape {tensor.shape}, not {expected[name]}"
         )
-    # Tied models may carry the output matrix a second time.
-    elif not name.endswith(_BUFFERS) and name != "lm_head.weight":
+    elif not names.is_optional(name):
       problems.append(f"unexpected {name}")
   if problems:
     raise ValueError(

@@ -13,7 +13,7 @@ import pytest
 from fedjax_llm import commands
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
-from fedjax_llm.models import adapters, language, llama, lora, pretrained
+from fedjax_llm.models import adapters, decoder, language, lora, pretrained
 
 ROWS, LENGTH, VOCABULARY = 5, 7, 11
 
@@ -128,8 +128,8 @@ def reference(data):
 def adapter(data, tmp_path_factory):
   """An adapter whose factors are both far from zero."""
   config, _ = pretrained.load(data / "stories260k")
-  settings = lora.LoRA(rank=4, alpha=8.0, targets=llama.LINEAR)
-  factors = lora.init(llama.Llama(config, settings), jax.random.key(0))
+  settings = lora.LoRA(rank=4, alpha=8.0, targets=decoder.LINEAR)
+  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
   leaves, structure = jax.tree.flatten(factors)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   draw = lambda key, x: 0.1 * jax.random.normal(key, x.shape)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import adapters, llama, lora, pretrained
+from fedjax_llm.models import adapters, decoder, lora, pretrained
 
 SETTINGS = lora.LoRA(
   rank=3, alpha=6.0, dropout=0.1, targets=("down_proj", "q_proj", "v_proj")
@@ -16,7 +16,7 @@ SETTINGS = lora.LoRA(
 
 @pytest.fixture
 def model(config):
-  return llama.Llama(config, SETTINGS)
+  return decoder.Decoder(config, SETTINGS)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_an_adapter_of_another_model_is_refused(folder, config):
   settings, factors = adapters.load(folder)
   deeper = dataclasses.replace(config, num_hidden_layers=4)
   with pytest.raises(ValueError, match=r"q_proj/a: expected \(4, 24, 3\)"):
-    lora.check(llama.Llama(deeper, settings), factors)
+    lora.check(decoder.Decoder(deeper, settings), factors)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_peft_loads_what_is_saved(
   adapted = peft.PeftModel.from_pretrained(base, folder)
   same_logits(adapted, model, base_params(config), factors, tokens)
   merged = lora.merge(base_params(config), factors, SETTINGS.scale)
-  alone = llama.Llama(config)
+  alone = decoder.Decoder(config)
   same_logits(adapted, alone, merged, {}, tokens)
 
 
@@ -219,7 +219,7 @@ def test_what_peft_saves_is_loaded(
   )
   adapted.save_pretrained(tmp_path / "theirs")
   settings, factors = adapters.load(tmp_path / "theirs")
-  assert settings == lora.LoRA(5, 7.0, 0.0, tuple(sorted(llama.LINEAR)))
-  model = llama.Llama(config, settings)
+  assert settings == lora.LoRA(5, 7.0, 0.0, tuple(sorted(decoder.LINEAR)))
+  model = decoder.Decoder(config, settings)
   lora.check(model, factors)
   same_logits(adapted, model, base_params(config), factors, tokens)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import llama, lora
+from fedjax_llm.models import decoder, lora
 
 # transformers and peft must not ask the hub for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # All widths differ, so that a shape tells which layer it belongs to.
-BASE = llama.LlamaConfig(
+BASE = decoder.DecoderConfig(
   vocab_size=96,
   hidden_size=24,
   intermediate_size=40,
@@ -79,7 +79,9 @@ def base_params(draw):
 
   def make(config, seed=0):
     shapes = jax.eval_shape(
-      llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+      decoder.Decoder(config).init,
+      jax.random.key(0),
+      jnp.zeros((1, 1), jnp.int32),
     )["params"]
     around_one = lambda path, x: x + (path[-1].key == "scale")
     return jax.tree.map_with_path(around_one, draw(shapes, seed))

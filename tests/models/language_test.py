@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import language, llama, lora
+from fedjax_llm.models import decoder, language, lora
 
 KEY = jax.random.key(0)
 
@@ -17,7 +17,7 @@ class Rows(NamedTuple):
 
 @pytest.fixture
 def model(config):
-  return llama.Llama(config, lora.LoRA(rank=2))
+  return decoder.Decoder(config, lora.LoRA(rank=2))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_padded_rows_have_no_gradient(model, variables, rows):
 
 
 def test_training_draws_dropout_and_scoring_does_not(config, variables, rows):
-  model = llama.Llama(config, lora.LoRA(rank=2, dropout=0.5))
+  model = decoder.Decoder(config, lora.LoRA(rank=2, dropout=0.5))
   present = np.ones(3, bool)
   loss = jax.jit(language.loss_fn(model))
   first, _ = loss(*variables, rows, present, jax.random.key(0))
@@ -117,8 +117,10 @@ def test_scores_are_sums_of_each_row(model, variables, rows):
 
 def test_a_base_model_is_scored_without_factors(config, variables, rows):
   _, params = variables
-  alone = jax.jit(language.score_fn(llama.Llama(config)))(None, params, rows)
+  alone = jax.jit(language.score_fn(decoder.Decoder(config)))(
+    None, params, rows
+  )
   zeros = jax.tree.map(jnp.zeros_like, variables[0])
-  model = llama.Llama(config, lora.LoRA(rank=2))
+  model = decoder.Decoder(config, lora.LoRA(rank=2))
   with_zeros = jax.jit(language.score_fn(model))(zeros, params, rows)
   np.testing.assert_allclose(alone["loss"], with_zeros["loss"], rtol=1e-6)

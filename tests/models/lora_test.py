@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import language, llama, lora, pretrained
+from fedjax_llm.models import decoder, language, lora, pretrained
 
-ALL = lora.LoRA(rank=3, alpha=6.0, targets=llama.LINEAR)
+ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_settings_can_be_hashed_whatever_sequence_names_the_targets():
 
 def test_only_the_targets_have_factors(config):
   settings = dataclasses.replace(ALL, targets=("v_proj", "down_proj"))
-  factors = lora.init(llama.Llama(config, settings), jax.random.key(0))
+  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
   assert jax.tree.map(jnp.shape, factors) == {
     "layers": {
       "self_attn": {"v_proj": {"a": (2, 24, 3), "b": (2, 3, 12)}},
@@ -44,7 +44,7 @@ def test_only_the_targets_have_factors(config):
 
 @pytest.mark.parametrize("by", ["lora.init", "model.init"])
 def test_a_starts_uniform_and_b_at_zero(config, by):
-  model = llama.Llama(config, dataclasses.replace(ALL, rank=64))
+  model = decoder.Decoder(config, dataclasses.replace(ALL, rank=64))
   key = jax.random.key(0)
   if by == "lora.init":
     factors = lora.init(model, key)
@@ -68,31 +68,31 @@ def test_a_starts_uniform_and_b_at_zero(config, by):
 
 def test_factors_depend_on_the_key_and_on_no_other_target(config):
   draw = lambda seed, targets: lora.init(
-    llama.Llama(config, dataclasses.replace(ALL, targets=targets)),
+    decoder.Decoder(config, dataclasses.replace(ALL, targets=targets)),
     jax.random.key(seed),
   )["layers"]["self_attn"]["q_proj"]["a"]
-  np.testing.assert_array_equal(draw(0, llama.LINEAR), draw(0, ("q_proj",)))
+  np.testing.assert_array_equal(draw(0, decoder.LINEAR), draw(0, ("q_proj",)))
   assert not np.array_equal(draw(0, ("q_proj",)), draw(1, ("q_proj",)))
 
 
 def test_factors_of_equal_shape_differ(config):
-  factors = lora.init(llama.Llama(config, ALL), jax.random.key(0))
+  factors = lora.init(decoder.Decoder(config, ALL), jax.random.key(0))
   mlp = factors["layers"]["mlp"]
   assert not np.array_equal(mlp["gate_proj"]["a"], mlp["up_proj"]["a"])
 
 
 def test_a_new_adapter_changes_nothing(config, base_params, tokens):
-  params, model = base_params(config), llama.Llama(config, ALL)
+  params, model = base_params(config), decoder.Decoder(config, ALL)
   factors = lora.init(model, jax.random.key(0))
   np.testing.assert_array_equal(
     jax.jit(model.apply)({"params": params, "lora": factors}, tokens),
-    jax.jit(llama.Llama(config).apply)({"params": params}, tokens),
+    jax.jit(decoder.Decoder(config).apply)({"params": params}, tokens),
   )
 
 
 def test_a_model_without_an_adapter_has_no_factors(config):
   with pytest.raises(ValueError, match="adapter"):
-    lora.init(llama.Llama(config), jax.random.key(0))
+    lora.init(decoder.Decoder(config), jax.random.key(0))
 
 
 def dense(rank, dropout, x, key):
@@ -139,7 +139,7 @@ def test_dropout_leaves_the_base_product_alone():
 
 def test_layers_have_masks_of_their_own(config, base_params, draw):
   settings = dataclasses.replace(ALL, targets=("down_proj",), dropout=0.5)
-  model = llama.Llama(config, settings)
+  model = decoder.Decoder(config, settings)
   params = base_params(config)
   factors = draw(lora.init(model, jax.random.key(0)))
 
@@ -162,12 +162,12 @@ def test_layers_have_masks_of_their_own(config, base_params, draw):
 def test_merged_weights_compute_the_same(
   config, base_params, lora_factors, tokens
 ):
-  model = llama.Llama(config, ALL)
+  model = decoder.Decoder(config, ALL)
   params, factors = base_params(config), lora_factors(model)
   merged = lora.merge(params, factors, ALL.scale)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   np.testing.assert_allclose(
-    jax.jit(llama.Llama(config).apply)({"params": merged}, tokens),
+    jax.jit(decoder.Decoder(config).apply)({"params": merged}, tokens),
     jax.jit(model.apply)({"params": params, "lora": factors}, tokens),
     atol=1e-4,
   )
@@ -175,7 +175,7 @@ def test_merged_weights_compute_the_same(
 
 def test_merging_keeps_the_type_and_what_has_no_factors(config, base_params):
   settings = dataclasses.replace(ALL, targets=("q_proj",))
-  factors = lora.init(llama.Llama(config, settings), jax.random.key(0))
+  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base_params(config))
   merged = lora.merge(params, jax.tree.map(jnp.ones_like, factors), 1.0)
   assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
@@ -185,13 +185,13 @@ def test_merging_keeps_the_type_and_what_has_no_factors(config, base_params):
 
 
 def test_factors_that_fit_pass(config):
-  model = llama.Llama(config, ALL)
+  model = decoder.Decoder(config, ALL)
   lora.check(model, lora.init(model, jax.random.key(0)))
 
 
 def test_factors_that_do_not_fit_are_listed(config):
-  model = llama.Llama(config, dataclasses.replace(ALL, targets=("q_proj",)))
-  other = llama.Llama(
+  model = decoder.Decoder(config, dataclasses.replace(ALL, targets=("q_proj",)))
+  other = decoder.Decoder(
     dataclasses.replace(config, num_hidden_layers=3),
     dataclasses.replace(ALL, rank=5, targets=("q_proj", "up_proj")),
   )
@@ -214,7 +214,7 @@ def test_forward_and_gradients_equal_peft(
   torch = pytest.importorskip("torch", reason="oracle needs torch")
   peft = pytest.importorskip("peft", reason="oracle needs peft")
   transformers = pytest.importorskip("transformers")
-  params, model = base_params(config), llama.Llama(config, ALL)
+  params, model = base_params(config), decoder.Decoder(config, ALL)
   factors = lora_factors(model)
   pretrained.save(tmp_path, config, params, dtype=jnp.float32)
   reference = peft.get_peft_model(
@@ -222,7 +222,7 @@ def test_forward_and_gradients_equal_peft(
     peft.LoraConfig(
       r=3,
       lora_alpha=6,
-      target_modules=list(llama.LINEAR),
+      target_modules=list(decoder.LINEAR),
       task_type="CAUSAL_LM",
     ),
   )
@@ -236,7 +236,7 @@ def test_forward_and_gradients_equal_peft(
     ours = factors["layers"][group][module][parts[7][-1].lower()][layer]
     with torch.no_grad():
       weight.copy_(torch.tensor(np.asarray(ours).T))
-  assert len(theirs) == 2 * 2 * len(llama.LINEAR)
+  assert len(theirs) == 2 * 2 * len(decoder.LINEAR)
 
   row = torch.tensor(tokens, dtype=torch.long)
   logits = reference(row[:, :-1]).logits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import llama, pretrained
+from fedjax_llm.models import decoder, pretrained
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_what_transformers_saves_is_loaded(
   assert (shards > 1) == (shard_size == "10KB")
   config, params = pretrained.load(tmp_path)
   assert config == variant
-  got = llama.Llama(config).apply({"params": params}, tokens)
+  got = decoder.Decoder(config).apply({"params": params}, tokens)
   with torch.no_grad():
     expected = reference(torch.tensor(tokens, dtype=torch.long)).logits
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import transformers
 
-from fedjax_llm.models import llama, llama_config
+from fedjax_llm.models import decoder
 
 LLAMA_2_7B = {
   "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -78,7 +78,7 @@ HUB = {
 
 @pytest.mark.parametrize("name", HUB)
 def test_a_config_of_the_hub_is_read(name):
-  config = llama.LlamaConfig.from_hugging_face(HUB[name])
+  config = decoder.DecoderConfig.from_hugging_face(HUB[name])
   reference = transformers.LlamaConfig(**HUB[name])
   for field in ("num_key_value_heads", "head_dim", "hidden_size"):
     assert getattr(config, field) == getattr(reference, field)
@@ -88,7 +88,9 @@ def test_a_config_of_the_hub_is_read(name):
 
 
 def test_every_field_of_llama_32_is_read():
-  assert llama.LlamaConfig.from_hugging_face(LLAMA_32_1B) == llama.LlamaConfig(
+  assert decoder.DecoderConfig.from_hugging_face(
+    LLAMA_32_1B
+  ) == decoder.DecoderConfig(
     vocab_size=128256,
     hidden_size=2048,
     intermediate_size=8192,
@@ -112,12 +114,12 @@ def test_every_field_of_llama_32_is_read():
 
 def test_what_is_written_is_read_back(variant):
   fields = variant.to_hugging_face()
-  assert llama.LlamaConfig.from_hugging_face(fields) == variant
+  assert decoder.DecoderConfig.from_hugging_face(fields) == variant
 
 
 def test_what_transformers_makes_of_it_is_read_back(variant):
   fields = transformers.LlamaConfig(**variant.to_hugging_face()).to_dict()
-  assert llama.LlamaConfig.from_hugging_face(fields) == variant
+  assert decoder.DecoderConfig.from_hugging_face(fields) == variant
 
 
 def test_transformers_does_not_stop_at_a_token_of_llama_2(config):
@@ -148,15 +150,15 @@ def test_transformers_does_not_stop_at_a_token_of_llama_2(config):
 )
 def test_what_is_not_honoured_is_refused_by_name(change, named):
   with pytest.raises(ValueError, match=named):
-    llama.LlamaConfig.from_hugging_face(LLAMA_2_7B | change)
+    decoder.DecoderConfig.from_hugging_face(LLAMA_2_7B | change)
 
 
 def test_every_unknown_field_is_named_at_once():
   fields = LLAMA_2_7B | {"sliding_window": 7, "logit_scale": 2.0}
   with pytest.raises(ValueError, match="logit_scale.*sliding_window"):
-    llama.LlamaConfig.from_hugging_face(fields)
+    decoder.DecoderConfig.from_hugging_face(fields)
 
 
 def test_the_config_is_one_class_under_both_names():
-  assert llama.LlamaConfig is llama_config.LlamaConfig
-  assert dataclasses.is_dataclass(llama.LlamaConfig)
+  assert decoder.DecoderConfig is llama_config.LlamaConfig
+  assert dataclasses.is_dataclass(decoder.DecoderConfig)

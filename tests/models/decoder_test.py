@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import language, llama, lora, pretrained
+from fedjax_llm.models import decoder, language, lora, pretrained
 
-ALL = lora.LoRA(rank=3, alpha=6.0, targets=llama.LINEAR)
+ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
 
 
 def np_rms(x, scale, epsilon):
@@ -109,7 +109,7 @@ def np_llama(config, params, factors, row, scale=0.0):
 
 def test_logits_match_numpy(variant, base_params, tokens):
   params = base_params(variant)
-  logits = jax.jit(llama.Llama(variant).apply)({"params": params}, tokens)
+  logits = jax.jit(decoder.Decoder(variant).apply)({"params": params}, tokens)
   for row, got in zip(tokens, logits, strict=True):
     expected = np_llama(variant, params, {}, row)
     np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -118,7 +118,7 @@ def test_logits_match_numpy(variant, base_params, tokens):
 def test_logits_with_lora_match_numpy(
   config, base_params, lora_factors, tokens
 ):
-  model = llama.Llama(config, ALL)
+  model = decoder.Decoder(config, ALL)
   params, factors = base_params(config), lora_factors(model)
   logits = jax.jit(model.apply)({"params": params, "lora": factors}, tokens)
   expected = np_llama(config, params, factors, tokens[0], scale=2.0)
@@ -149,9 +149,9 @@ def test_llama_3_frequencies_keep_short_and_divide_long_wavelengths():
     head_dim=128,
     rope_theta=500000.0,
   )
-  plain = llama.rotary_frequencies(llama.LlamaConfig(**fields))
+  plain = llama.rotary_frequencies(decoder.DecoderConfig(**fields))
   scaled = llama.rotary_frequencies(
-    llama.LlamaConfig(**fields, rope_scaling=tuple(scaling.items()))
+    decoder.DecoderConfig(**fields, rope_scaling=tuple(scaling.items()))
   )
   ratio = scaled / plain
   assert ratio[0] == 1 and ratio[-1] == 1 / 8
@@ -160,7 +160,7 @@ def test_llama_3_frequencies_keep_short_and_divide_long_wavelengths():
 
 
 def test_later_tokens_do_not_change_earlier_logits(config, base_params, tokens):
-  apply = jax.jit(llama.Llama(config).apply)
+  apply = jax.jit(decoder.Decoder(config).apply)
   variables = {"params": base_params(config)}
   changed = tokens.copy()
   changed[:, 9:] = 0
@@ -171,7 +171,7 @@ def test_later_tokens_do_not_change_earlier_logits(config, base_params, tokens):
 
 def test_a_target_that_is_no_layer_is_refused(config):
   with pytest.raises(ValueError, match="c_attn.*q_proj"):
-    llama.Llama(config, lora.LoRA(targets=("q_proj", "c_attn")))
+    decoder.Decoder(config, lora.LoRA(targets=("q_proj", "c_attn")))
 
 
 def gradient(model, tokens):
@@ -188,7 +188,7 @@ def test_programs_do_not_grow_with_depth(
 ):
   def size(layers):
     shape = dataclasses.replace(config, num_hidden_layers=layers)
-    model = llama.Llama(shape, ALL)
+    model = decoder.Decoder(shape, ALL)
     factors, params = lora_factors(model), base_params(shape)
     return len(equations(gradient(model, tokens), factors, params))
 
@@ -201,7 +201,7 @@ def test_rematerialisation_changes_memory_and_not_gradients(
   shape = dataclasses.replace(config, num_hidden_layers=8)
   params, results, memory = base_params(shape), [], []
   for remat in (False, True):
-    model = llama.Llama(shape, ALL, remat=remat)
+    model = decoder.Decoder(shape, ALL, remat=remat)
     factors = lora_factors(model)
     program = jax.jit(gradient(model, tokens)).lower(factors, params).compile()
     memory.append(program.memory_analysis().temp_size_in_bytes)
@@ -220,8 +220,8 @@ def test_bfloat16_is_close_to_float32(
   (loss, expected), (rounded, got) = (
     jax.jit(gradient(model, tokens))(lora_factors(model), params)
     for model in (
-      llama.Llama(config, ALL),
-      llama.Llama(config, ALL, dtype=jnp.bfloat16),
+      decoder.Decoder(config, ALL),
+      decoder.Decoder(config, ALL, dtype=jnp.bfloat16),
     )
   )
   # bfloat16 keeps eight bits: errors of a percent or so.
@@ -232,7 +232,7 @@ def test_bfloat16_is_close_to_float32(
 
 
 def test_logits_are_float32_in_bfloat16_too(config, base_params, tokens):
-  model = llama.Llama(config, dtype=jnp.bfloat16)
+  model = decoder.Decoder(config, dtype=jnp.bfloat16)
   variables = {"params": base_params(config)}
   logits = jax.eval_shape(model.apply, variables, tokens)
   assert logits.dtype == jnp.float32
@@ -250,7 +250,7 @@ def products(all_equations):
 def test_no_gradient_of_a_base_weight_is_computed(
   config, base_params, lora_factors, tokens, equations
 ):
-  model = llama.Llama(config, ALL)
+  model = decoder.Decoder(config, ALL)
   factors, params = lora_factors(model), base_params(config)
   shapes = kernel_shapes(params)
   shapes |= {shape[::-1] for shape in shapes}
@@ -262,7 +262,7 @@ def test_no_gradient_of_a_base_weight_is_computed(
   assert not base_gradients(gradient(model, tokens))
   loss = lambda *args: gradient(model, tokens)(*args)[0]
   both = base_gradients(jax.grad(loss, argnums=(0, 1)))
-  assert len(both) >= len(llama.LINEAR)
+  assert len(both) >= len(decoder.LINEAR)
 
 
 def test_the_backward_pass_costs_no_base_gradients(
@@ -271,7 +271,7 @@ def test_the_backward_pass_costs_no_base_gradients(
   # Rank 1 in wide layers, so that the base model is nearly all of the work:
   # forward 1, gradient of the activations 1, gradient of the weights 1.
   shape = dataclasses.replace(config, hidden_size=96, intermediate_size=384)
-  model = llama.Llama(shape, dataclasses.replace(ALL, rank=1))
+  model = decoder.Decoder(shape, dataclasses.replace(ALL, rank=1))
   factors, params = lora_factors(model), base_params(shape)
   value_and_grad = gradient(model, tokens)
   loss = lambda *args: value_and_grad(*args)[0]
@@ -287,7 +287,7 @@ def test_base_products_have_no_client_dimension(
   config, base_params, lora_factors, tokens, equations
 ):
   clients = 5
-  model = llama.Llama(config, ALL)
+  model = decoder.Decoder(config, ALL)
   params = base_params(config)
   factors = jax.tree.map(
     lambda x: jnp.stack([x] * clients), lora_factors(model)
@@ -303,7 +303,7 @@ def test_base_products_have_no_client_dimension(
     if any(operand.aval.shape in shapes for operand in x.invars)
   ]
   # Forward, and backward to the activations (of the first layer's too).
-  assert len(base) >= 2 * len(llama.LINEAR)
+  assert len(base) >= 2 * len(decoder.LINEAR)
   for product in base:
     assert product.params["dimension_numbers"][1] == ((), ())
   batched = {(clients, *shape) for shape in shapes}
@@ -314,7 +314,7 @@ def test_base_products_have_no_client_dimension(
 def test_vmapped_clients_equal_a_loop(
   config, base_params, lora_factors, tokens
 ):
-  model = llama.Llama(config, dataclasses.replace(ALL, dropout=0.3))
+  model = decoder.Decoder(config, dataclasses.replace(ALL, dropout=0.3))
   params, factors = base_params(config), lora_factors(model)
   keys = jax.random.split(jax.random.key(3), 3)
 
@@ -336,11 +336,11 @@ def test_vmapped_clients_equal_a_loop(
 def test_dropout_is_off_when_deterministic(
   config, base_params, lora_factors, tokens
 ):
-  model = llama.Llama(config, dataclasses.replace(ALL, dropout=0.3))
+  model = decoder.Decoder(config, dataclasses.replace(ALL, dropout=0.3))
   variables = {"params": base_params(config), "lora": lora_factors(model)}
   np.testing.assert_array_equal(
     jax.jit(model.apply)(variables, tokens),
-    jax.jit(llama.Llama(config, ALL).apply)(variables, tokens),
+    jax.jit(decoder.Decoder(config, ALL).apply)(variables, tokens),
   )
 
 
@@ -364,7 +364,7 @@ def test_logits_equal_transformers(variant, base_params, tokens, tmp_path):
   params = base_params(variant)
   pretrained.save(tmp_path, variant, params, dtype=jnp.float32)
   expected = hugging_face(tmp_path)(tokens).numpy()
-  got = jax.jit(llama.Llama(variant).apply)({"params": params}, tokens)
+  got = jax.jit(decoder.Decoder(variant).apply)({"params": params}, tokens)
   np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
@@ -372,7 +372,7 @@ def test_logits_equal_transformers(variant, base_params, tokens, tmp_path):
 def stories(data):
   folder = data / "stories260k"
   config, params = pretrained.load(folder)
-  apply = jax.jit(llama.Llama(config).apply)
+  apply = jax.jit(decoder.Decoder(config).apply)
   return folder, lambda tokens: apply({"params": params}, tokens)
 
 

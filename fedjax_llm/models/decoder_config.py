@@ -1,0 +1,302 @@
+"""The shape of a decoder, and how Hugging Face's config.json writes it down.
+
+A field of a config.json is honoured, known to leave the logits as they are, or
+refused by name: nothing is computed wrongly in silence.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fedjax_llm.models import heads, hub_config, rotary
+
+
+class _Family(NamedTuple):
+  """What sets the models of one `model_type` apart.
+
+  Attributes:
+    architecture: transformers' class of the language model.
+    fixed: fields of `DecoderConfig` that no config.json of the family writes.
+    defaults: fields of a config.json that it may leave out.
+    renamed: fields of `DecoderConfig` by other names in config.json.
+  """
+
+  architecture: str
+  fixed: Mapping[str, Any] = {}
+  defaults: Mapping[str, Any] = {}
+  renamed: Mapping[str, str] = {}
+
+
+_BIAS = {"qkv_bias": "attention_bias"}
+_CAPS = {
+  "attention_softcap": "attn_logit_softcapping",
+  "final_softcap": "final_logit_softcapping",
+}
+_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096}
+_WINDOWS |= {"max_window_layers": 28}
+_GEMMA = {"unit_offset": True, "scaled_embeddings": True}
+_GEMMA_DEFAULTS = {
+  "head_dim": 256,
+  "tie_word_embeddings": True,
+  "hidden_act": "gelu_pytorch_tanh",
+}
+_GEMMA_2_DEFAULTS = _GEMMA_DEFAULTS | {
+  "sliding_window": 4096,
+  "query_pre_attn_scalar": 256,
+}
+_FAMILIES = {
+  "llama": _Family(
+    "LlamaForCausalLM", renamed=_BIAS | {"mlp_bias": "mlp_bias"}
+  ),
+  "mistral": _Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
+  "qwen2": _Family("Qwen2ForCausalLM", {"qkv_bias": True}, _WINDOWS),
+  "qwen3": _Family(
+    "Qwen3ForCausalLM", {"qk_norm": True}, _WINDOWS | {"head_dim": 128}, _BIAS
+  ),
+  "gemma": _Family("GemmaForCausalLM", _GEMMA, _GEMMA_DEFAULTS, _BIAS),
+  "gemma2": _Family(
+    "Gemma2ForCausalLM",
+    _GEMMA | {"sandwich_norms": True},
+    _GEMMA_2_DEFAULTS
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    _BIAS | _CAPS,
+  ),
+  "gemma3_text": _Family(
+    "Gemma3ForCausalLM",
+    _GEMMA | {"sandwich_norms": True, "qk_norm": True},
+    _GEMMA_2_DEFAULTS,
+    _BIAS | _CAPS,
+  ),
+}
+MODEL_TYPES = tuple(_FAMILIES)
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+_WINDOW, _FULL = "sliding_attention", "full_attention"
+# Fields of one name here and in every config.json.
+_SHARED = (
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "max_position_embeddings",
+  "rms_norm_eps",
+  "tie_word_embeddings",
+  "query_pre_attn_scalar",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The shape of a decoder; most fields are those of Hugging Face's config.
+
+  Attributes:
+    model_type: the family, one of `MODEL_TYPES`.
+    vocab_size: number of tokens.
+    hidden_size: width of the residual stream.
+    intermediate_size: width inside the feed-forward block.
+    num_hidden_layers: number of blocks.
+    num_attention_heads: query heads.
+    num_key_value_heads: key and value heads; divides the query heads.
+    head_dim: width of a head, even.
+    max_position_embeddings: longest context the model was made for.
+    rms_norm_eps: added to the mean square before its root.
+    rope: rotary positions.
+    local_rope: those of the layers with a window, if they are others.
+    sliding_window: how many tokens a layer with a window sees.
+    windowed: which layers have that window.
+    hidden_act: "silu", "gelu_pytorch_tanh" or "gelu", of the gate.
+    tie_word_embeddings: whether the output uses the input embedding.
+    qkv_bias: whether query, key and value projections have biases.
+    mlp_bias: whether the feed-forward projections have biases.
+    qk_norm: whether queries and keys are normalised (Qwen 3, Gemma 3).
+    unit_offset: whether the norms scale by 1 + scale (Gemma).
+    sandwich_norms: whether the outputs of the blocks are normalised as well.
+    scaled_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
+    query_pre_attn_scalar: queries are divided by its root; head_dim if None.
+    attention_softcap: bounds the attention logits by a tanh.
+    final_softcap: bounds the logits by a tanh.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  model_type: str = "llama"
+  max_position_embeddings: int = 2048
+  rms_norm_eps: float = 1e-6
+  rope: rotary.Rope = rotary.Rope()
+  local_rope: rotary.Rope | None = None
+  sliding_window: int | None = None
+  windowed: tuple[bool, ...] = ()
+  hidden_act: str = "silu"
+  tie_word_embeddings: bool = False
+  qkv_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  unit_offset: bool = False
+  sandwich_norms: bool = False
+  scaled_embeddings: bool = False
+  query_pre_attn_scalar: float | None = None
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+
+  def __post_init__(self):
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ValueError(
+        "expected num_key_value_heads to divide num_attention_heads, got"
+        f" {self.num_key_value_heads} and {self.num_attention_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"expected an even head_dim, got {self.head_dim}.")
+    if self.windowed and len(self.windowed) != self.num_hidden_layers:
+      raise ValueError(
+        f"expected {self.num_hidden_layers=} layer types, got"
+        f" {len(self.windowed)}."
+      )
+
+  @property
+  def output_bias(self) -> bool:
+    """Whether the attention's output projection has a bias, unlike Qwen 2's."""
+    return self.qkv_bias and self.model_type != "qwen2"
+
+  @classmethod
+  def from_hugging_face(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
+    """Reads the fields of a config.json, written by old or new transformers.
+
+    Raises:
+      ValueError: for another model type, a field that is missing, or one that
+        would be computed wrongly because it is not honoured here.
+    """
+    given = hub_config.Fields(fields)
+    kind = given.choose("model_type", MODEL_TYPES)
+    family = _FAMILIES[kind]
+    given.default(family.defaults)
+    values: dict[str, Any] = {"model_type": kind, **family.fixed}
+    for name, written in family.renamed.items():
+      if (value := given.pop(written)) is not None:
+        values[name] = value
+    values["hidden_act"] = _pop_act(given, kind)
+    values |= _pop_layers(given, kind) | _pop_rope(given, kind)
+    values |= given.take(_SHARED)
+    given.finish(kind)
+    if heads := values.get("num_attention_heads"):
+      values.setdefault("num_key_value_heads", heads)
+      values.setdefault("head_dim", values.get("hidden_size", 0) // heads)
+    required = [
+      x.name
+      for x in dataclasses.fields(cls)
+      if x.default is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in values]:
+      raise ValueError(f"config.json needs the fields {missing}.")
+    return cls(**values)
+
+  def to_hugging_face(
+    self, head: heads.Classifier | None = None
+  ) -> dict[str, Any]:
+    """The fields of a config.json that transformers loads.
+
+    Args:
+      head: what classifies a row, if the model is no language model.
+    """
+    family = _FAMILIES[self.model_type]
+    fields = {name: getattr(self, name) for name in _SHARED}
+    if self.query_pre_attn_scalar is None:
+      fields.pop("query_pre_attn_scalar")
+    fields |= {
+      written: getattr(self, name) for name, written in family.renamed.items()
+    }
+    rope = self.rope.to_hugging_face()
+    if self.local_rope is not None:
+      rope = {_FULL: rope, _WINDOW: self.local_rope.to_hugging_face()}
+    if "sliding_window" in family.defaults:
+      fields["sliding_window"] = self.sliding_window
+      windowed = self.windowed or (False,) * self.num_hidden_layers
+      if self.model_type != "mistral":
+        fields["layer_types"] = [_WINDOW if x else _FULL for x in windowed]
+    if "use_sliding_window" in family.defaults:
+      fields["use_sliding_window"] = self.sliding_window is not None
+    act = "hidden_activation" if self.sandwich_norms else "hidden_act"
+    architecture = family.architecture
+    if head is not None:
+      architecture = architecture.replace("CausalLM", "SequenceClassification")
+    return {
+      "architectures": [architecture],
+      **hub_config.label_fields(head),
+      "model_type": self.model_type,
+      act: self.hidden_act,
+      # transformers would assume ids of its own, and stop there.
+      "bos_token_id": None,
+      "eos_token_id": None,
+      "pad_token_id": None,
+      **fields,
+      "rope_parameters": rope,
+    }
+
+
+def _pop_act(given: hub_config.Fields, kind: str) -> str:
+  """Pops the activation of the gate."""
+  older, act = given.pop("hidden_act"), given.pop("hidden_activation")
+  act = act or older or "silu"
+  if kind.startswith("gemma") and act == "gelu":
+    act = "gelu_pytorch_tanh"  # What the first configs of Gemma meant.
+  if act not in ACTIVATIONS:
+    raise ValueError(
+      f"expected hidden_act in {', '.join(ACTIVATIONS)}, got {act!r}."
+    )
+  return act
+
+
+def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
+  """Pops what says which layers have a window, and how wide it is."""
+  if "sliding_window" not in _FAMILIES[kind].defaults:
+    return {}
+  window, types = given.pop("sliding_window"), given.pop("layer_types")
+  first = given.pop("max_window_layers")
+  older = given.pop("sliding_window_pattern")
+  pattern = given.pop("_sliding_window_pattern") or older or 6
+  layers = range(given.peek("num_hidden_layers") or 0)
+  if "use_sliding_window" in _FAMILIES[kind].defaults:
+    window = window if given.pop("use_sliding_window") else None
+  if types is not None and set(types) - {_WINDOW, _FULL}:
+    raise ValueError(
+      f"expected layer_types {_WINDOW!r} and {_FULL!r}, got {set(types)}."
+    )
+  if types is not None:
+    windowed = [x == _WINDOW for x in types]
+  elif kind == "mistral":
+    windowed = [True for _ in layers]
+  elif kind == "gemma2":
+    windowed = [layer % 2 == 0 for layer in layers]
+  elif kind == "gemma3_text":
+    windowed = [(layer + 1) % pattern > 0 for layer in layers]
+  else:
+    windowed = [layer >= first for layer in layers]
+  if window is None or not any(windowed):
+    return {}
+  return {"sliding_window": window, "windowed": tuple(windowed)}
+
+
+def _pop_rope(given: hub_config.Fields, kind: str) -> dict[str, Any]:
+  """Pops the rotary fields: `rope_parameters`, or the older ones."""
+  older = {
+    "rope_theta": given.pop("rope_theta"),
+    "partial_rotary_factor": given.pop("partial_rotary_factor"),
+    **(given.pop("rope_scaling") or {}),
+  }
+  rope = given.pop("rope_parameters") or {}
+  if kind != "gemma3_text":
+    return {"rope": rotary.Rope.from_hugging_face({**older, **rope})}
+  older["rope_theta"] = older["rope_theta"] or 1_000_000.0
+  local = {"rope_theta": given.pop("rope_local_base_freq")}
+  return {
+    "rope": rotary.Rope.from_hugging_face({**older, **(rope.get(_FULL) or {})}),
+    "local_rope": rotary.Rope.from_hugging_face(
+      {**local, **(rope.get(_WINDOW) or {})}
+    ),
+  }

@@ -1,0 +1,97 @@
+"""Classification: what pools a row, and the head that is trained whole.
+
+The head's kernel and bias live in the collection "lora", beside the factors:
+they are trained, compressed and sent together (`modules_to_save` in PEFT).
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """Scores of a whole row, in place of a language model's logits.
+
+  Attributes:
+    labels: how many.
+    pooling: the state of the "last" token (decoders), of the "first" one
+      (encoders, through the pooler of those that have one), or the "mean" over
+      tokens. None for what transformers does with the model at hand.
+    multi_label: whether a row may have several labels: a sigmoid of each
+      score in place of a softmax over all.
+  """
+
+  labels: int
+  pooling: Literal["last", "first", "mean"] | None = None
+  multi_label: bool = False
+
+  def __post_init__(self):
+    if self.labels < 1:
+      raise ValueError(f"Classifier expected labels >= 1, got {self.labels}.")
+    if self.pooling not in (None, "last", "first", "mean"):
+      raise ValueError(
+        'Classifier expected pooling "last", "first", "mean" or None, got'
+        f" {self.pooling!r}."
+      )
+
+
+def pool(
+  x: Float[Array, "batch time d"],
+  segments: Int[Array, "batch time"] | None,
+  pooling: str,
+) -> Float[Array, "batch d"]:
+  """One state a row; `segments` is 0 where there is padding."""
+  batch, time, _ = x.shape
+  if segments is None:
+    segments = jnp.ones((batch, time), jnp.int32)
+  real = segments > 0
+  if pooling == "mean":
+    total = jnp.einsum("btd,bt->bd", x, real.astype(x.dtype))
+    return total / jnp.maximum(real.sum(1), 1)[:, None].astype(x.dtype)
+  place = jnp.argmax(real, axis=1)
+  if pooling == "last":
+    place = time - 1 - jnp.argmax(real[:, ::-1], axis=1)
+  return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
+
+
+class Head(nn.Module):
+  """A dense layer that is trained whole.
+
+  Attributes:
+    features: size of the output.
+    use_bias: whether a bias is added.
+    trained: whether it is in the collection "lora", with what is trained, or
+      in "params", with the frozen weights of a finished model.
+  """
+
+  features: int
+  use_bias: bool
+  trained: bool
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "batch d"]
+  ) -> Float[Array, "batch {self.features}"]:
+    """Scores in float32."""
+    collection = "lora" if self.trained else "params"
+    shape = (x.shape[-1], self.features)
+    kernel = self.variable(
+      collection, "kernel", lambda: draw(self.make_rng("params"), shape)
+    ).value
+    y = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+    if self.use_bias:
+      bias = self.variable(
+        collection, "bias", lambda: jnp.zeros(self.features)
+      ).value
+      y = y + bias.astype(jnp.float32)[None]
+    return y
+
+
+def draw(key: Any, shape: tuple[int, ...]) -> Float[Array, "d labels"]:
+  """The kernel of a new head: normal, of standard deviation 0.02."""
+  return 0.02 * jax.random.normal(key, shape)
