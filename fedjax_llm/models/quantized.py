@@ -1,0 +1,246 @@
+"""Frozen kernels in 8 or 4 bits: codes, and the largest magnitude of a block.
+
+A weight is `level(code) * absmax`. `Int8` and `NF4` are pytrees that take the
+place of a kernel in a parameter tree, so stacked layers are scanned and clients
+vmapped as ever; `matmul` makes the kernel anew wherever it is multiplied with.
+
+qwix's QArray could take that place too. It is not used because its blocks must
+divide the inputs, and 64 does not divide the 172 of stories260k: to pad, slice
+and wrap it would be about as long as the arithmetic here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Format = Literal["int8", "nf4"]
+
+# Consecutive inputs of one output that share an absmax in NF4.
+BLOCK = 64
+# The levels of NF4 (QLoRA, Dettmers et al., 2023, appendix E): quantiles of a
+# normal distribution, scaled to [-1, 1], zero among them.
+LEVELS = (
+  -1.0,
+  -0.6961928009986877,
+  -0.5250730514526367,
+  -0.39491748809814453,
+  -0.28444138169288635,
+  -0.18477343022823334,
+  -0.09105003625154495,
+  0.0,
+  0.07958029955625534,
+  0.16093020141124725,
+  0.24611230194568634,
+  0.33791524171829224,
+  0.44070982933044434,
+  0.5626170039176941,
+  0.7229568362236023,
+  1.0,
+)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["codes", "absmax"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """A kernel whose weights are `codes / 127 * absmax`.
+
+  Attributes:
+    codes: int8 [*layers, inputs, outputs], from -127 to 127.
+    absmax: float32 [*layers, 1, outputs], of each output.
+  """
+
+  codes: Any
+  absmax: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the kernel."""
+    return self.codes.shape
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["codes", "absmax"],
+  meta_fields=["inputs"],
+)
+@dataclasses.dataclass(frozen=True)
+class NF4:
+  """A kernel whose weights are `LEVELS[code] * absmax`, two codes in a byte.
+
+  Attributes:
+    codes: uint8 [*layers, ceil(inputs / 2), outputs]. The low bits belong to
+      the first half of the inputs, the high bits to the second.
+    absmax: float32 [*layers, ceil(inputs / 64), outputs], of each block of 64
+      inputs of an output; the last block may be shorter.
+    inputs: how many inputs there are.
+  """
+
+  codes: Any
+  absmax: Any
+  inputs: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the kernel."""
+    return (*self.codes.shape[:-2], self.inputs, self.codes.shape[-1])
+
+
+def quantize(
+  kernel: Float[Array, "*layers inputs outputs"], format: Format
+) -> Int8 | NF4:
+  """The nearest representable kernel.
+
+  A weight moves by at most half the distance of its neighbouring levels: in
+  int8 that is `absmax / 254`, in NF4 at most `0.152 * absmax`. A kernel that
+  was dequantised to float32 gets the same codes again. A block whose absmax is
+  below 2^-126 becomes zero; one whose absmax is above 2^126, or not a number,
+  becomes NaN.
+
+  Args:
+    kernel: leading axes are layers, quantised each for itself.
+    format: "int8" has an absmax per output; "nf4" one per 64 inputs of an
+      output, so about 4.5 bits a weight (QLoRA, Dettmers et al., 2023, without
+      the second quantisation of the absmax).
+
+  Raises:
+    ValueError: if the format is none of these, or `kernel` is no array of two
+      or more dimensions.
+  """
+  _check(format)
+  if isinstance(kernel, Int8 | NF4) or kernel.ndim < 2:
+    raise ValueError(
+      "quantize expected an array [*layers, inputs, outputs], got"
+      f" {type(kernel).__name__} of shape {kernel.shape}."
+    )
+  return _int8(kernel) if format == "int8" else _nf4(kernel)
+
+
+def dequantize(
+  kernel: Int8 | NF4 | Float[Array, "*layers inputs outputs"], dtype: Any
+) -> Float[Array, "*layers inputs outputs"]:
+  """The kernel as an array of `dtype`; an array is only cast."""
+  if isinstance(kernel, Int8):
+    weights = kernel.codes.astype(jnp.float32) / 127 * kernel.absmax
+  elif isinstance(kernel, NF4):
+    halves = [kernel.codes & 15, kernel.codes >> 4]
+    codes = jnp.concatenate(halves, axis=-2)[..., : kernel.inputs, :]
+    # Choosing by `where` instead would leave 16 broadcast levels in memory.
+    levels = jnp.asarray(LEVELS, jnp.float32)
+    levels = levels.at[codes].get(mode="promise_in_bounds")
+    weights = levels * _spread(kernel.absmax, kernel.inputs)
+  else:
+    weights = kernel
+  return weights.astype(dtype)
+
+
+def matmul(
+  x: Float[Array, "rows inputs"],
+  kernel: Int8 | NF4 | Float[Array, "inputs outputs"],
+) -> Float[Array, "rows outputs"]:
+  """`x @ kernel` in the dtype of `x`.
+
+  The backward pass dequantises again: a scan over layers would otherwise keep
+  the dequantised kernels of all of them.
+  """
+  product = lambda x, kernel: x @ dequantize(kernel, x.dtype)
+  return jax.checkpoint(product, prevent_cse=False)(x, kernel)
+
+
+def quantize_params(params: Mapping[str, Any], format: Format) -> Any:
+  """Quantises the linear layers of a model's stacked layers.
+
+  Embeddings, norms, biases and heads stay as they are, as in QLoRA.
+
+  Args:
+    params: parameters of a base model, its layers under "layers".
+    format: see `quantize`.
+
+  Raises:
+    ValueError: if there is nothing to quantise, or the format is unknown.
+  """
+  _check(format)
+  flat: Any = flax.traverse_util.flatten_dict(dict(params))
+  kernels = [
+    path for path in flat if path[0] == "layers" and path[-1] == "kernel"
+  ]
+  if not kernels:
+    raise ValueError(
+      "quantize_params expected kernels under 'layers', found none in"
+      f" {sorted(params)}."
+    )
+  program = jax.jit(functools.partial(quantize, format=format))
+  for path in kernels:
+    flat[path] = program(flat[path])
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def dequantize_params(params: Any, dtype: Any = jnp.float32) -> Any:
+  """Makes every quantised kernel an array of `dtype`; the rest stays."""
+  is_quantized = lambda leaf: isinstance(leaf, Int8 | NF4)
+  return jax.tree.map(
+    lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
+    params,
+    is_leaf=is_quantized,
+  )
+
+
+def nbytes(params: Any) -> int:
+  """Bytes that the leaves of `params` take."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _check(format):
+  if format not in ("int8", "nf4"):
+    raise ValueError(f"expected the format 'int8' or 'nf4', got {format!r}.")
+
+
+def _absmax(kernel, axis):
+  absmax = jnp.abs(kernel).max(axis, keepdims=True)
+  # XLA divides by multiplying and takes subnormal numbers for zero, so both
+  # absmax and its reciprocal must be normal.
+  smallest = jnp.finfo(jnp.float32).tiny
+  absmax = jnp.where(absmax < smallest, 0.0, absmax)
+  return jnp.where(absmax <= 1 / smallest, absmax, jnp.nan)
+
+
+def _normalized(kernel, absmax):
+  """In [-1, 1]; zero where there is nothing but zeros."""
+  return kernel / jnp.where(absmax == 0, 1.0, absmax)
+
+
+def _int8(kernel):
+  kernel = kernel.astype(jnp.float32)
+  absmax = _absmax(kernel, -2)
+  codes = jnp.round(_normalized(kernel, absmax) * 127)
+  return Int8(codes.astype(jnp.int8), absmax)
+
+
+def _nf4(kernel):
+  kernel = kernel.astype(jnp.float32)
+  *layers, inputs, outputs = kernel.shape
+  no_padding = [(0, 0)] * len(layers)
+  padding = [*no_padding, (0, -inputs % BLOCK), (0, 0)]
+  blocks = jnp.pad(kernel, padding).reshape(*layers, -1, BLOCK, outputs)
+  absmax = _absmax(blocks, -2)[..., 0, :]
+  normalized = _normalized(kernel, _spread(absmax, inputs))
+  codes = jnp.zeros(kernel.shape, jnp.uint8)
+  for below, above in zip(LEVELS, LEVELS[1:], strict=False):
+    codes += normalized > (below + above) / 2
+  codes = jnp.pad(codes, [*no_padding, (0, inputs % 2), (0, 0)])
+  low, high = jnp.split(codes, 2, axis=-2)
+  return NF4(low | high << 4, absmax, inputs)
+
+
+def _spread(absmax, inputs):
+  """Each block's absmax for each of its inputs."""
+  return jnp.repeat(absmax, BLOCK, axis=-2)[..., :inputs, :]
