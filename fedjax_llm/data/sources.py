@@ -1,0 +1,274 @@
+"""Data sets by one spec string: from the hub, a folder, files or memory.
+
+  sources.load("openai/gsm8k:main@train")           hub name, config and split
+  sources.load("../shared/data/gsm8k@train[:100]")  folder in the hub's layout
+  sources.load("clients/*.json")                    files; `file` tells whose
+
+Everything becomes a `datasets.Dataset`; its fingerprint is that of the content.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+
+Spec = (
+  str
+  | os.PathLike
+  | Sequence[Mapping[str, Any]]
+  | datasets.Dataset
+  | datasets.DatasetDict
+)
+
+READERS = {
+  ".csv": "csv",
+  ".json": "json",
+  ".jsonl": "json",
+  ".parquet": "parquet",
+  ".txt": "text",
+}
+# user@host, user @ host.domain and the host!user of UUCP, with what hangs on.
+_ADDRESS = re.compile(
+  r"(?<!\S)\S+(?:@\S*| ?@ ?[\w-]+\.[\w.-]+)|(?<![\w.-])[\w.-]+(?:![\w.%-]+)+"
+)
+
+
+def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
+  """Loads the data set that `spec` names.
+
+  Args:
+    spec: `NAME_OR_FOLDER[:CONFIG][@SPLIT]`, where the first is a name on the
+      Hugging Face hub, a folder in the hub's layout, or one file or a glob of
+      files: parquet, json, jsonl, csv or text. Of files, a column `file` tells
+      which each row is from, without what their paths have in common; so a
+      file can be a client. A split may be sliced as in `train[:1000]`; that of
+      files is `train`. Instead of a string: a list of dictionaries, or a
+      `datasets.Dataset` as it is.
+    split: of a `spec` that names none; not needed where there is only one.
+
+  Raises:
+    ValueError: if there is no such data set, config or split, or it cannot be
+      read.
+  """
+  named = None
+  splits: Mapping[Any, datasets.Dataset]
+  if isinstance(spec, datasets.DatasetDict):
+    splits = spec
+  elif isinstance(spec, datasets.Dataset):
+    splits = {"train": spec}
+  elif isinstance(spec, str | os.PathLike):
+    name, config, named = _parse(os.path.expanduser(spec))
+    splits = _read(name, config)
+  else:
+    rows = datasets.Dataset.from_list([dict(row) for row in spec])
+    splits = {"train": rows}
+  if named and split:
+    raise ValueError(f"expected one split, got {spec!s} and {split=}.")
+  return _choose(splits, named or split)
+
+
+def newsgroups(
+  path: str | os.PathLike, split: str = "train"
+) -> datasets.Dataset:
+  """20 Newsgroups, "bydate", without headers and e-mail addresses.
+
+  All lines up to the first that is blank are left out. In the body `<address>`
+  stands for `user@host`, with what is attached to it, and UUCP's `host!user`.
+  The names that people sign with, or call each other by, stay.
+
+  Args:
+    path: of `20news-bydate.tar.gz`, whose members are
+      `20news-bydate-SPLIT/GROUP/NUMBER`; http://qwone.com/~jason/20Newsgroups.
+    split: "train" or "test".
+
+  Returns:
+    Columns `text` and `label`, whose names are the sorted groups, in the order
+    of their paths.
+
+  Raises:
+    ValueError: if there is no such file or split.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(
+      f"newsgroups expected 20news-bydate.tar.gz, got {path=!s}, which is not a"
+      " file. Download it from http://qwone.com/~jason/20Newsgroups."
+    )
+  posts = {}
+  with tarfile.open(path) as archive:
+    for member in archive:
+      folder, _, name = member.name.removeprefix("./").partition("/")
+      if folder == f"20news-bydate-{split}" and member.isfile():
+        group, _, number = name.partition("/")
+        content: Any = archive.extractfile(member)
+        posts[group, number] = _body(content.read().decode("latin-1"))
+  if not posts:
+    raise ValueError(
+      f"newsgroups expected split 'train' or 'test', got {split=}, of which"
+      f" {path} has no posts."
+    )
+  groups = sorted({group for group, _ in posts})
+  keys = sorted(posts)
+  data = datasets.Dataset.from_dict(
+    {
+      "text": [posts[key] for key in keys],
+      "label": [groups.index(group) for group, _ in keys],
+    },
+    datasets.Features(
+      text=datasets.Value("string"), label=datasets.ClassLabel(names=groups)
+    ),
+  )
+  data.info.dataset_name = "20news_bydate"
+  return data
+
+
+def identity(data: datasets.Dataset) -> dict[str, str]:
+  """Name and fingerprint of a data set, for a record."""
+  name = data.info.dataset_name or "rows"
+  return {"name": name, "fingerprint": fingerprint(data)}
+
+
+def fingerprint(data: datasets.Dataset) -> str:
+  """SHA-256 of rows, columns and label names, wherever they were read from."""
+  digest = hashlib.sha256()
+  names = {
+    column: feature.names
+    for column, feature in data.features.items()
+    if isinstance(feature, datasets.ClassLabel)
+  }
+  digest.update(json.dumps([sorted(data.column_names), names]).encode())
+  tables: Any = data.with_format("arrow").iter(batch_size=1000)
+  for table in tables:
+    for row in table.to_pylist():
+      line = json.dumps(row, sort_keys=True, default=repr)
+      digest.update(line.encode() + b"\n")
+  return digest.hexdigest()
+
+
+def _parse(spec: str) -> tuple[str, str | None, str | None]:
+  """Name or path, config and split; what exists is a path as it stands."""
+  if _exists(spec):
+    return spec, None, None
+  name, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
+  if not _exists(name):
+    head, _, config = name.rpartition(":")
+    if head and "/" not in config:
+      return head, config, split or None
+  return name, None, split or None
+
+
+def _exists(path: str) -> bool:
+  return os.path.exists(path) or bool(glob.glob(path))
+
+
+def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
+  """All splits of a hub name, a folder, or files."""
+  is_folder = os.path.isdir(name)
+  if not is_folder:
+    matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+    files = [path for path in matches if os.path.isfile(path)]
+    if files and config:
+      raise ValueError(f"expected no config of files, got {config!r}.")
+    if files:
+      return {"train": _read_files(files)}
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+      raise ValueError(
+        "expected NAME_OR_FOLDER[:CONFIG][@SPLIT], got a name that is neither a"
+        f" file or folder nor a data set's on the hub: {name!r}."
+      )
+  try:
+    return _load(name, config)
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    expected = (
+      "a folder in the hub's layout: parquet, json, jsonl, csv or text"
+      if is_folder
+      else "a folder that exists, or a data set on the hub, which must be"
+      " reachable (HF_HUB_OFFLINE unset) or cached"
+    )
+    raise ValueError(
+      f"expected {expected}; got {name!r} with {config=}: {error}"
+    ) from error
+
+
+def _read_files(paths: Sequence[str]) -> datasets.Dataset:
+  """The rows of the files, and in a column `file` which each is from."""
+  endings = {pathlib.Path(path).suffix for path in paths}
+  kinds = {READERS.get(ending) for ending in endings}
+  if len(kinds) > 1 or None in kinds:
+    raise ValueError(
+      f"expected files of one kind of {', '.join(READERS)}, got"
+      f" {', '.join(sorted(endings))}, the first is {paths[0]}."
+    )
+  files = {f"file{i}": glob.escape(path) for i, path in enumerate(paths)}
+  try:
+    parts = _load(kinds.pop(), data_files=files)
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise ValueError(
+      f"expected files with rows of the same columns, got {paths[0]} and"
+      f" {len(paths) - 1} more: {error}"
+    ) from error
+  root = os.path.commonpath([os.path.dirname(path) for path in paths])
+  rows: list[Any] = []
+  for key, path in zip(files, paths, strict=True):
+    name = pathlib.Path(path).relative_to(root).with_suffix("").as_posix()
+    if "file" in parts[key].column_names:
+      raise ValueError(
+        f"expected files without a column 'file', which is to tell the file of"
+        f" each row, got one in {path}. Rename it."
+      )
+    column = [name] * len(parts[key])
+    rows.append(parts[key].add_column("file", column))
+  data: Any = datasets.concatenate_datasets(rows)
+  data.info.dataset_name = os.path.basename(os.path.abspath(root))
+  return data
+
+
+def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
+  """`datasets.load_dataset` of all splits, without progress bars."""
+  shown = not datasets.utils.are_progress_bars_disabled()
+  datasets.utils.disable_progress_bars()
+  try:
+    splits: Any = datasets.load_dataset(*arguments, **options)
+  finally:
+    if shown:
+      datasets.utils.enable_progress_bars()
+  return splits
+
+
+def _choose(
+  splits: Mapping[Any, datasets.Dataset], split: str | None
+) -> datasets.Dataset:
+  """One split or slices of splits; the only one if none is named."""
+  names = ", ".join(splits)
+  if split is None and len(splits) > 1:
+    raise ValueError(
+      f"expected a split, one of {names}, got none. Append"
+      f" '@{next(iter(splits))}' to the spec."
+    )
+  try:
+    instruction = datasets.ReadInstruction.from_spec(split or names)
+    parts = instruction.to_absolute(
+      {name: len(splits[name]) for name in splits}
+    )
+  except (AssertionError, ValueError) as error:
+    raise ValueError(
+      f"expected one of the splits {names}, or a slice such as"
+      f" '{next(iter(splits))}[:100]', got {split!r}: {error}"
+    ) from error
+  chosen: Any = [
+    splits[part.splitname].select(range(part.from_, part.to)) for part in parts
+  ]
+  return datasets.concatenate_datasets(chosen) if chosen[1:] else chosen[0]
+
+
+def _body(post: str) -> str:
+  """A post without its headers and without addresses."""
+  _, _, body = post.replace("\r\n", "\n").partition("\n\n")
+  return _ADDRESS.sub("<address>", body).strip()
