@@ -1,4 +1,4 @@
-"""The command line: `fedjax-llm run CONFIG`, `compare`, `evaluate`, `pretrain`.
+"""The command line: `fedjax-llm run CONFIG`, `data CONFIG`, `compare` and more.
 
 A config is a Python file with a function `experiment` of keyword-only knobs;
 its signature and docstring are the command's options and their help.
@@ -18,10 +18,11 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-_COMMANDS = ("run", "pretrain", "compare", "evaluate")
+_COMMANDS = ("run", "data", "pretrain", "compare", "evaluate")
 _USAGE = """usage: fedjax-llm COMMAND ...
 
   run CONFIG [--knobs] [--out DIR]   run or resume an experiment
+  data CONFIG [--knobs] [--out DIR]  show which client has what
   compare DIR DIR ...                utility against bytes of finished runs
   evaluate --model FOLDER ...        held-out loss of a model or an adapter
   pretrain [CONFIG] [--knobs]        train a base model
@@ -65,11 +66,12 @@ def _command(arguments: list[str]) -> None:
     return
   if command == "pretrain" and (not arguments or arguments[0].startswith("-")):
     arguments = ["pretrain", *arguments]
-  _run(command, arguments, commands.run)
+  run = commands.data if command == "data" else commands.run
+  _run(command, arguments, run)
 
 
 def _run(command: str, arguments: list[str], run: Callable[..., None]) -> None:
-  """Runs a config: `arguments` are its name or path, and its knobs."""
+  """Runs a config or shows its data: `arguments` are its name and knobs."""
   config, *options = arguments or ["--help"]
   if config in ("-h", "--help"):
     print(f"{_USAGE}\n\nConfigs:\n\n  " + "\n  ".join(_summaries()))

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import tyro
 
+from fedjax_llm import data_report, finetuning, report
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, report
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.models import adapters, families, language, lora, pretrained
@@ -52,6 +52,36 @@ def run(
   runs = report.load(out)
   report.plot(runs, out / "loss.png")
   print(f"\n{report.table(runs)}\n\nPlot: {out / 'loss.png'}")
+
+
+def data(
+  make: Callable[..., Any],
+  out: pathlib.Path,
+  *,
+  name: str,
+  knobs: Mapping[str, Any],
+) -> None:
+  """Tells and draws which client has what, and trains nothing.
+
+  Args:
+    make: as for `run`; of several experiments, the first one's clients.
+    out: folder of the picture; made if absent.
+    name: of the config.
+    knobs: arguments of `make`; the others have their defaults.
+
+  Raises:
+    ValueError: if the experiment has no clients.
+  """
+  made = make(**knobs)
+  first = next(iter(made.values())) if isinstance(made, Mapping) else made
+  if first.population is None:
+    raise ValueError(
+      f"data expected a config with clients, got {name}, which has none."
+    )
+  out.mkdir(parents=True, exist_ok=True)
+  data_report.plot(first.population, out / "data.png", name=name)
+  shown = data_report.table(first.population, name=name)
+  print(f"{shown}\n\nPlot: {out / 'data.png'}")
 
 
 def compare(

@@ -50,6 +50,8 @@ class Experiment:
     evaluate: state -> `loss` and other metrics.
     export: (state, folder) -> None; writes the result of the finished run.
     data: what identifies the data, such as their fingerprint.
+    population: the clients and what they train on, a `data.batches.Population`;
+      None if there are no clients.
     evaluate_every: rounds between evaluations; the first state and the last
       are always evaluated.
     checkpoint_every: rounds between checkpoints.
@@ -61,6 +63,7 @@ class Experiment:
   evaluate: Callable[[Any], Mapping[str, float]]
   export: Callable[[Any, pathlib.Path], None]
   data: Mapping[str, str]
+  population: Any = None
   evaluate_every: int = 5
   checkpoint_every: int = 5
 

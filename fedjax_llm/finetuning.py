@@ -203,6 +203,7 @@ def federated(
     evaluate=evaluate,
     export=export,
     data=task.data,
+    population=task.population,
     evaluate_every=evaluate_every,
     checkpoint_every=checkpoint_every,
   )

@@ -262,6 +262,18 @@ def test_help_lists_the_commands_and_the_configs(main):
     assert f"\n  {name} " in out
 
 
+def test_data_shows_the_clients_of_a_config(
+  main, toy_model, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  status, out, err = main("data", TOY, "--model", toy_model)
+  assert status == 0, err
+  plot = pathlib.Path("runs") / "toy_config" / "data.png"
+  assert f"Plot: {plot}" in out and plot.is_file()
+  assert "| clients | 6 |" in " ".join(out.split())
+  assert not (plot.parent / "run.json").exists()
+
+
 def test_pretrain_needs_no_config(main):
   status, out, _ = main("pretrain", "--help")
   assert status == 0

@@ -1,15 +1,24 @@
 """The commands as functions: several experiments, comparison, evaluation."""
 
+import dataclasses
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedjax_llm import commands, experiment, finetuning
 from fedjax_llm.data import batches
-from fedjax_llm.models import adapters, decoder, language, lora, pretrained
+from fedjax_llm.models import (
+  adapters,
+  decoder,
+  families,
+  language,
+  lora,
+  pretrained,
+)
 
 
 def halving(*, factor: float = 0.5) -> experiment.Experiment:
@@ -78,6 +87,38 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
   message = "halving stopped after round 1.* The same command goes on"
   with pytest.raises(KeyboardInterrupt, match=message):
     commands.run(halving, tmp_path, name="halving", knobs={})
+
+
+def with_clients(*, clients: int = 3) -> experiment.Experiment:
+  """An experiment whose clients have four rows each."""
+  rows = batches.Examples(
+    np.zeros((4 * clients, 3), np.int32), np.ones((4 * clients, 2), bool)
+  )
+  names = tuple(map(str, range(clients)))
+  starts = np.arange(0, 4 * clients + 1, 4)
+  people = batches.Population(names, rows, starts)
+  return dataclasses.replace(halving(), population=people)
+
+
+def test_data_shows_the_clients_and_trains_nothing(tmp_path, capsys):
+  out = tmp_path / "new" / "folder"
+  commands.data(with_clients, out, name="toy", knobs={"clients": 5})
+  shown = " ".join(capsys.readouterr().out.split())
+  assert "| clients | 5 |" in shown and "| examples | 20 |" in shown
+  assert f"Plot: {out / 'data.png'}" in shown
+  assert [path.name for path in out.iterdir()] == ["data.png"]
+
+
+def test_data_shows_the_first_of_several_experiments(tmp_path, capsys):
+  several = lambda: {"a": with_clients(), "b": with_clients(clients=7)}
+  commands.data(several, tmp_path, name="toy", knobs={})
+  assert "| clients | 3 |" in " ".join(capsys.readouterr().out.split())
+
+
+def test_data_wants_clients(tmp_path):
+  with pytest.raises(ValueError, match="got halving, which has none"):
+    commands.data(halving, tmp_path, name="halving", knobs={})
+  assert not list(tmp_path.iterdir())
 
 
 def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
