@@ -162,11 +162,10 @@ def _fingerprint(
   end: bool,
 ) -> str:
   """SHA-256 of all that the tokens depend on."""
-  pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-  # What the last call of the tokenizer was asked to do.
-  pipeline |= {"truncation": None, "padding": None}
+  tokenizer("")  # Forgets the truncation and padding of its last call.
+  pipeline = tokenizer.backend_tokenizer.to_str()
   settings = [_VERSION, end, tokenizer.eos_token_id, pipeline]
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  digest = hashlib.sha256(json.dumps(settings).encode())
   for text in texts:
     digest.update(json.dumps(text).encode() + b"\n")
   return digest.hexdigest()
