@@ -1,0 +1,128 @@
+"""The shape of a GPT-2, and how Hugging Face's config.json writes it down."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fedjax_llm.models import heads, hub_config
+
+ACTIVATIONS = (
+  "gelu",
+  "gelu_new",
+  "gelu_pytorch_tanh",
+  "relu",
+  "silu",
+  "swish",
+)
+# Our names of the fields of a config.json.
+_NAMES = {
+  "vocab_size": "vocab_size",
+  "hidden_size": "n_embd",
+  "num_hidden_layers": "n_layer",
+  "num_attention_heads": "n_head",
+  "max_position_embeddings": "n_positions",
+  "intermediate_size": "n_inner",
+  "hidden_act": "activation_function",
+  "layer_norm_epsilon": "layer_norm_epsilon",
+  "scale_attn_weights": "scale_attn_weights",
+  "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx",
+  "tie_word_embeddings": "tie_word_embeddings",
+}
+# The dropouts act when a base model is trained. `summary_*` are of a head that
+# is not loaded; `n_ctx` is of the mask. Attention weights are always computed
+# in float32, which is all that `reorder_and_upcast_attn` is about.
+_IGNORED = """attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn resid_pdrop
+summary_activation summary_first_dropout summary_proj_to_labels summary_type
+summary_use_proj""".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """The shape of a GPT-2 (Radford et al., 2019); the defaults are the smallest.
+
+  The dropouts of a config.json are settings of the base model's training and
+  are not kept: what is dropped here is `lora.LoRA.dropout`.
+
+  Attributes:
+    vocab_size: number of tokens.
+    hidden_size: width of the residual stream.
+    intermediate_size: width inside the feed-forward block; four times
+      `hidden_size` if None.
+    num_hidden_layers: number of blocks.
+    num_attention_heads: heads; divides `hidden_size`.
+    max_position_embeddings: the longest context there is.
+    layer_norm_epsilon: added to the variance before its root.
+    hidden_act: one of `ACTIVATIONS`.
+    scale_attn_weights: whether attention logits are divided by sqrt(head_dim).
+    scale_attn_by_inverse_layer_idx: whether those of layer i, from 0, are
+      divided by i + 1.
+    tie_word_embeddings: whether the output uses the input embedding.
+  """
+
+  vocab_size: int = 50257
+  hidden_size: int = 768
+  intermediate_size: int | None = None
+  num_hidden_layers: int = 12
+  num_attention_heads: int = 12
+  max_position_embeddings: int = 1024
+  layer_norm_epsilon: float = 1e-5
+  hidden_act: str = "gelu_new"
+  scale_attn_weights: bool = True
+  scale_attn_by_inverse_layer_idx: bool = False
+  tie_word_embeddings: bool = True
+
+  def __post_init__(self):
+    if self.hidden_size % self.num_attention_heads:
+      raise ValueError(
+        "expected num_attention_heads to divide hidden_size, got"
+        f" {self.num_attention_heads} and {self.hidden_size}."
+      )
+    if self.hidden_act not in ACTIVATIONS:
+      raise ValueError(
+        f"expected activation_function in {', '.join(ACTIVATIONS)}, got"
+        f" {self.hidden_act!r}."
+      )
+
+  @property
+  def model_type(self) -> str:
+    """The name of the family."""
+    return "gpt2"
+
+  @property
+  def head_dim(self) -> int:
+    """Width of a head."""
+    return self.hidden_size // self.num_attention_heads
+
+  @classmethod
+  def from_hugging_face(cls, fields: Mapping[str, Any]) -> "GPT2Config":
+    """Reads the fields of a config.json.
+
+    Raises:
+      ValueError: for another model type, or a field that would be computed
+        wrongly because it is not honoured here.
+    """
+    given = hub_config.Fields(fields)
+    given.choose("model_type", ("gpt2",))
+    values = given.take(_NAMES.values())
+    given.finish("gpt2", _IGNORED)
+    return cls(**{x: values[y] for x, y in _NAMES.items() if y in values})
+
+  def to_hugging_face(
+    self, head: heads.Classifier | None = None
+  ) -> dict[str, Any]:
+    """The fields of a config.json that transformers loads.
+
+    Args:
+      head: what classifies a row, if the model is no language model.
+    """
+    kind = "LMHeadModel" if head is None else "ForSequenceClassification"
+    return {
+      "architectures": [f"GPT2{kind}"],
+      **hub_config.label_fields(head),
+      "model_type": self.model_type,
+      # transformers would assume ids of its own, and stop there.
+      "bos_token_id": None,
+      "eos_token_id": None,
+      "pad_token_id": None,
+      **{written: getattr(self, name) for name, written in _NAMES.items()},
+    }
