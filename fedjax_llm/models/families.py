@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from fedjax_llm.models import decoder, heads, layout, lora
+from fedjax_llm.models import bert, decoder, gpt2, heads, layout, lora, vit
 
 
 class Family(NamedTuple):
@@ -33,6 +33,11 @@ _DECODER = Family(
 )
 _FAMILIES = {
   **dict.fromkeys(decoder.decoder_config.MODEL_TYPES, _DECODER),
+  "gpt2": Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.LAYOUT, gpt2.LAYERS),
+  "bert": Family(bert.BertConfig, bert.Bert, bert.LAYOUT, bert.LAYERS),
+  "vit": Family(
+    vit.ViTConfig, vit.ViT, vit.LAYOUT, vit.LAYERS, reads_text=False
+  ),
 }
 
 
