@@ -127,7 +127,8 @@ def load(
   _refuse(folder, fields)
   pairs, trained = _read(folder / _FILES[1], config, fields)
   rank = max(a.shape[-1] for a, _ in pairs.values())
-  scale = _scale(fields.get("lora_alpha", 8), rank, fields)
+  alpha = float(fields.get("lora_alpha", 8))
+  scale = _scale(alpha, rank, fields)
   layers: dict[layout.Path, dict[int | None, np.ndarray]] = {}
   for (path, layer), (a, b) in pairs.items():
     module = families.of(config).layout.module_name(path, layer)
@@ -137,9 +138,8 @@ def load(
         f"{folder}: expected factors of rank {own} of {module}, got"
         f" {a.shape[-1]}."
       )
-    alpha = fields.get("lora_alpha", 8)
-    alpha = _pattern(fields.get("alpha_pattern"), module, alpha)
-    b = b * np.float32(_scale(alpha, own, fields) / scale)
+    own_alpha = _pattern(fields.get("alpha_pattern"), module, alpha)
+    b = b * np.float32(_scale(own_alpha, own, fields) / scale)
     missing = (0, rank - own)
     layers.setdefault((*path, "a"), {})[layer] = np.pad(a, [(0, 0), missing])
     layers.setdefault((*path, "b"), {})[layer] = np.pad(b, [missing, (0, 0)])
@@ -147,7 +147,7 @@ def load(
     trained[path] = _stack(path, arrays, config)
   adapter = lora.LoRA(
     rank=rank,
-    alpha=scale * rank,
+    alpha=scale * rank if fields.get("use_rslora") else alpha,
     dropout=float(fields.get("lora_dropout") or 0),
     targets=_targets(layers, config),
   )

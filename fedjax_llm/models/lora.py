@@ -121,7 +121,8 @@ class Dense(nn.Module):
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None]
-    if self.adapter is not None and self.adapter.matches(".".join(self.path)):
+    path = ".".join(self.path) or self.name or ""
+    if self.adapter is not None and self.adapter.matches(path):
       y = y + self._low_rank(x, self.adapter, deterministic)
     return y.reshape(shape)
 

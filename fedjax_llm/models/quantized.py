@@ -7,6 +7,10 @@ vmapped as ever; `matmul` makes the kernel anew wherever it is multiplied with.
 qwix's QArray could take that place too. It is not used because its blocks must
 divide the inputs, and 64 does not divide the 172 of stories260k: to pad, slice
 and wrap it would be about as long as the arithmetic here.
+
+What the formats cost in error is in benchmarks/results/quantized_base.json: on
+stories260k, whose layers are as small as layers get, the loss rises from 1.6496
+nats a token to 1.6497 in int8 and to 1.8455 in NF4.
 """
 
 import dataclasses
@@ -178,9 +182,8 @@ def quantize_params(params: Mapping[str, Any], format: Format) -> Any:
       "quantize_params expected kernels under 'layers', found none in"
       f" {sorted(params)}."
     )
-  program = jax.jit(functools.partial(quantize, format=format))
   for path in kernels:
-    flat[path] = program(flat[path])
+    flat[path] = quantize(flat[path], format)
   return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -218,6 +221,7 @@ def _normalized(kernel, absmax):
   return kernel / jnp.where(absmax == 0, 1.0, absmax)
 
 
+@jax.jit
 def _int8(kernel):
   kernel = kernel.astype(jnp.float32)
   absmax = _absmax(kernel, -2)
@@ -225,6 +229,7 @@ def _int8(kernel):
   return Int8(codes.astype(jnp.int8), absmax)
 
 
+@jax.jit
 def _nf4(kernel):
   kernel = kernel.astype(jnp.float32)
   *layers, inputs, outputs = kernel.shape

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import adapters, decoder, lora, pretrained
+from fedjax_llm.models import adapters, decoder, heads, lora, pretrained
 
 SETTINGS = lora.LoRA(
   rank=3, alpha=6.0, dropout=0.1, targets=("down_proj", "q_proj", "v_proj")
@@ -25,8 +25,10 @@ def factors(model, lora_factors):
 
 
 @pytest.fixture
-def folder(factors, tmp_path):
-  adapters.save(tmp_path / "adapter", factors, SETTINGS, base_model="tiny")
+def folder(factors, config, tmp_path):
+  adapters.save(
+    tmp_path / "adapter", factors, SETTINGS, config=config, base_model="tiny"
+  )
   return tmp_path / "adapter"
 
 
@@ -43,16 +45,18 @@ def edit_fields(folder, **changes):
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_is_saved_is_loaded_bit_for_bit(folder, factors, model):
-  settings, loaded = adapters.load(folder)
+def test_what_is_saved_is_loaded_bit_for_bit(folder, factors, model, config):
+  settings, loaded = adapters.load(folder, config)
   assert settings == SETTINGS
   jax.tree.map(np.testing.assert_array_equal, loaded, factors)
   lora.check(model, loaded)
 
 
-def test_what_is_loaded_is_saved_bit_for_bit(folder, tmp_path):
-  settings, loaded = adapters.load(folder)
-  adapters.save(tmp_path / "again", loaded, settings, base_model="tiny")
+def test_what_is_loaded_is_saved_bit_for_bit(folder, tmp_path, config):
+  settings, loaded = adapters.load(folder, config)
+  adapters.save(
+    tmp_path / "again", loaded, settings, config=config, base_model="tiny"
+  )
   for file in folder.iterdir():
     assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
@@ -74,13 +78,15 @@ def test_the_settings_are_stored_as_peft_does(folder):
   assert fields["base_model_name_or_path"] == "tiny"
 
 
-def test_factors_stored_in_bfloat16_are_read_as_float32(folder, factors):
+def test_factors_stored_in_bfloat16_are_read_as_float32(
+  folder, factors, config
+):
   def shorten(tensors):
     for name in tensors:
       tensors[name] = np.asarray(jnp.asarray(tensors[name], jnp.bfloat16))
 
   edit(folder, shorten)
-  _, loaded = adapters.load(folder)
+  _, loaded = adapters.load(folder, config)
   rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
   expected = jax.tree.map(rounded, factors)
   jax.tree.map(np.testing.assert_array_equal, loaded, expected)
@@ -92,73 +98,69 @@ def test_factors_stored_in_bfloat16_are_read_as_float32(folder, factors):
     ("peft_type", "IA3"),
     ("bias", "all"),
     ("use_dora", True),
-    ("use_rslora", True),
-    ("rank_pattern", {"q_proj": 4}),
-    ("alpha_pattern", {"q_proj": 4}),
-    ("modules_to_save", ["lm_head"]),
-    ("layers_to_transform", [0]),
     ("layer_replication", [[0, 2]]),
     ("trainable_token_indices", [5]),
     ("target_parameters", ["experts"]),
-    ("fan_in_fan_out", True),
     ("lora_bias", True),
     ("use_qalora", True),
     ("init_lora_weights", "pissa"),
     ("a_feature_of_the_future", True),
   ],
 )
-def test_other_features_of_peft_are_refused_by_name(folder, field, value):
+def test_other_features_of_peft_are_refused_by_name(
+  folder, field, value, config
+):
   edit_fields(folder, **{field: value})
   with pytest.raises(ValueError, match=field):
-    adapters.load(folder)
+    adapters.load(folder, config)
 
 
 @pytest.mark.parametrize("value", [True, "gaussian", "eva"])
-def test_how_the_factors_began_does_not_matter(folder, value):
+def test_how_the_factors_began_does_not_matter(folder, value, config):
   edit_fields(folder, init_lora_weights=value)
-  adapters.load(folder)
+  adapters.load(folder, config)
 
 
 @pytest.mark.parametrize("factor, lost", [("A", 0), ("B", 1)])
-def test_a_factor_that_some_layer_lacks_is_named(folder, factor, lost):
+def test_a_factor_that_some_layer_lacks_is_named(folder, factor, lost, config):
   name = (
     f"base_model.model.model.layers.{lost}.mlp.down_proj.lora_{factor}.weight"
   )
   edit(folder, lambda tensors: tensors.pop(name))
   with pytest.raises(ValueError, match=f"missing {name}"):
-    adapters.load(folder)
+    adapters.load(folder, config)
 
 
-def test_tensors_of_other_layers_are_named(folder):
-  name = "base_model.model.lm_head.lora_A.weight"
+def test_tensors_of_other_layers_are_named(folder, config):
+  name = "base_model.model.model.norm.weight"
   edit(folder, lambda tensors: tensors.update({name: np.zeros((3, 24))}))
   with pytest.raises(ValueError, match=f"cannot place {name}"):
-    adapters.load(folder)
+    adapters.load(folder, config)
 
 
-def test_an_adapter_without_factors_is_refused(folder):
+def test_an_adapter_without_factors_is_refused(folder, config):
   edit(folder, lambda tensors: tensors.clear())
   with pytest.raises(ValueError, match="it has none"):
-    adapters.load(folder)
+    adapters.load(folder, config)
 
 
-def test_a_rank_that_the_factors_do_not_have_is_refused(folder):
+def test_a_rank_that_the_factors_do_not_have_is_refused(folder, config):
   edit_fields(folder, r=4)
-  with pytest.raises(ValueError, match=r"rank 4, got \{3\}"):
-    adapters.load(folder)
+  with pytest.raises(ValueError, match=r"rank 4 of .*, got 3"):
+    adapters.load(folder, config)
 
 
 @pytest.mark.parametrize(
   "file", ["adapter_config.json", "adapter_model.safetensors"]
 )
-def test_a_missing_file_is_named(folder, file):
+def test_a_missing_file_is_named(folder, file, config):
   (folder / file).unlink()
   with pytest.raises(ValueError, match=f"missing \\['{file}"):
-    adapters.load(folder)
+    adapters.load(folder, config)
 
 
 def test_an_adapter_of_another_model_is_refused(folder, config):
-  settings, factors = adapters.load(folder)
+  settings, factors = adapters.load(folder, config)
   deeper = dataclasses.replace(config, num_hidden_layers=4)
   with pytest.raises(ValueError, match=r"q_proj/a: expected \(4, 24, 3\)"):
     lora.check(decoder.Decoder(deeper, settings), factors)
@@ -218,8 +220,114 @@ def test_what_peft_saves_is_loaded(
     ),
   )
   adapted.save_pretrained(tmp_path / "theirs")
-  settings, factors = adapters.load(tmp_path / "theirs")
+  settings, factors = adapters.load(tmp_path / "theirs", config)
   assert settings == lora.LoRA(5, 7.0, 0.0, tuple(sorted(decoder.LINEAR)))
   model = decoder.Decoder(config, settings)
   lora.check(model, factors)
   same_logits(adapted, model, base_params(config), factors, tokens)
+
+
+PATTERNS = {
+  "ranks": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}},
+  "alphas": {"alpha_pattern": {"v_proj": 16, "layers.0.self_attn.q_proj": 1}},
+  "both": {
+    "rank_pattern": {"down_proj": 7},
+    "alpha_pattern": {"down_proj": 3, "q_proj": 9},
+  },
+  "rslora": {"use_rslora": True},
+  "rslora of several ranks": {
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 9},
+    "alpha_pattern": {"v_proj": 5},
+  },
+  "one layer": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ranks_and_scales_of_their_own_are_loaded_and_trained_on(
+  reference, config, base_params, tokens, tmp_path, pattern
+):
+  import torch
+
+  base, peft = reference
+  torch.manual_seed(0)
+  adapted = peft.get_peft_model(
+    base,
+    peft.LoraConfig(
+      r=4,
+      lora_alpha=6,
+      target_modules=["q_proj", "v_proj", "down_proj"],
+      init_lora_weights=False,
+      task_type="CAUSAL_LM",
+      **PATTERNS[pattern],
+    ),
+  )
+  adapted.save_pretrained(tmp_path / "theirs")
+  settings, factors = adapters.load(tmp_path / "theirs", config)
+  model = decoder.Decoder(config, settings)
+  lora.check(model, factors)
+  params = base_params(config)
+  same_logits(adapted, model, params, factors, tokens)
+
+  def loss(factors):
+    logits = model.apply({"params": params, "lora": factors}, tokens)
+    return (logits**2).mean()
+
+  # A step of training, exported, is the same model in peft.
+  step = lambda x, gradient: x - 0.1 * gradient
+  trained = jax.tree.map(step, factors, jax.jit(jax.grad(loss))(factors))
+  padded = jax.tree.map(lambda x, y: np.all(x == y), factors, trained)
+  assert not jax.tree.all(padded)
+  ours = tmp_path / "ours"
+  adapters.save(ours, trained, settings, config=config, base_model="tiny")
+  again = peft.PeftModel.from_pretrained(adapted.unload(), ours)
+  same_logits(again, model, params, trained, tokens)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_heads_go_both_ways(config, base_params, tokens, tmp_path, draw):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  peft = pytest.importorskip("peft", reason="oracle needs peft")
+  transformers = pytest.importorskip("transformers")
+  head = heads.Classifier(labels=3)
+  model = decoder.Decoder(config, SETTINGS, head)
+  params = base_params(config)
+  factors = draw(lora.init(model, jax.random.key(0)))
+  base, ours, theirs = (tmp_path / x for x in ("base", "ours", "theirs"))
+  pretrained.save(base, config, params, dtype=jnp.float32)
+  adapters.save(
+    ours, factors, SETTINGS, config=config, base_model=str(base), head=head
+  )
+  classifier = transformers.AutoModelForSequenceClassification
+  reference = classifier.from_pretrained(base, num_labels=3, pad_token_id=95)
+  adapted = peft.PeftModel.from_pretrained(reference, ours).eval()
+  rows = np.where(tokens == 95, 94, tokens)
+  segments = np.ones_like(rows)
+  rows[1, 9:], segments[1, 9:] = 95, 0
+  with torch.no_grad():
+    expected = adapted(
+      torch.tensor(rows, dtype=torch.long),
+      attention_mask=torch.tensor(segments, dtype=torch.long),
+    ).logits.numpy()
+  apply = jax.jit(model.apply)
+  got = apply({"params": params, "lora": factors}, rows, segments)
+  np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+  adapted.save_pretrained(theirs)
+  settings, loaded = adapters.load(theirs, config)
+  assert settings == SETTINGS
+  jax.tree.map(np.testing.assert_array_equal, loaded, factors)
+  merged = lora.merge(params, factors, SETTINGS.scale)
+  pretrained.save(
+    tmp_path / "merged", config, merged, head=head, dtype=jnp.float32
+  )
+  whole = classifier.from_pretrained(tmp_path / "merged", pad_token_id=95)
+  with torch.no_grad():
+    logits = whole.eval()(
+      torch.tensor(rows, dtype=torch.long),
+      attention_mask=torch.tensor(segments, dtype=torch.long),
+    ).logits.numpy()
+  np.testing.assert_allclose(got, logits, atol=1e-4, rtol=0)

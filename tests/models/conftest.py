@@ -1,4 +1,4 @@
-"""Tiny Llamas of every kind, and what their tests share."""
+"""Tiny decoders of every kind, and what their tests share."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import decoder, lora
+from fedjax_llm.models import decoder, lora, rotary
 
 # transformers and peft must not ask the hub for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,22 +26,80 @@ BASE = decoder.DecoderConfig(
   max_position_embeddings=64,
   rms_norm_eps=1e-5,
 )
-LLAMA3 = (
-  ("rope_type", "llama3"),
-  ("factor", 8.0),
-  ("low_freq_factor", 1.0),
-  ("high_freq_factor", 4.0),
-  ("original_max_position_embeddings", 32),
+LLAMA3 = rotary.Rope(
+  500.0,
+  "llama3",
+  (
+    ("factor", 8.0),
+    ("low_freq_factor", 1.0),
+    ("high_freq_factor", 4.0),
+    ("original_max_position_embeddings", 32),
+  ),
 )
+YARN = rotary.Rope(
+  100.0,
+  "yarn",
+  (("factor", 4.0), ("original_max_position_embeddings", 16)),
+)
+GEMMA = {
+  "hidden_act": "gelu_pytorch_tanh",
+  "tie_word_embeddings": True,
+  "unit_offset": True,
+  "scaled_embeddings": True,
+}
+GEMMA2 = GEMMA | {
+  "model_type": "gemma2",
+  "sandwich_norms": True,
+  "query_pre_attn_scalar": 9,
+  "attention_softcap": 1.5,
+  "final_softcap": 2.0,
+  "sliding_window": 5,
+  "windowed": (True, False, True),
+  "num_hidden_layers": 3,
+}
+QWEN3 = {"model_type": "qwen3", "qk_norm": True, "head_dim": 10}
 VARIANTS = {
-  "plain": {},
+  "llama": {},
   "grouped_queries": {"num_key_value_heads": 2},
   "tied": {"tie_word_embeddings": True},
-  "llama3_rope": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
-  "linear_rope": {"rope_scaling": (("rope_type", "linear"), ("factor", 2.0))},
-  "attention_bias": {"attention_bias": True, "num_key_value_heads": 1},
+  "llama3_rope": {"rope": LLAMA3},
+  "linear_rope": {"rope": rotary.Rope(1e4, "linear", (("factor", 2.0),))},
+  "yarn_rope": {"rope": YARN},
+  "llama_attention_bias": {"qkv_bias": True, "num_key_value_heads": 1},
   "mlp_bias": {"mlp_bias": True},
   "wide_heads": {"head_dim": 10},
+  "exact_gelu": {"hidden_act": "gelu"},
+  "mistral": {
+    "model_type": "mistral",
+    "sliding_window": 5,
+    "windowed": (True, True),
+    "num_key_value_heads": 2,
+  },
+  "mistral_without_window": {"model_type": "mistral", "head_dim": 8},
+  "qwen2": {"model_type": "qwen2", "qkv_bias": True, "num_key_value_heads": 2},
+  "qwen2_window": {
+    "model_type": "qwen2",
+    "qkv_bias": True,
+    "sliding_window": 4,
+    "windowed": (False, True),
+    "rope": YARN,
+  },
+  "qwen3": QWEN3,
+  "qwen3_bias": QWEN3 | {"qkv_bias": True, "tie_word_embeddings": True},
+  "gemma": GEMMA | {"model_type": "gemma", "num_key_value_heads": 1},
+  "gemma2": GEMMA2,
+  "gemma2_uncapped": GEMMA2
+  | {"attention_softcap": None, "final_softcap": None, "qkv_bias": True},
+  "gemma3": GEMMA2
+  | {
+    "model_type": "gemma3_text",
+    "qk_norm": True,
+    "attention_softcap": None,
+    "final_softcap": None,
+    "local_rope": rotary.Rope(100.0),
+    "rope": rotary.Rope(1e4, "linear", (("factor", 8.0),)),
+    "num_key_value_heads": 2,
+  },
 }
 
 
@@ -83,7 +141,8 @@ def base_params(draw):
       jax.random.key(0),
       jnp.zeros((1, 1), jnp.int32),
     )["params"]
-    around_one = lambda path, x: x + (path[-1].key == "scale")
+    one = 0 if config.unit_offset else 1
+    around_one = lambda path, x: x + one * (path[-1].key == "scale")
     return jax.tree.map_with_path(around_one, draw(shapes, seed))
 
   return make

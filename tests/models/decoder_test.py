@@ -5,46 +5,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from fedjax_llm.models import decoder, language, lora, pretrained
+from fedjax_llm.models import adapters, decoder, language, lora, pretrained
 
 ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
 
 
-def np_rms(x, scale, epsilon):
-  return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+def np_norm(x, scale, config):
+  x = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps)
+  return x * (1 + scale if config.unit_offset else scale)
 
 
-def np_silu(x):
-  return x / (1 + np.exp(-x))
+def np_act(x, kind):
+  if kind == "silu":
+    return x / (1 + np.exp(-x))
+  if kind == "gelu":
+    return x * np.vectorize(lambda x: math.erf(x / math.sqrt(2)) + 1)(x) / 2
+  return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def np_rotate(x, position, frequencies):
+def np_rotate(x, position, frequencies, magnitude):
   """Turns each pair (i, i + half) of `x` [head_dim] as a complex number."""
   half = len(x) // 2
   turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequencies)
-  return np.concatenate([turned.real, turned.imag])
-
-
-def np_frequencies(config):
-  frequencies = []
-  scaling = dict(config.rope_scaling or {"rope_type": "default"})
-  for i in range(0, config.head_dim, 2):
-    frequency = config.rope_theta ** (-i / config.head_dim)
-    if scaling["rope_type"] == "linear":
-      frequency /= scaling["factor"]
-    if scaling["rope_type"] == "llama3":
-      length = scaling["original_max_position_embeddings"]
-      wavelength = 2 * math.pi / frequency
-      low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-      if wavelength > length / low:
-        frequency /= scaling["factor"]
-      elif wavelength >= length / high:
-        smooth = (length / wavelength - low) / (high - low)
-        scaled = frequency / scaling["factor"]
-        frequency = (1 - smooth) * scaled + smooth * frequency
-    frequencies.append(frequency)
-  return np.array(frequencies)
+  return magnitude * np.concatenate([turned.real, turned.imag])
 
 
 def np_dense(x, params, factors, scale):
@@ -52,66 +37,95 @@ def np_dense(x, params, factors, scale):
   return y + scale * x @ factors["a"] @ factors["b"] if factors else y
 
 
-def np_attention(x, params, factors, config, scale):
+def np_attention(x, params, factors, config, scale, windowed, seen, positions):
   dense = lambda name, x: np_dense(
     x, params[name], factors.get(name), scale
   ).reshape(len(x), -1, config.head_dim)
   query, key, value = (dense(f"{name}_proj", x) for name in "qkv")
+  if config.qk_norm:
+    query = np_norm(query, params["q_norm"]["scale"], config)
+    key = np_norm(key, params["k_norm"]["scale"], config)
   group = config.num_attention_heads // config.num_key_value_heads
-  frequencies = np_frequencies(config)
+  rope = (windowed and config.local_rope) or config.rope
+  # Their formulas are held to account in rotary_test.
+  turn = rope.frequencies(config.head_dim), rope.magnitude
+  window = config.sliding_window if windowed else len(x)
+  width = config.query_pre_attn_scalar or config.head_dim
   out = np.zeros_like(query)
   for head in range(config.num_attention_heads):
     for t in range(len(x)):
-      q = np_rotate(query[t, head], t, frequencies)
-      scores = [
-        q @ np_rotate(key[s, head // group], s, frequencies)
-        for s in range(t + 1)
-      ]
-      weights = np.exp(np.array(scores) / math.sqrt(config.head_dim))
-      weights /= weights.sum()
-      out[t, head] = weights @ value[: t + 1, head // group]
+      q = np_rotate(query[t, head], positions[t], *turn)
+      keys = [s for s in range(t + 1) if seen(t, s) and t - s < window]
+      scores = np.array(
+        [
+          q @ np_rotate(key[s, head // group], positions[s], *turn)
+          for s in keys
+        ]
+      ) / math.sqrt(width)
+      if cap := config.attention_softcap:
+        scores = cap * np.tanh(scores / cap)
+      weights = np.exp(scores)
+      out[t, head] = weights / weights.sum() @ value[keys, head // group]
   out = out.reshape(len(x), -1)
   return np_dense(out, params["o_proj"], factors.get("o_proj"), scale)
 
 
-def np_llama(config, params, factors, row, scale=0.0):
+def np_decoder(config, params, factors, row, scale=0.0, segments=None):
   """Logits of one row, in float64 and with plain loops."""
   params, factors = jax.tree.map(
     lambda x: np.asarray(x, np.float64), (params, factors)
   )
+  segments = np.ones_like(row) if segments is None else segments
+  seen = lambda t, s: segments[t] == segments[s]
+  positions = [
+    t
+    - min(s for s in range(t + 1) if (segments[s : t + 1] == segments[t]).all())
+    for t in range(len(row))
+  ]
   x = params["embed_tokens"]["embedding"][row]
+  if config.scaled_embeddings:
+    x = x * math.sqrt(config.hidden_size)
   for i in range(config.num_hidden_layers):
     layer, low = jax.tree.map(
       lambda x, i=i: x[i], (params["layers"], factors.get("layers", {}))
     )
-    norm = lambda name, x, layer=layer: np_rms(
-      x, layer[name]["scale"], config.rms_norm_eps
+    norm = lambda name, x, layer=layer: np_norm(
+      x, layer[f"{name}_layernorm"]["scale"], config
     )
-    x = x + np_attention(
-      norm("input_layernorm", x),
+    y = np_attention(
+      norm("input", x),
       layer["self_attn"],
       low.get("self_attn", {}),
       config,
       scale,
+      bool(config.windowed) and config.windowed[i],
+      seen,
+      positions,
     )
-    z = norm("post_attention_layernorm", x)
+    x = x + (norm("post_attention", y) if config.sandwich_norms else y)
+    before = "pre_feedforward" if config.sandwich_norms else "post_attention"
+    z = norm(before, x)
     mlp, low = layer["mlp"], low.get("mlp", {})
     dense = lambda name, z, mlp=mlp, low=low: np_dense(
       z, mlp[name], low.get(name), scale
     )
-    z = np_silu(dense("gate_proj", z)) * dense("up_proj", z)
-    x = x + dense("down_proj", z)
-  x = np_rms(x, params["norm"]["scale"], config.rms_norm_eps)
+    z = np_act(dense("gate_proj", z), config.hidden_act) * dense("up_proj", z)
+    z = dense("down_proj", z)
+    x = x + (norm("post_feedforward", z) if config.sandwich_norms else z)
+  x = np_norm(x, params["norm"]["scale"], config)
   if config.tie_word_embeddings:
-    return x @ params["embed_tokens"]["embedding"].T
-  return x @ params["lm_head"]["kernel"]
+    logits = x @ params["embed_tokens"]["embedding"].T
+  else:
+    logits = x @ params["lm_head"]["kernel"]
+  cap = config.final_softcap
+  return cap * np.tanh(logits / cap) if cap else logits
 
 
 def test_logits_match_numpy(variant, base_params, tokens):
   params = base_params(variant)
   logits = jax.jit(decoder.Decoder(variant).apply)({"params": params}, tokens)
   for row, got in zip(tokens, logits, strict=True):
-    expected = np_llama(variant, params, {}, row)
+    expected = np_decoder(variant, params, {}, row)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -121,42 +135,43 @@ def test_logits_with_lora_match_numpy(
   model = decoder.Decoder(config, ALL)
   params, factors = base_params(config), lora_factors(model)
   logits = jax.jit(model.apply)({"params": params, "lora": factors}, tokens)
-  expected = np_llama(config, params, factors, tokens[0], scale=2.0)
+  expected = np_decoder(config, params, factors, tokens[0], scale=2.0)
   np.testing.assert_allclose(logits[0], expected, atol=2e-4)
 
 
-def test_rope_frequencies_match_numpy(variant):
-  np.testing.assert_allclose(
-    llama.rotary_frequencies(variant), np_frequencies(variant), rtol=1e-12
-  )
+SEGMENTS = {
+  "padding on the left": [0] * 4 + [1] * 13,
+  "padding on the right": [1] * 12 + [0] * 5,
+  "three documents": [1] * 6 + [2] * 4 + [3] * 5 + [0] * 2,
+}
 
 
-def test_llama_3_frequencies_keep_short_and_divide_long_wavelengths():
-  scaling = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-  }
-  fields = dict(
-    vocab_size=8,
-    hidden_size=128,
-    intermediate_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=128,
-    rope_theta=500000.0,
-  )
-  plain = llama.rotary_frequencies(decoder.DecoderConfig(**fields))
-  scaled = llama.rotary_frequencies(
-    decoder.DecoderConfig(**fields, rope_scaling=tuple(scaling.items()))
-  )
-  ratio = scaled / plain
-  assert ratio[0] == 1 and ratio[-1] == 1 / 8
-  assert (np.diff(ratio) <= 0).all()
-  assert ((1 / 8 < ratio) & (ratio < 1)).any()
+@pytest.mark.parametrize("kind", SEGMENTS)
+def test_documents_of_a_row_are_apart(variant, base_params, tokens, kind):
+  params, segments = base_params(variant), np.array(SEGMENTS[kind])
+  apply = jax.jit(decoder.Decoder(variant).apply)
+  logits = apply({"params": params}, tokens[:1], segments[None])[0]
+  expected = np_decoder(variant, params, {}, tokens[0], segments=segments)
+  real = segments > 0
+  np.testing.assert_allclose(logits[real], expected[real], atol=1e-4)
+
+
+def test_a_cache_changes_nothing(variant, base_params, tokens):
+  model, params = decoder.Decoder(variant), base_params(variant)
+  apply = jax.jit(model.apply)
+  segments = np.ones_like(tokens)
+  segments[1, :3] = 0  # Padding on the left, as of a shorter prompt.
+  whole = apply({"params": params}, tokens, segments)
+  cache = model.empty_cache(len(tokens), tokens.shape[1] + 3)
+  parts = []
+  for part in (slice(0, 9), slice(9, 10), slice(10, 17)):
+    variables = {"params": params}
+    rows, belong = tokens[:, part], segments[:, part]
+    logits, cache = apply(variables, rows, belong, cache=cache)
+    parts.append(logits)
+  got = np.concatenate(parts, axis=1)
+  np.testing.assert_allclose(got[segments > 0], whole[segments > 0], atol=1e-4)
+  assert cache.used == tokens.shape[1]
 
 
 def test_later_tokens_do_not_change_earlier_logits(config, base_params, tokens):
@@ -349,12 +364,14 @@ def hugging_face(folder):
   transformers = pytest.importorskip("transformers")
   torch.set_num_threads(1)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32
+    folder, dtype=torch.float32, attn_implementation="eager"
   ).eval()
 
-  def logits(tokens):
+  def logits(tokens, mask=None):
+    tokens = torch.tensor(np.asarray(tokens), dtype=torch.long)
+    mask = None if mask is None else torch.tensor(mask, dtype=torch.long)
     with torch.no_grad():
-      return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits
+      return model(tokens, attention_mask=mask).logits
 
   return logits
 
@@ -363,9 +380,83 @@ def hugging_face(folder):
 def test_logits_equal_transformers(variant, base_params, tokens, tmp_path):
   params = base_params(variant)
   pretrained.save(tmp_path, variant, params, dtype=jnp.float32)
-  expected = hugging_face(tmp_path)(tokens).numpy()
-  got = jax.jit(decoder.Decoder(variant).apply)({"params": params}, tokens)
-  np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+  reference = hugging_face(tmp_path)
+  mask = np.ones_like(tokens)
+  mask[1, :4] = mask[2, 11:] = 0  # Padding on the left, and on the right.
+  apply = jax.jit(decoder.Decoder(variant).apply)
+  for given in (None, mask):
+    expected = reference(tokens, given).numpy()
+    got = apply({"params": params}, tokens, given)
+    real = np.ones_like(mask) > 0 if given is None else mask > 0
+    np.testing.assert_allclose(got[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_gradients_of_the_factors_equal_peft(
+  variant, base_params, lora_factors, tokens, tmp_path
+):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  peft = pytest.importorskip("peft", reason="oracle needs peft")
+  transformers = pytest.importorskip("transformers")
+  params, model = base_params(variant), decoder.Decoder(variant, ALL)
+  factors = lora_factors(model)
+  base, adapter = tmp_path / "base", tmp_path / "adapter"
+  pretrained.save(base, variant, params, dtype=jnp.float32)
+  adapters.save(adapter, factors, ALL, config=variant, base_model=str(base))
+  reference = peft.PeftModel.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(
+      base, dtype=torch.float32, attn_implementation="eager"
+    ),
+    adapter,
+    is_trainable=True,
+  )
+  mask = np.ones_like(tokens)
+  mask[1, :4] = mask[2, 11:] = 0
+  weights = np.random.default_rng(1).normal(size=(*tokens.shape, 96))
+  weights = weights.astype(np.float32) * mask[..., None]
+  logits = reference(
+    torch.tensor(tokens, dtype=torch.long),
+    attention_mask=torch.tensor(mask, dtype=torch.long),
+  ).logits
+  (logits * torch.tensor(weights)).mean().backward()
+  gradients = {
+    name.replace(".default", ""): x.grad.numpy()
+    for name, x in reference.named_parameters()
+    if x.requires_grad
+  }
+
+  def loss(factors):
+    variables = {"params": params, "lora": factors}
+    return (model.apply(variables, tokens, mask) * weights).mean()
+
+  ours = tmp_path / "gradients"
+  adapters.save(
+    ours,
+    jax.jit(jax.grad(loss))(factors),
+    ALL,
+    config=variant,
+    base_model=str(base),
+  )
+  got = safetensors.numpy.load_file(ours / "adapter_model.safetensors")
+  assert set(got) == set(gradients)
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(got[name], gradient, atol=1e-4, rtol=0)
+    assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.oracle
+def test_bfloat16_logits_are_near_those_of_transformers(
+  variant, base_params, tokens, tmp_path
+):
+  params = base_params(variant)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  pretrained.save(tmp_path, variant, half, dtype=jnp.bfloat16)
+  expected = hugging_face(tmp_path)(tokens).numpy()  # In float32.
+  model = decoder.Decoder(variant, dtype=jnp.bfloat16)
+  got = jax.jit(model.apply)({"params": half}, tokens)
+  error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+  assert error < 0.02
 
 
 @pytest.fixture(scope="module")

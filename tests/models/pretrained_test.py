@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import decoder, pretrained
+from fedjax_llm.models import decoder, heads, lora, pretrained, quantized
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_an_untied_model_needs_its_output_matrix(folder):
   [
     ("config.json", None, "found none"),
     ("config.json", "{", "config.json"),
-    ("config.json", '{"model_type": "gpt2"}', 'config.json.*"llama".*gpt2'),
+    ("config.json", '{"model_type": "t5"}', "config.json.*llama.*'t5'"),
     ("model.safetensors", None, "Only safetensors"),
     ("model.safetensors", "version https://git-lfs", "not a safetensors"),
   ],
@@ -172,6 +173,89 @@ def test_a_broken_folder_is_refused(folder, file, content, named):
     (folder / file).write_text(content)
   with pytest.raises(ValueError, match=named):
     pretrained.load(folder)
+
+
+def test_a_model_is_loaded_straight_into_its_places(
+  folder, config, base_params
+):
+  mesh = jax.make_mesh((2,), ("x",))
+  sharding = jax.sharding.NamedSharding(mesh, jax.P(None))
+  _, params = pretrained.load(folder, sharding=sharding)
+  assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+  equal(params, base_params(config))
+
+
+def test_devices_read_no_more_than_their_part(config, base_params, tmp_path):
+  even = dataclasses.replace(config, num_hidden_layers=4)
+  pretrained.save(tmp_path, even, base_params(even), dtype=jnp.float32)
+  sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P("x"))
+  _, params = pretrained.load(tmp_path, sharding=sharding)
+  kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 24, 40)
+  equal(params, base_params(even))
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_kernels_of_the_layers_are_quantised_on_request(
+  folder, config, base_params, format
+):
+  _, params = pretrained.load(folder, quantize=format)
+  expected = quantized.quantize_params(base_params(config), format)
+  equal(params, expected)
+
+
+def test_large_models_are_saved_in_shards(
+  config, base_params, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(pretrained, "_SHARD_BYTES", 9_000)
+  pretrained.save(tmp_path, config, base_params(config), dtype=jnp.float32)
+  files = sorted(x.name for x in tmp_path.glob("*.safetensors"))
+  assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+  assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
+  equal(pretrained.load(tmp_path)[1], base_params(config))
+
+
+def test_what_is_beside_the_weights_of_a_base_model_is_kept(
+  folder, config, base_params, tmp_path
+):
+  path = folder / "config.json"
+  fields = json.loads(path.read_text()) | {"eos_token_id": 7}
+  path.write_text(json.dumps(fields))
+  (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+  new = tmp_path / "new"
+  pretrained.save(new, config, base_params(config), like=folder)
+  assert json.loads((new / "config.json").read_text()) == fields | {
+    "dtype": "bfloat16"
+  }
+  kept = (new / "generation_config.json").read_text()
+  assert kept == '{"eos_token_id": [7, 8]}'
+
+
+def test_a_classifier_begins_with_the_head_of_its_checkpoint(
+  config, base_params, tmp_path
+):
+  head, adapter = heads.Classifier(3), lora.LoRA(2)
+  params = base_params(config)
+  params.pop("lm_head")
+  kernel = jax.random.normal(jax.random.key(0), (24, 3))
+  params["score"] = {"kernel": kernel}
+  pretrained.save(tmp_path, config, params, head=head, dtype=jnp.float32)
+  _, loaded = pretrained.load(tmp_path, head=head)
+  model = decoder.Decoder(config, adapter, head)
+  trained = lora.init(model, jax.random.key(1), loaded)
+  np.testing.assert_array_equal(trained["score"]["kernel"], kernel)
+  with pytest.raises(ValueError, match=r"score.weight has shape \(3, 24\)"):
+    pretrained.load(tmp_path, head=heads.Classifier(4))
+
+
+def test_a_classifier_of_a_language_model_begins_with_a_drawn_head(folder):
+  head = heads.Classifier(3)
+  config, loaded = pretrained.load(folder, head=head)
+  assert "score" not in loaded and "lm_head" not in loaded
+  model = decoder.Decoder(config, lora.LoRA(2), head)
+  trained = lora.init(model, jax.random.key(1), loaded)
+  assert trained["score"]["kernel"].shape == (24, 3)
+  assert jnp.abs(trained["score"]["kernel"]).max() > 0
 
 
 HUB = """
@@ -225,15 +309,17 @@ def test_what_transformers_saves_is_loaded(
   torch = pytest.importorskip("torch", reason="oracle needs torch")
   transformers = pytest.importorskip("transformers")
   torch.manual_seed(0)
-  reference = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**variant.to_hugging_face())
+  fields = variant.to_hugging_face()
+  reference = transformers.AutoModelForCausalLM.from_config(
+    transformers.AutoConfig.for_model(fields.pop("model_type"), **fields),
+    attn_implementation="eager",
   ).eval()
   reference.save_pretrained(tmp_path, max_shard_size=shard_size)
   shards = len(list(tmp_path.glob("*.safetensors")))
   assert (shards > 1) == (shard_size == "10KB")
   config, params = pretrained.load(tmp_path)
   assert config == variant
-  got = decoder.Decoder(config).apply({"params": params}, tokens)
+  got = jax.jit(decoder.Decoder(config).apply)({"params": params}, tokens)
   with torch.no_grad():
     expected = reference(torch.tensor(tokens, dtype=torch.long)).logits
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
