@@ -241,7 +241,7 @@ class Bert(nn.Module):
     segments: Int[Array, "batch time"] | None = None,
     *,
     deterministic: bool = True,
-  ) -> Float[Array, "batch *rest"]:
+  ) -> Float[Array, "..."]:
     """Hidden states of the last layer, or scores of each row.
 
     Args:

@@ -269,7 +269,7 @@ class ViT(nn.Module):
     pixels: Float[Array, "batch height width channels"],
     *,
     deterministic: bool = True,
-  ) -> Float[Array, "batch *rest"]:
+  ) -> Float[Array, "..."]:
     """Hidden states after the last norm, or scores of each image.
 
     Args:
