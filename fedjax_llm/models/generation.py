@@ -1,0 +1,168 @@
+"""Text from a language model: greedy or sampled, in batches, with a cache.
+
+One program does it all. The prompts, but for their last tokens, fill the cache;
+then each step of a loop takes every row's last token and chooses the next.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+# Prompts are padded to a power of two that is at least this, so that prompts
+# of many lengths share a program.
+_SHORTEST = 16
+
+
+def generate(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  factors: Mapping[str, Any] | None,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  eos_ids: Sequence[int] = (),
+  key: PRNGKeyArray | None = None,
+) -> list[list[int]]:
+  """Continues every prompt.
+
+  Args:
+    model: a language model with an `empty_cache`.
+    params: the base model's parameters.
+    factors: what was trained; None for a model without an adapter.
+    prompts: token ids of each row, at least one.
+    max_new_tokens: how many tokens are chosen at most, at least 1.
+    temperature: what logits are divided by before one is drawn; 0 for the most
+      likely token.
+    top_p: in (0, 1]; draws are from the fewest tokens that have this much
+      probability together (Holtzman et al., 2020).
+    eos_ids: tokens that end a row.
+    key: of the draws. A row's draws depend on the key and on its number, not
+      on the other rows.
+
+  Returns:
+    The new tokens of each row, up to the one that ends it and with that.
+
+  Raises:
+    ValueError: for arguments out of range, or more tokens than the model has
+      positions.
+  """
+  _check(model, factors, prompts)
+  _check_settings(max_new_tokens, temperature, top_p, key)
+  longest = max(map(len, prompts))
+  time = max(_SHORTEST, 1 << (longest - 1).bit_length())
+  if time + max_new_tokens > model.config.max_position_embeddings:
+    time = longest
+  # Where positions are learned there are no more than so many.
+  jax.eval_shape(lambda: model.empty_cache(1, time + max_new_tokens))
+  rows = _pad(prompts, time)
+  variables = {"params": params}
+  if factors is not None:
+    variables["lora"] = factors
+  settings = (max_new_tokens, float(temperature), float(top_p), tuple(eos_ids))
+  new = np.asarray(_run(model, settings, variables, *rows, key))
+  return [_until_end(row, eos_ids) for row in new.tolist()]
+
+
+def _check(model, factors, prompts):
+  if model.head is not None:
+    raise ValueError(f"expected a language model, got one with {model.head}.")
+  if (factors is None) != (model.adapter is None):
+    raise ValueError(
+      "expected factors for a model with an adapter and None for one without,"
+      f" got {'none' if factors is None else 'factors'} and {model.adapter}."
+    )
+  size = model.config.vocab_size
+  if not len(prompts) or not all(map(len, prompts)):
+    raise ValueError("expected prompts of at least one token each.")
+  if not all(0 <= x < size for prompt in prompts for x in prompt):
+    raise ValueError(f"expected the ids of prompts in [0, {size}).")
+
+
+def _check_settings(max_new_tokens, temperature, top_p, key):
+  if max_new_tokens < 1:
+    raise ValueError(f"expected max_new_tokens >= 1, got {max_new_tokens}.")
+  if temperature < 0 or not 0 < top_p <= 1:
+    raise ValueError(
+      f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature=} and"
+      f" {top_p=}."
+    )
+  if temperature > 0 and key is None:
+    raise ValueError(f"a draw with {temperature=} needs a key.")
+
+
+def _pad(prompts, time):
+  """Tokens and segments [batch, time], padded on the left."""
+  tokens = np.zeros((len(prompts), time), np.int32)
+  segments = np.zeros_like(tokens)
+  for row, prompt in enumerate(prompts):
+    tokens[row, time - len(prompt) :] = prompt
+    segments[row, time - len(prompt) :] = 1
+  return tokens, segments
+
+
+def _until_end(row, eos_ids):
+  ends = [number for number, token in enumerate(row, 1) if token in eos_ids]
+  return row[: ends[0]] if ends else row
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(model, settings, variables, tokens, segments, key):
+  """The new tokens [batch, max_new_tokens]; after a row's end, anything."""
+  steps, temperature, top_p, eos_ids = settings
+  batch, time = tokens.shape
+  cache = model.empty_cache(batch, time + steps)
+  if time > 1:
+    _, cache = model.apply(
+      variables, tokens[:, :-1], segments[:, :-1], cache=cache
+    )
+  rows = jnp.arange(batch)
+
+  def choose(logits, step):
+    if not temperature:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw_key = lambda row: jax.random.fold_in(
+      jax.random.fold_in(key, row), step
+    )
+    return jax.vmap(functools.partial(sample, top_p=top_p))(
+      jax.vmap(draw_key)(rows), logits / temperature
+    )
+
+  def next_tokens(carry):
+    step, last, cache, new, ended = carry
+    logits, cache = model.apply(variables, last[:, None], cache=cache)
+    last = choose(logits[:, 0], step)
+    ended |= jnp.isin(last, jnp.array(eos_ids, jnp.int32))
+    return step + 1, last, cache, new.at[:, step].set(last), ended
+
+  unfinished = lambda carry: (carry[0] < steps) & ~carry[-1].all()
+  start = (
+    jnp.zeros((), jnp.int32),
+    tokens[:, -1],
+    cache,
+    jnp.zeros((batch, steps), jnp.int32),
+    jnp.zeros(batch, bool),
+  )
+  return jax.lax.while_loop(unfinished, next_tokens, start)[3]
+
+
+def sample(
+  key: PRNGKeyArray, logits: Float[Array, " vocab"], top_p: float = 1.0
+) -> Array:
+  """Draws a token from the fewest that have `top_p` probability together."""
+  if top_p == 1:
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+  order = jnp.argsort(logits, descending=True)
+  logits = logits[order]
+  weights = jax.nn.softmax(logits)
+  # Those before a token of the set, the first included, do not reach top_p.
+  before = jnp.cumsum(weights) - weights
+  logits = jnp.where(before < top_p, logits, -jnp.inf)
+  return order[jax.random.categorical(key, logits)].astype(jnp.int32)
