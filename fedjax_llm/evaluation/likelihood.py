@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
+
+from fedjax_llm.evaluation import scoring
 
 
 def evaluator(
@@ -30,21 +31,13 @@ def evaluator(
     raise ValueError(
       "expected held-out text with a token to predict, got none."
     )
-  missing = -len(rows.tokens) % batch_size
-  pad = lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-  split = lambda x: pad(x).reshape(-1, batch_size, *x.shape[1:])
-  batches = jax.device_put(jax.tree.map(split, rows))
-
-  @jax.jit
-  def scores(factors, params, batches):
-    score = lambda examples: score_fn(factors, params, examples)
-    return jax.tree.map(lambda x: x.ravel(), jax.lax.map(score, batches))
+  score = scoring.scorer(score_fn, rows, batch_size)
 
   def evaluate(factors, params):
     # Summed on the host in float64: the same whatever the batch size.
-    rows = jax.device_get(scores(factors, params, batches))
+    scores = score(factors, params)
     totals = {
-      name: float(np.sum(x, dtype=np.float64)) for name, x in rows.items()
+      name: float(np.sum(x, dtype=np.float64)) for name, x in scores.items()
     }
     return summary(**totals)
 

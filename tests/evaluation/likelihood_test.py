@@ -28,7 +28,7 @@ def rows():
 class Table:
   """A bigram model: the logits of the next token are a row of a table."""
 
-  def apply(self, variables, tokens):
+  def apply(self, variables, tokens, segments=None):
     return variables["params"][tokens] + variables.get("lora", 0)
 
 
