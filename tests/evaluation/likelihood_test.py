@@ -45,7 +45,7 @@ def evaluate(rows, table, factors=None, **options):
 
 def test_it_is_a_loop_over_the_tokens_that_count(rows, table):
   losses, right = [], []
-  for tokens, mask in zip(*rows, strict=True):
+  for tokens, mask in zip(rows.tokens, rows.mask, strict=True):
     for position in np.flatnonzero(mask):
       logits = table[tokens[position]]
       target = tokens[position + 1]
@@ -135,7 +135,9 @@ def adapter(data, tmp_path_factory):
   draw = lambda key, x: 0.1 * jax.random.normal(key, x.shape)
   factors = jax.tree.unflatten(structure, map(draw, keys, leaves))
   folder = tmp_path_factory.mktemp("adapter")
-  adapters.save(folder, factors, settings, base_model="stories260k")
+  adapters.save(
+    folder, factors, settings, config=config, base_model="stories260k"
+  )
   return folder
 
 
