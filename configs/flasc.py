@@ -6,8 +6,8 @@ fedjax-llm run flasc --upload-density 0.0625
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning
-from fedjax_llm.data import corpora
+from fedjax_llm import finetuning, tasks
+from fedjax_llm.data import corpora, records
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -31,7 +31,7 @@ def experiment(
   batch_size: int = 4,
   sequence_length: int = 128,
   held_out_rows: int = 4,
-  dtype: finetuning.Dtype = "float32",
+  dtype: tasks.Dtype = "float32",
 ) -> experiments.Experiment:
   """Fine-tune the shipped model over clients of Python's library with FLASC.
 
@@ -55,11 +55,10 @@ def experiment(
     held_out_rows: rows evaluated of each client's held-out files.
     dtype: what the base model is computed in.
   """
-  task = finetuning.language_model(
-    corpora.standard_library(),
+  task = tasks.language_model(
+    records.streams(corpora.standard_library(), held_out_rows),
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
-    held_out_rows=held_out_rows,
     dtype=dtype,
     seed=seed,
   )

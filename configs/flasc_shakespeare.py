@@ -15,8 +15,8 @@ import pathlib
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning
-from fedjax_llm.data import corpora
+from fedjax_llm import finetuning, tasks
+from fedjax_llm.data import corpora, records
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -44,7 +44,7 @@ def experiment(
   batch_size: int = 6,
   sequence_length: int = 96,
   held_out_rows: int = 2,
-  dtype: finetuning.Dtype = "float32",
+  dtype: tasks.Dtype = "float32",
 ) -> experiments.Experiment:
   """Fine-tune a small Llama over the speakers of Shakespeare with FLASC.
 
@@ -70,12 +70,11 @@ def experiment(
     held_out_rows: rows evaluated of each speaker's held-out speeches.
     dtype: what the base model is computed in.
   """
-  task = finetuning.language_model(
-    corpora.shakespeare(text),
+  task = tasks.language_model(
+    records.streams(corpora.shakespeare(text), held_out_rows),
     model=model,
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
-    held_out_rows=held_out_rows,
     dtype=dtype,
     seed=seed,
   )

@@ -18,13 +18,17 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-_COMMANDS = ("run", "data", "pretrain", "compare", "evaluate")
+_COMMANDS = ("run", "data", "export", "pretrain", "compare", "evaluate")
+_COMMANDS += ("merge", "chat")
 _USAGE = """usage: fedjax-llm COMMAND ...
 
   run CONFIG [--knobs] [--out DIR]   run or resume an experiment
   data CONFIG [--knobs] [--out DIR]  show which client has what
+  export CONFIG [--knobs] [--out DIR]  write the adapter of a run's checkpoint
   compare DIR DIR ...                utility against bytes of finished runs
-  evaluate --model FOLDER ...        held-out loss of a model or an adapter
+  evaluate --text FILE ...           held-out loss of a model or an adapter
+  merge --adapter FOLDER --out DIR   merge an adapter into its base model
+  chat --adapter FOLDER ...          see what an adapter changes
   pretrain [CONFIG] [--knobs]        train a base model
 
 CONFIG is a name or the path of a Python file with an `experiment` function.
@@ -55,19 +59,21 @@ def _command(arguments: list[str]) -> None:
     return
   if command not in _COMMANDS:
     raise ValueError(f"unknown command {command!r}.\n\n{_USAGE}")
-  from fedjax_llm import commands  # Slow to import.
+  from fedjax_llm import commands, model_commands  # Slow to import.
 
   functions: dict[str, Callable[..., Any]] = {
     "compare": commands.compare,
-    "evaluate": commands.evaluate,
+    "evaluate": model_commands.evaluate,
+    "merge": model_commands.merge,
+    "chat": model_commands.chat,
   }
   if command in functions:
     tyro.cli(functions[command], prog=f"fedjax-llm {command}", args=arguments)
     return
   if command == "pretrain" and (not arguments or arguments[0].startswith("-")):
     arguments = ["pretrain", *arguments]
-  run = commands.data if command == "data" else commands.run
-  _run(command, arguments, run)
+  on_config = {"data": commands.data, "export": commands.export}
+  _run(command, arguments, on_config.get(command, commands.run))
 
 
 def _run(command: str, arguments: list[str], run: Callable[..., None]) -> None:

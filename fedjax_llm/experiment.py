@@ -20,9 +20,7 @@ import math
 import os
 import pathlib
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +29,7 @@ import jax
 import numpy as np
 import tqdm
 
-from fedjax_llm import checkpoints
+from fedjax_llm import checkpoints, interrupts
 
 _PACKAGES = ("fedjax-llm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # What a resumed run must share with the run it continues.
@@ -100,16 +98,9 @@ def run(
   """
   folder = pathlib.Path(folder).resolve()
   name = name or folder.name
-  record = {
-    "experiment": name,
-    # What is no JSON value, such as a path, is recorded by its text.
-    "knobs": json.loads(json.dumps(dict(knobs or {}), default=str)),
-    "data": dict(experiment.data),
-    **_environment(),
-  }
-  _claim(folder, record)
+  _claim(folder, _record(experiment, name, knobs))
   saved = checkpoints.Checkpoints(folder / "checkpoints")
-  with saved, _Interrupt() as interrupt:
+  with saved, interrupts.Interrupt() as interrupt:
     first, state = saved.restore(experiment.init())
     log = Log(folder / "metrics.jsonl", rounds=first)
     if not log.lines:
@@ -132,6 +123,52 @@ def run(
   record = json.loads((folder / "run.json").read_text())
   finished = {"finished": _now(), "peak_memory_bytes": peak_memory()}
   _write(folder / "run.json", json.dumps(finished | record, indent=2) + "\n")
+
+
+def export(
+  experiment: Experiment,
+  folder: str | os.PathLike,
+  *,
+  name: str | None = None,
+  knobs: Mapping[str, Any] | None = None,
+) -> int:
+  """Exports the last checkpoint of a run, finished or not.
+
+  Args:
+    experiment: what was run.
+    folder: where it was run, and where the result is written to.
+    name: as in `run`.
+    knobs: as in `run`.
+
+  Returns:
+    The round of the checkpoint.
+
+  Raises:
+    ValueError: if the folder holds no checkpoint, or a run of something else.
+  """
+  folder = pathlib.Path(folder).resolve()
+  if not (folder / "checkpoints").is_dir():
+    raise ValueError(
+      f"expected a run with checkpoints in {folder}, found none."
+    )
+  _claim(folder, _record(experiment, name or folder.name, knobs))
+  with checkpoints.Checkpoints(folder / "checkpoints") as saved:
+    done, state = saved.restore(experiment.init())
+  if not done:
+    raise ValueError(f"the run in {folder} has no checkpoint yet.")
+  experiment.export(state, folder)
+  return done
+
+
+def _record(experiment, name, knobs):
+  """What `run.json` says of a run before it starts."""
+  return {
+    "experiment": name,
+    # What is no JSON value, such as a path, is recorded by its text.
+    "knobs": json.loads(json.dumps(dict(knobs or {}), default=str)),
+    "data": dict(experiment.data),
+    **_environment(),
+  }
 
 
 def _advance(experiment, state, done):
@@ -264,28 +301,3 @@ def peak_memory() -> int | None:
 
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else 1024 * peak
-
-
-class _Interrupt:
-  """Notes the first SIGINT; a second one stops at once.
-
-  Only the main thread gets signals: a run in another one is not interrupted.
-  """
-
-  asked = False
-
-  def __enter__(self):
-    self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._previous = signal.signal(signal.SIGINT, self._note)
-    return self
-
-  def __exit__(self, *error):
-    if self._main:
-      signal.signal(signal.SIGINT, self._previous)
-
-  def _note(self, *_):
-    self.asked = True
-    signal.signal(signal.SIGINT, self._previous)
-    # Not `print`: the signal may have come in the middle of another one.
-    os.write(2, b"\nFinishing the round; Ctrl-C again stops at once.\n")

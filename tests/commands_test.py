@@ -2,23 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import commands, experiment, finetuning
+from fedjax_llm import commands, experiment
 from fedjax_llm.data import batches
-from fedjax_llm.models import (
-  adapters,
-  decoder,
-  families,
-  language,
-  lora,
-  pretrained,
-)
 
 
 def halving(*, factor: float = 0.5) -> experiment.Experiment:
@@ -136,90 +126,3 @@ def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
 def test_compare_wants_a_run():
   with pytest.raises(ValueError, match="one or more run folders"):
     commands.compare(())
-
-
-@pytest.fixture(scope="module")
-def adapter(toy_model, tmp_path_factory):
-  """An adapter that moves the toy model: its folder."""
-  config = families.read_config(toy_model)
-  settings = lora.LoRA(rank=2, targets=decoder.LINEAR)
-  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
-  factors = jax.tree.map(lambda x: x + 0.1, factors)
-  folder = tmp_path_factory.mktemp("adapter")
-  adapters.save(folder, factors, settings, base_model=str(toy_model))
-  return folder
-
-
-def evaluate(capsys, **arguments):
-  commands.evaluate(as_json=True, **arguments)
-  return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("count", [10, 100], ids=["one pass", "windows"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
-def test_evaluate_is_the_mean_over_all_predicted_tokens(
-  toy_model, adapter, tmp_path, capsys, count, adapted
-):
-  path = tmp_path / "text.txt"
-  path.write_text(" ".join(map(str, range(count))))
-  config, params = pretrained.load(toy_model)
-  tokenizer = finetuning.load_tokenizer(toy_model, config)
-  ids = jnp.array(tokenizer(path.read_text())["input_ids"])
-  settings, factors = adapters.load(adapter) if adapted else (None, None)
-  variables = {"params": params} | ({"lora": factors} if adapted else {})
-  apply = jax.jit(decoder.Decoder(config, settings).apply)
-  total, context = 0.0, config.max_position_embeddings
-  for start in range(0, len(ids) - 1, context):
-    window = ids[None, start : start + context + 1]
-    logits = apply(variables, window[:, :-1])
-    total += language.token_losses(logits, window[:, 1:]).sum()
-  result = evaluate(
-    capsys,
-    model=str(toy_model),
-    text=path,
-    adapter=adapter if adapted else None,
-  )
-  assert result["task"] == "perplexity"
-  assert result["tokens"] == len(ids) - 1
-  assert (result["tokens"] > context) == (count == 100)
-  assert result["loss"] == pytest.approx(
-    float(total) / (len(ids) - 1), rel=1e-5
-  )
-
-
-def test_a_short_text_does_not_cost_the_whole_context(
-  toy_model, tmp_path, monkeypatch
-):
-  seen = []
-  evaluator = commands.likelihood.evaluator
-
-  def spy(score_fn, rows: batches.Examples, **options):
-    seen.append(rows.tokens.shape)
-    return evaluator(score_fn, rows, **options)
-
-  monkeypatch.setattr(commands.likelihood, "evaluator", spy)
-  (tmp_path / "text.txt").write_text("1")
-  commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
-  assert seen == [(1, 2)]
-
-
-def test_evaluate_prints_lines_for_people(toy_model, tmp_path, capsys):
-  (tmp_path / "text.txt").write_text("1 2 3")
-  commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
-  names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-  assert names == ["loss", "perplexity", "accuracy", "tokens"]
-
-
-@pytest.mark.parametrize(
-  "content, message",
-  [(None, "expected a file"), (b"", "got none"), (b"\xff\xfe\x00", "utf-8")],
-  ids=["missing", "empty", "binary"],
-)
-def test_evaluate_refuses_what_is_no_text(
-  toy_model, tmp_path, content, message
-):
-  path = pathlib.Path(tmp_path / "text.txt")
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(ValueError, match=message):
-    commands.evaluate(model=str(toy_model), text=path)

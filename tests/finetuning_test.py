@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import checkpoints, cli, finetuning
-from fedjax_llm.models import adapters, lora, pretrained
+from fedjax_llm import checkpoints, cli, tasks
+from fedjax_llm.data import records
+from fedjax_llm.models import adapters, families, lora
 
 TOY = cli.load_config(str(pathlib.Path(__file__).parent / "toy_config.py"))
 
@@ -108,7 +109,7 @@ def test_placement_and_chunks_do_not_change_the_result(
   made, rounds, toy_model, monkeypatch
 ):
   one = jax.sharding.Mesh(jax.devices()[:1], ("clients",))
-  monkeypatch.setattr(finetuning, "device_mesh", lambda: one)
+  monkeypatch.setattr(tasks, "device_mesh", lambda: one)
   other = TOY.experiment(model=str(toy_model), clients_per_step=2)
   state = other.init()
   for number in range(2):
@@ -146,7 +147,9 @@ def test_the_exported_adapter_is_what_clients_receive(
 ):
   state = placed(made, rounds[0][4])
   made.export(state, tmp_path)
-  settings, factors = adapters.load(tmp_path / "adapter")
+  settings, factors = adapters.load(
+    tmp_path / "adapter", families.read_config(toy_model)
+  )
   assert (settings.rank, settings.alpha) == (2, 4.0)
   assert settings.targets == ("q_proj", "v_proj")
   kept = sent = total = 0
@@ -187,17 +190,17 @@ def test_bad_knobs_are_refused_before_a_round(toy_model, knobs, message):
 
 
 def test_a_model_without_a_fitting_tokenizer_is_refused(toy_model, tmp_path):
-  config = pretrained.read_config(toy_model)
+  config = families.read_config(toy_model)
   with pytest.raises(ValueError, match="tokenizer"):
-    finetuning.load_tokenizer(tmp_path, config)
+    tasks.load_tokenizer(tmp_path, config)
   fewer = type(config)(**{**vars(config), "vocab_size": 256})
   with pytest.raises(ValueError, match="300 tokens, the model only 256"):
-    finetuning.load_tokenizer(toy_model, fewer)
+    tasks.load_tokenizer(toy_model, fewer)
 
 
 def test_the_base_model_is_kept_in_the_dtype_asked_for(toy_model):
-  task = finetuning.language_model(
-    TOY.corpus(),
+  task = tasks.language_model(
+    records.streams(TOY.corpus()),
     model=toy_model,
     adapter=lora.LoRA(rank=2),
     sequence_length=8,

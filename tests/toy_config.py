@@ -7,8 +7,8 @@ import time
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning
-from fedjax_llm.data import corpora
+from fedjax_llm import finetuning, tasks
+from fedjax_llm.data import corpora, records
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
@@ -50,12 +50,11 @@ def experiment(
     client_learning_rate: of the clients' SGD.
     sequence_length: tokens a row.
   """
-  task = finetuning.language_model(
-    corpus(),
+  task = tasks.language_model(
+    records.streams(corpus(), held_out_rows=1),
     model=model,
     adapter=lora.LoRA(rank=2, alpha=4.0),
     sequence_length=sequence_length,
-    held_out_rows=1,
     seed=seed,
   )
   algorithm = flasc.flasc(

@@ -155,6 +155,27 @@ def load(
   return adapter, flax.traverse_util.unflatten_dict(tree)
 
 
+def base_model(folder: str | os.PathLike) -> str:
+  """The folder or hub name of the base model that an adapter names.
+
+  Raises:
+    ValueError: if there is no adapter, or it names none.
+  """
+  path = pathlib.Path(folder) / _FILES[0]
+  if not path.is_file():
+    raise ValueError(f"expected a PEFT adapter in {folder}, found none.")
+  name = json.loads(path.read_text()).get("base_model_name_or_path")
+  if not name:
+    raise ValueError(f"{path} names no base model: say which it is for.")
+  return name
+
+
+def head_of(trained: Mapping[str, Any]) -> heads.Classifier | None:
+  """The classifier that a head among what was trained belongs to."""
+  kernels = [x["kernel"] for x in trained.values() if "kernel" in x]
+  return heads.Classifier(kernels[0].shape[-1]) if kernels else None
+
+
 def _refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
   """Raises one error that names everything that would be computed wrongly."""
   if (kind := fields.get("peft_type")) != "LORA":

@@ -156,7 +156,7 @@ class Block(Layer):
   """One layer: pre-norm attention and feed-forward with residuals."""
 
   @nn.compact
-  def __call__(self, x, own, views, slots, deterministic):
+  def __call__(self, x, own, views, slots, deterministic) -> tuple[Any, Any]:
     """One step of the scan over layers.
 
     Args:
@@ -173,12 +173,13 @@ class Block(Layer):
     is_windowed, past = own
     choose = lambda full, local: jnp.where(is_windowed, local, full)
     view = views[0] if is_windowed is None else jax.tree.map(choose, *views)
+    angles, mask = view
     sandwiched = self.config.sandwich_norms
     shape = (self.config, self.adapter, self.dtype)
     attend = Attention(*shape, name="self_attn")
     feed_forward = FeedForward(*shape, name="mlp")
     y = self.norm("input_layernorm")(x)
-    y, past = attend(y, *view, past, slots, deterministic)
+    y, past = attend(y, angles, mask, past, slots, deterministic)
     if sandwiched:
       y = self.norm("post_attention_layernorm")(y)
     x = x + y

@@ -1,5 +1,7 @@
 """Reading a config.json so that no field of it is overlooked."""
 
+import json
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,3 +92,19 @@ def label_fields(head: heads.Classifier | None) -> dict[str, Any]:
     "label2id": {name: number for number, name in enumerate(names)},
     "problem_type": f"{kind}_label_classification",
   }
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+  """The dtype that a folder's config.json names; float32 if none."""
+  fields = json.loads((folder / "config.json").read_text())
+  return fields.get("dtype") or fields.get("torch_dtype") or "float32"
+
+
+def end_tokens(folder: pathlib.Path) -> tuple[int, ...]:
+  """The tokens that end a text, from generation_config.json or config.json."""
+  for name in ("generation_config.json", "config.json"):
+    path = folder / name
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    if (ids := fields.get("eos_token_id")) is not None:
+      return tuple(ids) if isinstance(ids, list) else (ids,)
+  return ()

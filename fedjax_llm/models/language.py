@@ -28,7 +28,8 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
   Returns:
     `fn(factors, params, examples, mask, key) -> (total, count)`: the summed
     negative log-likelihood in nats of the tokens that count, and their number.
-    `examples.tokens` is [batch, time + 1], `examples.mask` [batch, time], and
+    `examples.tokens` is [batch, time + 1], `examples.mask` [batch, time],
+    `examples.segments` None or [batch, time + 1], see `models.attention`, and
     `mask` [batch] tells real rows from padding. `key` draws the dropout.
   """
 
@@ -37,6 +38,7 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
     logits: Any = model.apply(
       {"params": params, "lora": factors},
       tokens[:, :-1],
+      _inputs(examples.segments),
       deterministic=False,
       rngs={"dropout": key},
     )
@@ -61,7 +63,9 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
     if factors is not None:
       variables["lora"] = factors
     targets = examples.tokens[:, 1:]
-    logits: Any = model.apply(variables, examples.tokens[:, :-1])
+    logits: Any = model.apply(
+      variables, examples.tokens[:, :-1], _inputs(examples.segments)
+    )
     losses = token_losses(logits, targets)
     right = (logits.argmax(-1) == targets) & examples.mask
     return {
@@ -71,3 +75,8 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
     }
 
   return fn
+
+
+def _inputs(segments):
+  """The segments of the tokens that are read; the last is only predicted."""
+  return None if segments is None else segments[:, :-1]

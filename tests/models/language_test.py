@@ -13,6 +13,7 @@ KEY = jax.random.key(0)
 class Rows(NamedTuple):
   tokens: np.ndarray
   mask: np.ndarray
+  segments: np.ndarray | None = None
 
 
 @pytest.fixture

@@ -1,0 +1,232 @@
+"""What the commands on models and adapters do, once arguments are parsed."""
+
+import json
+import pathlib
+from typing import Annotated, Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import transformers
+import tyro
+
+from fedjax_llm import tasks
+from fedjax_llm.data import batches
+from fedjax_llm.evaluation import likelihood
+from fedjax_llm.models import (
+  adapters,
+  families,
+  generation,
+  heads,
+  hub_config,
+  language,
+  lora,
+  pretrained,
+)
+
+
+class _Model(NamedTuple):
+  """A base model, with what an adapter adds to it."""
+
+  folder: pathlib.Path
+  config: Any
+  params: dict[str, Any]
+  adapter: lora.LoRA | None
+  trained: Any
+  head: heads.Classifier | None
+
+  def network(self, dtype: Any) -> nn.Module:
+    """The model, with its adapter if there is one."""
+    return families.model(self.config, self.adapter, self.head, dtype=dtype)
+
+
+def _load(
+  model: str | None, adapter: pathlib.Path | None, dtype: Any
+) -> _Model:
+  """Loads a base model, by default the one that the adapter is for."""
+  if model is None:
+    if adapter is None:
+      raise ValueError("expected --model, --adapter or both, got neither.")
+    model = adapters.base_model(adapter)
+  folder = pretrained.resolve(model)
+  config = families.read_config(folder)
+  settings, trained, head = None, None, None
+  if adapter is not None:
+    settings, trained = adapters.load(adapter, config)
+    head = adapters.head_of(trained)
+  config, params = pretrained.load(folder, head=head, dtype=dtype)
+  loaded = _Model(folder, config, params, settings, trained, head)
+  if trained is not None:
+    lora.check(loaded.network(dtype), trained)
+  return loaded
+
+
+def evaluate(
+  *,
+  text: pathlib.Path,
+  model: str | None = None,
+  adapter: pathlib.Path | None = None,
+  task: Literal["perplexity"] = "perplexity",
+  dtype: tasks.Dtype = "float32",
+  as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+  """Evaluate a model, with or without an adapter, on a text.
+
+  The text is tokenised once, with the tokenizer's special tokens, and scored
+  in one pass where it fits the model's context, else in windows of it. The
+  loss is the mean over all predicted tokens.
+
+  Args:
+    text: a UTF-8 file.
+    model: Hugging Face folder or hub name of the base model; by default the
+      one that the adapter names.
+    adapter: PEFT folder of a LoRA adapter for it.
+    task: what to measure.
+    dtype: what to compute in.
+    as_json: print one line of JSON.
+  """
+  if not text.is_file():
+    raise ValueError(f"--text expected a file, got {text}, which is none.")
+  loaded = _load(model, adapter, jnp.dtype(dtype))
+  config = loaded.config
+  tokenizer = tasks.load_tokenizer(loaded.folder, config)
+  rows = batches.rows_of_text(
+    [text.read_text(encoding="utf-8")],
+    tokenizer,
+    config.max_position_embeddings,
+  )
+  # A short text must not cost what the longest one would.
+  width = int(rows.mask.any(0).sum())
+  rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
+  network = loaded.network(jnp.dtype(dtype))
+  score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)
+  result = score(loaded.trained, loaded.params)
+  result |= {"tokens": int(rows.mask.sum())}
+  print(
+    json.dumps({"task": task, **result})
+    if as_json
+    else "\n".join(f"{name:<11}{value:.6g}" for name, value in result.items())
+  )
+
+
+def merge(
+  *,
+  adapter: pathlib.Path,
+  out: pathlib.Path,
+  model: str | None = None,
+  dtype: tasks.Dtype | None = None,
+) -> None:
+  """Write a model folder with an adapter merged into the weights.
+
+  The folder is one that transformers loads: weights, config, tokenizer.
+
+  Args:
+    adapter: PEFT folder of a LoRA adapter.
+    out: where to write the model.
+    model: Hugging Face folder or hub name of the base model; by default the
+      one that the adapter names.
+    dtype: of the weights; by default that of the base model.
+  """
+  if out.exists() and any(out.iterdir()):
+    raise ValueError(
+      f"--out expected a new folder, got {out}, which has files."
+    )
+  folder = pretrained.resolve(model or adapters.base_model(adapter))
+  kept = jnp.dtype(dtype or hub_config.stored_dtype(folder))
+  loaded = _load(str(folder), adapter, kept)
+  assert loaded.adapter is not None
+  merged = lora.merge(loaded.params, loaded.trained, loaded.adapter.scale)
+  pretrained.save(
+    out, loaded.config, merged, head=loaded.head, dtype=kept, like=loaded.folder
+  )
+  print(f"Model: {out}")
+
+
+def chat(
+  *,
+  model: str | None = None,
+  adapter: pathlib.Path | None = None,
+  prompt: str | None = None,
+  system: str | None = None,
+  template: Literal["auto", "plain"] = "auto",
+  max_new_tokens: int = 64,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  dtype: tasks.Dtype = "float32",
+) -> None:
+  """Talk to a model, and see what an adapter changes.
+
+  With an adapter, both the base model and the adapted one answer. Without
+  --prompt, every line of the standard input is a prompt of its own.
+
+  Args:
+    model: Hugging Face folder or hub name of the base model; by default the
+      one that the adapter names.
+    adapter: PEFT folder of a LoRA adapter for it.
+    prompt: what is to be answered or continued.
+    system: the system message, where the tokenizer's chat template has one.
+    template: "auto" for the tokenizer's chat template if it has one; "plain"
+      to continue the text as it is.
+    max_new_tokens: tokens of an answer at most.
+    temperature: 0 for the most likely token, else what logits are divided by.
+    top_p: draws are from the tokens that have this much probability together.
+    seed: of the draws.
+    dtype: what to compute in.
+  """
+  loaded = _load(model, adapter, jnp.dtype(dtype))
+  if loaded.head is not None:
+    raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")
+  tokenizer = tasks.load_tokenizer(loaded.folder, loaded.config)
+  voices: dict[str, tuple[nn.Module, Any]] = {
+    "base": (families.model(loaded.config, dtype=jnp.dtype(dtype)), None)
+  }
+  if adapter is not None:
+    voices["adapter"] = loaded.network(jnp.dtype(dtype)), loaded.trained
+  ends = hub_config.end_tokens(loaded.folder)
+  for number, text in enumerate([prompt] if prompt else _lines()):
+    ids = _prompt(tokenizer, text, system, template)
+    for name, (network, factors) in voices.items():
+      (answer,) = generation.generate(
+        network,
+        loaded.params,
+        factors,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_ids=ends,
+        key=jax.random.fold_in(jax.random.key(seed), number),
+      )
+      said = tokenizer.decode(answer, skip_special_tokens=True)
+      print(f"{name}: {said}" if adapter else said, flush=True)
+
+
+def _lines():
+  """Prompts that the user types, until the end of the input."""
+  while True:
+    try:
+      line = input("> ")
+    except EOFError:
+      return
+    if line:
+      yield line
+
+
+def _prompt(
+  tokenizer: transformers.PreTrainedTokenizerBase,
+  text: str,
+  system: str | None,
+  template: str,
+) -> list[int]:
+  if template == "plain" or not tokenizer.chat_template:
+    ids = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids[:-1] if ids and ids[-1] == end else ids
+  messages = [{"role": "user", "content": text}]
+  if system is not None:
+    messages = [{"role": "system", "content": system}, *messages]
+  encoded: Any = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True
+  )
+  return encoded["input_ids"]

@@ -1,0 +1,261 @@
+"""Tasks: what is fine-tuned on what.
+
+A base model, what is trained of it, the clients' rows and the held-out rows.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import transformers
+
+from fedjax_llm.data import batches, records
+from fedjax_llm.evaluation import classification as classification_metrics
+from fedjax_llm.evaluation import likelihood
+from fedjax_llm.models import (
+  adapters,
+  classification,
+  families,
+  heads,
+  language,
+  lora,
+  pretrained,
+)
+
+Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["int8", "nf4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is fine-tuned, on what.
+
+  Attributes:
+    loss_fn: for `federated.clients.local_update`.
+    trainable: the LoRA factors to start from, with the head of a classifier.
+    frozen: the base model's parameters.
+    population: the clients and their training rows.
+    evaluate: trainable -> `loss`, `accuracy` and more on held-out rows.
+    save_adapter: (trainable, folder) -> None; writes a PEFT adapter.
+    mesh: the devices that clients are shared out over.
+    seed: of everything random.
+    data: what identifies the rows and the base model.
+  """
+
+  loss_fn: Callable[..., Any]
+  trainable: Any
+  frozen: Any
+  population: batches.Population
+  evaluate: Callable[[Any], dict[str, float]]
+  save_adapter: Callable[[Any, pathlib.Path], None]
+  mesh: jax.sharding.Mesh
+  seed: int
+  data: Mapping[str, str]
+
+
+class _Measures(NamedTuple):
+  """How a kind of model is trained and evaluated."""
+
+  loss_fn: Callable[..., Any]
+  score_fn: Callable[..., Any]
+  evaluator: Callable[..., Any]
+
+
+def language_model(
+  data: records.RowSource,
+  *,
+  model: str | os.PathLike = pretrained.SHIPPED,
+  adapter: lora.LoRA | str | os.PathLike,
+  sequence_length: int,
+  dtype: Dtype = "float32",
+  quantize: Quantize | None = None,
+  remat: bool = False,
+  seed: int = 0,
+) -> Task:
+  """LoRA fine-tuning of a causal language model on federated texts.
+
+  Args:
+    data: the clients' rows, such as `records.streams(corpus)` or
+      `records.instructions(...)`.
+    model: Hugging Face folder or hub name; the shipped Llama if not given.
+    adapter: which layers get LoRA factors, and how; or the folder of a PEFT
+      adapter, to go on training from.
+    sequence_length: tokens predicted a row, at most the model's context.
+    dtype: what the base model is kept and computed in. Factors, their
+      gradients and optimizers are float32 always.
+    quantize: keep the kernels of the base model's layers in 8 or about 4.5
+      bits a weight instead (QLoRA, Dettmers et al., 2023).
+    remat: recompute activations to save memory.
+    seed: of the factors, the cohorts, the dropout and the compressors.
+
+  Raises:
+    ValueError: if the model or adapter cannot be loaded, or a row does not fit.
+  """
+  measures = _Measures(
+    language.loss_fn, language.score_fn, likelihood.evaluator
+  )
+  folder = pretrained.resolve(model)
+  rows = _rows(data, folder, sequence_length)
+  return _task(
+    rows, model, adapter, None, measures, dtype, quantize, remat, seed
+  )
+
+
+def classifier(
+  data: records.RowSource,
+  *,
+  model: str | os.PathLike,
+  adapter: lora.LoRA | str | os.PathLike,
+  sequence_length: int,
+  pooling: Literal["last", "first", "mean"] | None = None,
+  dtype: Dtype = "float32",
+  quantize: Quantize | None = None,
+  remat: bool = False,
+  seed: int = 0,
+) -> Task:
+  """LoRA fine-tuning of a classifier on federated texts.
+
+  Its head is trained and sent with the factors. Arguments and errors are those
+  of `language_model`, but for:
+
+  Args:
+    data: the clients' rows, `records.classified(...)`.
+    model: Hugging Face folder or hub name of a decoder or encoder. Where it has
+      a head of as many labels, training starts from that.
+    adapter: as in `language_model`.
+    sequence_length: tokens a row.
+    pooling: what of a row is classified, see `models.heads.Classifier`.
+    dtype: as in `language_model`.
+    quantize: as in `language_model`.
+    remat: as in `language_model`.
+    seed: as in `language_model`.
+  """
+  measures = _Measures(
+    classification.loss_fn,
+    classification.score_fn,
+    classification_metrics.evaluator,
+  )
+  folder = pretrained.resolve(model)
+  rows = _rows(data, folder, sequence_length)
+  examples: Any = rows.train.examples
+  head = heads.Classifier(
+    labels=len(rows.train.label_names),
+    pooling=pooling,
+    multi_label=examples.labels.ndim > 1,
+  )
+  return _task(
+    rows, model, adapter, head, measures, dtype, quantize, remat, seed
+  )
+
+
+def _rows(
+  data: records.RowSource, folder: pathlib.Path, sequence_length: int
+) -> records.Split:
+  """The rows of `data` in tokens of the model in `folder`."""
+  config = families.read_config(folder)
+  if sequence_length > config.max_position_embeddings:
+    raise ValueError(
+      f"expected sequence_length <= {config.max_position_embeddings}, the"
+      f" context of {folder.name}, got {sequence_length}."
+    )
+  return data(load_tokenizer(folder, config), sequence_length)
+
+
+def _task(
+  rows: records.Split,
+  model: str | os.PathLike,
+  adapter: lora.LoRA | str | os.PathLike,
+  head: heads.Classifier | None,
+  measures: _Measures,
+  dtype: Dtype,
+  quantize: Quantize | None,
+  remat: bool,
+  seed: int,
+) -> Task:
+  """Loads what is fine-tuned; see `language_model`."""
+  folder = pretrained.resolve(model)
+  mesh = device_mesh()
+  config, frozen = pretrained.load(
+    folder,
+    head=head,
+    dtype=jnp.dtype(dtype),
+    quantize=quantize,
+    sharding=replicated(mesh),
+  )
+  trainable = None
+  if not isinstance(adapter, lora.LoRA):
+    adapter, trainable = adapters.load(adapter, config)
+  network = families.model(
+    config, adapter, head, dtype=jnp.dtype(dtype), remat=remat
+  )
+  if trainable is None:
+    trainable = lora.init(network, jax.random.key(seed), frozen)
+  else:
+    lora.check(network, trainable)
+  evaluate = measures.evaluator(
+    measures.score_fn(network), rows.held_out.examples
+  )
+  return Task(
+    loss_fn=measures.loss_fn(network),
+    trainable=trainable,
+    frozen=frozen,
+    population=rows.train,
+    evaluate=lambda trained: evaluate(trained, frozen),
+    save_adapter=lambda trained, folder: adapters.save(
+      folder,
+      trained,
+      adapter,
+      config=config,
+      base_model=str(model),
+      head=head,
+    ),
+    mesh=mesh,
+    seed=seed,
+    data={
+      **rows.identity,
+      "base_model": pathlib.Path(model).name,
+      "base_model_fingerprint": pretrained.fingerprint(folder),
+    },
+  )
+
+
+def load_tokenizer(
+  folder: pathlib.Path, config: Any
+) -> transformers.PreTrainedTokenizerBase:
+  """The tokenizer of a model folder, checked against the model's vocabulary.
+
+  Raises:
+    ValueError: if there is none, or it has tokens that the model lacks.
+  """
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"cannot load a tokenizer from {folder}: {error}"
+    ) from error
+  if tokenizer is None:
+    raise ValueError(f"expected a tokenizer in {folder}, found none.")
+  if len(tokenizer) > config.vocab_size:
+    raise ValueError(
+      f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only"
+      f" {config.vocab_size}."
+    )
+  return tokenizer
+
+
+def device_mesh() -> jax.sharding.Mesh:
+  """All devices, on an axis "clients"."""
+  return jax.make_mesh(
+    (jax.device_count(),),
+    ("clients",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Placement of an array on every device of `mesh`."""
+  return jax.sharding.NamedSharding(mesh, jax.P())
