@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     transposed: whether dense kernels are stored [out, in]; heads always are.
     renamed: patterns of older names with what replaces them.
     ignored: patterns of tensors that are computed here, or not needed.
+    stored: patterns of present names with what files have in their place.
   """
 
   base: str
@@ -33,6 +34,7 @@ class Layout(NamedTuple):
   transposed: bool = True
   renamed: tuple[tuple[str, str], ...] = ()
   ignored: tuple[str, ...] = ()
+  stored: tuple[tuple[str, str], ...] = ()
 
   def module_name(self, path: Path, layer: int | None) -> str:
     """A module's name in transformers, e.g. `model.layers.3.mlp.up_proj`."""
@@ -64,6 +66,12 @@ class Layout(NamedTuple):
     if name.startswith(f"{self.base}.") or name.split(".")[0] in self.heads:
       return name
     return f"{self.base}.{name}"  # Saved without its heads.
+
+  def stored_name(self, name: str) -> str:
+    """What a tensor is called in the files that transformers writes."""
+    for pattern, replacement in self.stored:
+      name = re.sub(pattern, replacement, name)
+    return name
 
   def is_transposed(self, path: Path) -> bool:
     """Whether a parameter is stored with its last two axes swapped."""

@@ -171,7 +171,7 @@ def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
     for (name, _), array in zip(tensors, layers, strict=True):
       if names.is_transposed(path):
         array = array.swapaxes(-1, -2)
-      yield name, np.ascontiguousarray(array)
+      yield names.stored_name(name), np.ascontiguousarray(array)
 
 
 def _shards(tensors) -> Iterator[dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ checkpoints. PEFT names adapters by the modules. Both names are read.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,30 +17,37 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.models import encoder, heads, hub_config, layout, lora
 
-# The dense layers of a block.
-LAYERS = (
-  "attention.q_proj",
-  "attention.k_proj",
-  "attention.v_proj",
-  "attention.o_proj",
-  "mlp.fc1",
-  "mlp.fc2",
-)
+# Names of the dense layers of a block, with those that files still have.
+_OLDER = {
+  "attention.q_proj": "attention.attention.query",
+  "attention.k_proj": "attention.attention.key",
+  "attention.v_proj": "attention.attention.value",
+  "attention.o_proj": "attention.output.dense",
+  "mlp.fc1": "intermediate.dense",
+  "mlp.fc2": "output.dense",
+}
+LAYERS = tuple(_OLDER)
 LAYOUT = layout.Layout(
   base="vit",
   layers="layers",
   heads=("classifier",),
-  optional=("pooler",),
+  # `decoder` is the head of pretraining.
+  optional=("pooler", "decoder"),
   renamed=(
-    (r"(^|\.)encoder\.layer\.(\d+)\.", r"\1layers.\2."),
-    (r"\.attention\.attention\.query\b", ".attention.q_proj"),
-    (r"\.attention\.attention\.key\b", ".attention.k_proj"),
-    (r"\.attention\.attention\.value\b", ".attention.v_proj"),
-    (r"\.attention\.output\.dense\b", ".attention.o_proj"),
-    (r"\.intermediate\.dense\b", ".mlp.fc1"),
-    (r"(layers\.\d+)\.output\.dense\b", r"\1.mlp.fc2"),
+    (r"(^|\.)encoder\.layer\.", r"\1layers."),
+    *(
+      (rf"(layers\.\d+)\.{re.escape(older)}\b", rf"\1.{current}")
+      for current, older in _OLDER.items()
+    ),
   ),
   ignored=(r"embeddings\.mask_token$",),
+  stored=(
+    *(
+      (rf"(layers\.\d+)\.{re.escape(current)}\b", rf"\1.{older}")
+      for current, older in _OLDER.items()
+    ),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+  ),
 )
 # Fields of config.json of parts that are not computed here: the pooler, which
 # no classifier reads, and the decoder of masked images.

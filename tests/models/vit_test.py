@@ -227,14 +227,15 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(field, value):
 
 # Checkpoints and adapters.
 
-OLDER = {
-  "layers.": "encoder.layer.",
-  "attention.q_proj": "attention.attention.query",
-  "attention.k_proj": "attention.attention.key",
-  "attention.v_proj": "attention.attention.value",
-  "attention.o_proj": "attention.output.dense",
-  "mlp.fc1": "intermediate.dense",
-  "mlp.fc2": "output.dense",
+# What was renamed, by the names that files still have.
+CURRENT = {
+  "encoder.layer.": "layers.",
+  "attention.attention.query": "attention.q_proj",
+  "attention.attention.key": "attention.k_proj",
+  "attention.attention.value": "attention.v_proj",
+  "attention.output.dense": "attention.o_proj",
+  "intermediate.dense": "mlp.fc1",
+  "output.dense": "mlp.fc2",
 }
 
 
@@ -245,9 +246,15 @@ def rename(path, change):
   safetensors.numpy.save_file(renamed, path)
 
 
+def current(name):
+  for before, after in CURRENT.items():
+    name = name.replace(before, after)
+  return name
+
+
 def older(name):
-  for current, before in OLDER.items():
-    name = name.replace(current, before)
+  for before, after in CURRENT.items():
+    name = name.replace(after, before)
   return name
 
 
@@ -255,18 +262,42 @@ def equal(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize("prefix", ["vit.", ""])
-def test_older_names_of_tensors_are_read(params, tmp_path, prefix):
+CHANGES = {
+  "current": current,
+  "of the encoder alone": lambda name: name.removeprefix("vit."),
+  "both": lambda name: current(name).removeprefix("vit."),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_all_names_of_tensors_are_read(params, tmp_path, change):
   values = params(BASE)
   pretrained.save(tmp_path, BASE, values, dtype=jnp.float32)
   path = tmp_path / "model.safetensors"
-  rename(path, lambda x: prefix + older(x).removeprefix("vit."))
-  more = dict.fromkeys(
-    (f"{prefix}pooler.dense.weight", f"{prefix}embeddings.mask_token"),
-    np.zeros((2, 2), np.float32),
-  )
+  rename(path, CHANGES[change])
+  names = ("pooler.dense.weight", "vit.embeddings.mask_token", "decoder.0.bias")
+  more = dict.fromkeys(names, np.zeros((2, 2), np.float32))
   safetensors.numpy.save_file(safetensors.numpy.load_file(path) | more, path)
   equal(pretrained.load(tmp_path)[1], values)
+
+
+@pytest.mark.oracle
+def test_tensors_are_stored_under_the_names_that_transformers_writes(
+  params, tmp_path
+):
+  pytest.importorskip("torch", reason="oracle needs torch")
+  transformers = pytest.importorskip("transformers")
+  values = params(BASE, HEAD)
+  ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+  pretrained.save(ours, BASE, values, head=HEAD, dtype=jnp.float32)
+  kind = transformers.AutoModelForImageClassification
+  kind.from_pretrained(ours).save_pretrained(theirs)
+  one, other = (
+    safetensors.numpy.load_file(folder / "model.safetensors")
+    for folder in (ours, theirs)
+  )
+  assert one.keys() == other.keys()
+  equal(one, other)
 
 
 def test_adapters_with_older_names_are_read(lora_factors, tmp_path):
