@@ -28,6 +28,9 @@ SHIPPED = pathlib.Path(__file__).parent / "python_llama"
 # The files of a repository that loading needs: no pickles, no other formats.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _SHARD_BYTES = 5_000_000_000
+# Rows of a tensor that are read at once: few stay in the processor's cache
+# while they are transposed.
+_ROWS = 32
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
@@ -100,12 +103,11 @@ def load(
       if tensors[0][0] not in stored:
         continue  # A head that is yet to be trained.
       read = _Reader([stored[name] for name, _ in tensors], names, path, dtype)
-      array = jax.make_array_from_callback(
-        leaf.shape, sharding, lambda index, read=read: read(index)
-      )
       if quantize and path[0] == "layers" and path[-1] == "kernel":
-        array = quantized.quantize(array, quantize)
-      params[path] = array
+        kernel = _quantized(read, leaf.shape[0], quantize)
+        params[path] = jax.device_put(kernel, sharding)
+      else:
+        params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
   return config, flax.traverse_util.unflatten_dict(params)
 
 
@@ -251,14 +253,32 @@ class _Reader(NamedTuple):
     transposed = self.names.is_transposed(self.path)
     if transposed:
       inner = (*inner[:-2], inner[-1], inner[-2])
-    parts = None
-    for number, tensor in enumerate(tensors):
-      part = tensor.file.get_slice(tensor.name)[inner]
+    rows, *rest = (
+      range(size)[part]
+      for size, part in zip(tensors[0].shape, inner, strict=True)
+    )
+    shape = (len(tensors), len(rows), *map(len, rest))
+    if transposed:
+      shape = (*shape[:-2], shape[-1], shape[-2])
+    parts = np.empty(shape, self.dtype)
+    for tensor, part in zip(tensors, parts, strict=True):
+      stored = tensor.file.get_slice(tensor.name)
       part = part.swapaxes(-1, -2) if transposed else part
-      if parts is None:
-        parts = np.empty((len(tensors), *part.shape), self.dtype)
-      parts[number] = part
+      for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        block = stored[(slice(some.start, some.stop), *inner[1:])]
+        part[start : start + len(some)] = block
     return parts if is_stacked else parts[0]
+
+
+def _quantized(read, layers, format):
+  """Quantises a parameter layer by layer, so that one is unquantised."""
+  whole = (slice(None), slice(None))
+  kernels = [
+    quantized.quantize(read((slice(layer, layer + 1), *whole)), format)
+    for layer in range(layers)
+  ]
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *kernels)
 
 
 def _stored_tensors(folder, names, stack) -> dict[str, _Stored]:
