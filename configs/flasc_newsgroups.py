@@ -9,11 +9,12 @@ headers and e-mail addresses are stripped, which makes the task harder. With the
 model and targets of the paper, from the hub:
 
   fedjax-llm run flasc_newsgroups --model openai-community/gpt2 --rank 16
-    --alpha 16 --targets c_attn c_proj c_fc
+    --alpha 16 --targets c_attn c_proj c_fc --pooling last
 """
 
 import os
 import pathlib
+from typing import Literal
 
 import optax
 
@@ -32,6 +33,7 @@ def experiment(
   data: str = str(DATA / "20news_bydate" / "20news-bydate.tar.gz"),
   clients: int = 350,
   dirichlet_alpha: float = 0.1,
+  pooling: Literal["last", "mean"] = "mean",
   seed: int = 0,
   rounds: int = 100,
   clients_per_round: int = 10,
@@ -60,6 +62,8 @@ def experiment(
     clients: how many there are.
     dirichlet_alpha: of the clients' shares of the groups; the lower, the fewer
       groups a client has.
+    pooling: what is classified: the state of the last token, as transformers
+      does with a decoder, or the mean over tokens, better with a small model.
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of `clients`.
@@ -98,6 +102,7 @@ def experiment(
     model=model,
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
+    pooling=pooling,
     dtype=dtype,
     quantize=quantize,
     seed=seed,

@@ -53,7 +53,7 @@ def _load(
   settings, trained, head = None, None, None
   if adapter is not None:
     settings, trained = adapters.load(adapter, config)
-    head = adapters.head_of(trained)
+    head = adapters.head_of(adapter, trained)
   config, params = pretrained.load(folder, head=head, dtype=dtype)
   loaded = _Model(folder, config, params, settings, trained, head)
   if trained is not None:
@@ -89,6 +89,9 @@ def evaluate(
     raise ValueError(f"--text expected a file, got {text}, which is none.")
   loaded = _load(model, adapter, jnp.dtype(dtype))
   config = loaded.config
+  families.check_predicts(config)
+  if loaded.head is not None:
+    raise ValueError(f"{adapter} is of a classifier, which has no perplexity.")
   tokenizer = tasks.load_tokenizer(loaded.folder, config)
   rows = batches.rows_of_text(
     [text.read_text(encoding="utf-8")],
@@ -175,6 +178,7 @@ def chat(
     dtype: what to compute in.
   """
   loaded = _load(model, adapter, jnp.dtype(dtype))
+  families.check_predicts(loaded.config)
   if loaded.head is not None:
     raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")
   tokenizer = tasks.load_tokenizer(loaded.folder, loaded.config)

@@ -99,6 +99,7 @@ def language_model(
     language.loss_fn, language.score_fn, likelihood.evaluator
   )
   folder = pretrained.resolve(model)
+  families.check_predicts(families.read_config(folder))
   rows = _rows(data, folder, sequence_length)
   return _task(
     rows, model, adapter, None, measures, dtype, quantize, remat, seed

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import checkpoints, cli, tasks
-from fedjax_llm.data import records
-from fedjax_llm.models import adapters, families, lora
+from fedjax_llm.models import adapters, families
 
 TOY = cli.load_config(str(pathlib.Path(__file__).parent / "toy_config.py"))
 
@@ -187,25 +186,3 @@ def test_a_client_that_diverges_is_named(toy_model):
 def test_bad_knobs_are_refused_before_a_round(toy_model, knobs, message):
   with pytest.raises(ValueError, match=message):
     TOY.experiment(**{"model": str(toy_model)} | knobs)
-
-
-def test_a_model_without_a_fitting_tokenizer_is_refused(toy_model, tmp_path):
-  config = families.read_config(toy_model)
-  with pytest.raises(ValueError, match="tokenizer"):
-    tasks.load_tokenizer(tmp_path, config)
-  fewer = type(config)(**{**vars(config), "vocab_size": 256})
-  with pytest.raises(ValueError, match="300 tokens, the model only 256"):
-    tasks.load_tokenizer(toy_model, fewer)
-
-
-def test_the_base_model_is_kept_in_the_dtype_asked_for(toy_model):
-  task = tasks.language_model(
-    records.streams(TOY.corpus()),
-    model=toy_model,
-    adapter=lora.LoRA(rank=2),
-    sequence_length=8,
-    dtype="bfloat16",
-  )
-  dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
-  assert dtypes(task.frozen) == {"bfloat16"}
-  assert dtypes(task.trainable) == {"float32"}

@@ -67,13 +67,15 @@ def save(
     leaf = np.asarray(leaf, np.float32)
     for layer, array in enumerate(leaf if is_stacked else leaf[None]):
       name = _tensor_name(names, path, layer if is_stacked else None)
+      if _is_bare(config, head):
+        name = name.replace(f"{_PREFIX}{names.base}.", _PREFIX)
       tensors[name] = np.ascontiguousarray(array.T)
   safetensors.numpy.save_file(
     tensors, folder / _FILES[1], metadata={"format": "pt"}
   )
   fields = {
     "peft_type": "LORA",
-    "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+    "task_type": _task(config, head),
     "base_model_name_or_path": base_model,
     "r": adapter.rank,
     "lora_alpha": adapter.alpha,
@@ -84,9 +86,25 @@ def save(
     "fan_in_fan_out": not names.transposed,
     "inference_mode": True,
   }
-  if head is not None and not families.of(config).reads_text:
-    fields.pop("task_type")  # PEFT has none for images.
   (folder / _FILES[0]).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _task(config: Any, head: heads.Classifier | None) -> str | None:
+  """PEFT's name of what a model does."""
+  family = families.of(config)
+  if not family.reads_text:
+    return None  # It has none for images.
+  if head is None:
+    return "CAUSAL_LM" if family.predicts else "FEATURE_EXTRACTION"
+  # transformers has no classifier of the mean.
+  return "FEATURE_EXTRACTION" if head.pooling == "mean" else "SEQ_CLS"
+
+
+def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
+  """Whether PEFT wraps an encoder alone, whose names lack the prefix."""
+  if head is not None:
+    return head.pooling == "mean"
+  return not families.of(config).predicts
 
 
 def _tensor_name(
@@ -170,10 +188,16 @@ def base_model(folder: str | os.PathLike) -> str:
   return name
 
 
-def head_of(trained: Mapping[str, Any]) -> heads.Classifier | None:
-  """The classifier that a head among what was trained belongs to."""
+def head_of(
+  folder: str | os.PathLike, trained: Mapping[str, Any]
+) -> heads.Classifier | None:
+  """The classifier that an adapter's head, if it has one, belongs to."""
   kernels = [x["kernel"] for x in trained.values() if "kernel" in x]
-  return heads.Classifier(kernels[0].shape[-1]) if kernels else None
+  if not kernels:
+    return None
+  fields = json.loads((pathlib.Path(folder) / _FILES[0]).read_text())
+  is_mean = fields.get("task_type") == "FEATURE_EXTRACTION"
+  return heads.Classifier(kernels[0].shape[-1], "mean" if is_mean else None)
 
 
 def _refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
@@ -227,6 +251,11 @@ def _read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
       trained[path] = array.T if is_kernel else array
     else:
       problems.append(f"cannot place {name}")
+  problems += [
+    f"cannot place layer {layer} of {'.'.join(path)}"
+    for path, layer in sorted(factors, key=str)
+    if layer is not None and layer >= config.num_hidden_layers
+  ]
   expected = set(factors)
   if not _names_layers(fields):
     every = range(config.num_hidden_layers)

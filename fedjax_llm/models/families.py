@@ -18,6 +18,8 @@ class Family(NamedTuple):
     model: the module: `model(config, adapter, head, dtype, remat)`.
     layout: where its parameters are in a checkpoint.
     layers: dotted paths of a block's dense layers, what LoRA can target.
+    predicts: whether it is a language model where it has no head, as opposed
+      to an encoder, whose last states it then returns.
     reads_text: whether its input is tokens.
   """
 
@@ -25,6 +27,7 @@ class Family(NamedTuple):
   model: Any
   layout: layout.Layout
   layers: tuple[str, ...]
+  predicts: bool = True
   reads_text: bool = True
 
 
@@ -34,9 +37,16 @@ _DECODER = Family(
 _FAMILIES = {
   **dict.fromkeys(decoder.decoder_config.MODEL_TYPES, _DECODER),
   "gpt2": Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.LAYOUT, gpt2.LAYERS),
-  "bert": Family(bert.BertConfig, bert.Bert, bert.LAYOUT, bert.LAYERS),
+  "bert": Family(
+    bert.BertConfig, bert.Bert, bert.LAYOUT, bert.LAYERS, predicts=False
+  ),
   "vit": Family(
-    vit.ViTConfig, vit.ViT, vit.LAYOUT, vit.LAYERS, reads_text=False
+    vit.ViTConfig,
+    vit.ViT,
+    vit.LAYOUT,
+    vit.LAYERS,
+    predicts=False,
+    reads_text=False,
   ),
 }
 
@@ -44,6 +54,15 @@ _FAMILIES = {
 def of(config: Any) -> Family:
   """The family of a config."""
   return next(x for x in _FAMILIES.values() if isinstance(config, x.config))
+
+
+def check_predicts(config: Any) -> None:
+  """Raises a `ValueError` unless a config is of a language model."""
+  if not of(config).predicts:
+    raise ValueError(
+      f"expected a language model, got a {config.model_type}, which predicts no"
+      " tokens: it can be a classifier."
+    )
 
 
 def model(

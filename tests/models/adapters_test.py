@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import adapters, decoder, heads, lora, pretrained
+from fedjax_llm.models import adapters, bert, decoder, heads, lora, pretrained
 
 SETTINGS = lora.LoRA(
   rank=3, alpha=6.0, dropout=0.1, targets=("down_proj", "q_proj", "v_proj")
+)
+
+BERT = bert.BertConfig(
+  vocab_size=96,
+  hidden_size=24,
+  intermediate_size=40,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=20,
 )
 
 
@@ -331,3 +340,55 @@ def test_heads_go_both_ways(config, base_params, tokens, tmp_path, draw):
       attention_mask=torch.tensor(segments, dtype=torch.long),
     ).logits.numpy()
   np.testing.assert_allclose(got, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_factors_of_an_encoder_alone_go_both_ways(draw, tokens, tmp_path):
+  torch = pytest.importorskip("torch", reason="oracle needs torch")
+  peft = pytest.importorskip("peft", reason="oracle needs peft")
+  transformers = pytest.importorskip("transformers")
+  settings = lora.LoRA(3, targets=("query", "value"))
+  model = bert.Bert(BERT, settings)
+  params = draw(lora.abstract_variables(model)["params"])
+  factors = draw(lora.init(model, jax.random.key(0)), seed=1)
+  base, ours, theirs = (tmp_path / x for x in ("base", "ours", "theirs"))
+  pretrained.save(base, BERT, params, dtype=jnp.float32)
+  adapters.save(ours, factors, settings, config=BERT, base_model=str(base))
+  encoder = transformers.AutoModel.from_pretrained(
+    base, add_pooling_layer=False
+  )
+  adapted = peft.PeftModel.from_pretrained(encoder, ours).eval()
+  with torch.no_grad():
+    rows = torch.tensor(tokens, dtype=torch.long)
+    expected = adapted(rows).last_hidden_state.numpy()
+  got = jax.jit(model.apply)({"params": params, "lora": factors}, tokens)
+  np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+  adapted.save_pretrained(theirs)
+  assert adapters.load(theirs, BERT)[0] == settings
+  jax.tree.map(
+    np.testing.assert_array_equal, adapters.load(theirs, BERT)[1], factors
+  )
+
+
+def test_a_classifier_of_the_mean_is_known_by_its_folder(draw, tmp_path):
+  for pooling, expected in (("mean", "mean"), ("first", None), (None, None)):
+    head = heads.Classifier(3, pooling)
+    model = bert.Bert(BERT, lora.LoRA(2, targets=("query",)), head)
+    trained = draw(lora.init(model, jax.random.key(0)))
+    adapters.save(
+      tmp_path, trained, model.adapter, config=BERT, base_model="x", head=head
+    )
+    _, loaded = adapters.load(tmp_path, BERT)
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+    read = adapters.head_of(tmp_path, loaded)
+    assert read == heads.Classifier(3, expected)
+
+
+def test_the_base_model_of_an_adapter_is_read_from_it(folder, tmp_path):
+  assert adapters.base_model(folder) == "tiny"
+  edit_fields(folder, base_model_name_or_path=None)
+  with pytest.raises(ValueError, match="names no base model"):
+    adapters.base_model(folder)
+  with pytest.raises(ValueError, match="expected a PEFT adapter"):
+    adapters.base_model(tmp_path / "nowhere")

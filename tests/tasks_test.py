@@ -1,0 +1,212 @@
+"""Tasks at toy size: language models, classifiers, adapters to go on from."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_llm import cli, finetuning, tasks
+from fedjax_llm.data import partition, records, templates
+from fedjax_llm.federated.algorithms import fed_avg
+from fedjax_llm.models import (
+  adapters,
+  bert,
+  families,
+  lora,
+  pretrained,
+  quantized,
+)
+
+datasets = pytest.importorskip("datasets")
+
+TOY = cli.load_config(str(pathlib.Path(__file__).parent / "toy_config.py"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("FEDJAX_LLM_CACHE", str(tmp_path / "cache"))
+
+
+def language_model(model, **changes):
+  settings = {"adapter": lora.LoRA(rank=2), "sequence_length": 8} | changes
+  return tasks.language_model(
+    records.streams(TOY.corpus()), model=model, **settings
+  )
+
+
+def numbers(label):
+  """Sixty texts of even or odd numbers, thirty of each."""
+  rows = [
+    {"text": f"{2 * n + odd} {2 * n + odd + 2}", "label": label(odd)}
+    for n in range(30)
+    for odd in (0, 1)
+  ]
+  return records.classified(
+    datasets.Dataset.from_list(rows),
+    templates.plain(),
+    partition.iid(clients=3, seed=0),
+    held_out=0.2,
+  )
+
+
+def test_a_model_without_a_fitting_tokenizer_is_refused(toy_model, tmp_path):
+  config = families.read_config(toy_model)
+  with pytest.raises(ValueError, match="tokenizer"):
+    tasks.load_tokenizer(tmp_path, config)
+  fewer = type(config)(**{**vars(config), "vocab_size": 256})
+  with pytest.raises(ValueError, match="300 tokens, the model only 256"):
+    tasks.load_tokenizer(toy_model, fewer)
+
+
+def test_the_base_model_is_kept_in_the_dtype_asked_for(toy_model):
+  task = tasks.language_model(
+    records.streams(TOY.corpus()),
+    model=toy_model,
+    adapter=lora.LoRA(rank=2),
+    sequence_length=8,
+    dtype="bfloat16",
+  )
+  dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+  assert dtypes(task.frozen) == {"bfloat16"}
+  assert dtypes(task.trainable) == {"float32"}
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_the_layers_of_the_base_model_are_quantised_on_request(
+  toy_model, format
+):
+  task = language_model(toy_model, quantize=format)
+  kernel = task.frozen["layers"]["mlp"]["up_proj"]["kernel"]
+  kind = {"int8": quantized.Int8, "nf4": quantized.NF4}[format]
+  assert isinstance(kernel, kind)
+  assert task.frozen["norm"]["scale"].dtype == jnp.float32
+  assert np.isfinite(task.evaluate(task.trainable)["loss"])
+
+
+def test_training_goes_on_from_an_adapter(toy_model, tmp_path):
+  first = language_model(toy_model)
+  moved = jax.tree.map(lambda x: x + 0.01, first.trainable)
+  first.save_adapter(moved, tmp_path / "adapter")
+  second = language_model(toy_model, adapter=tmp_path / "adapter")
+  jax.tree.map(np.testing.assert_array_equal, second.trainable, moved)
+  assert second.evaluate(second.trainable) == first.evaluate(moved)
+
+
+def test_an_adapter_of_another_model_is_refused(toy_model, tmp_path):
+  config = families.read_config(toy_model)
+  deeper = type(config)(**{**vars(config), "num_hidden_layers": 3})
+  settings = lora.LoRA(rank=2)
+  factors = lora.init(families.model(deeper, settings), jax.random.key(0))
+  adapters.save(tmp_path, factors, settings, config=deeper, base_model="x")
+  with pytest.raises(
+    ValueError, match="cannot place layer 2 of layers.self_attn"
+  ):
+    language_model(toy_model, adapter=tmp_path)
+
+
+def test_packed_rows_are_learnt_from(toy_model):
+  rows = [{"prompt": f"{n} ", "answer": f"{n + 1}"} for n in range(40)]
+  source = records.instructions(
+    datasets.Dataset.from_list(rows),
+    lambda row: templates.Text(row["prompt"], row["answer"]),
+    partition.iid(clients=2, seed=0),
+    packing=True,
+  )
+  task = tasks.language_model(
+    source, model=toy_model, adapter=lora.LoRA(rank=2), sequence_length=30
+  )
+  examples = task.population.examples
+  assert examples.segments.max() > 1
+  loss = jax.jit(task.loss_fn)
+  real = np.ones(1, bool)
+  row = jax.tree.map(lambda x: x[:1], examples)
+  key = jax.random.key(0)
+  whole, count = loss(task.trainable, task.frozen, row, real, key)
+  # Each record of the row alone has the same loss as all of them together.
+  alone = 0.0
+  for number in range(1, row.segments.max() + 1):
+    places = np.flatnonzero(row.segments[0] == number)
+    tokens, mask = np.zeros_like(row.tokens), np.zeros_like(row.mask)
+    tokens[0, : places.size] = row.tokens[0, places]
+    mask[0, : places.size - 1] = row.mask[0, places[:-1]]
+    segments = (np.arange(tokens.shape[1]) < places.size)[None].astype(np.int32)
+    one = type(row)(tokens, mask, segments)
+    alone += loss(task.trainable, task.frozen, one, real, key)[0]
+  assert count == row.mask.sum()
+  assert float(whole) == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_a_classifier_learns_with_its_head(tmp_path):
+  task = tasks.classifier(
+    numbers(lambda odd: ["even", "odd"][odd]),
+    model=pretrained.SHIPPED,
+    adapter=lora.LoRA(rank=2),
+    sequence_length=12,
+  )
+  assert task.population.label_names == ("even", "odd")
+  assert task.trainable["score"]["kernel"].shape == (128, 2)
+  made = finetuning.federated(
+    task,
+    fed_avg.fed_avg(task.loss_fn, optax.sgd(0.01), optax.sgd(1.0)),
+    rounds=8,
+    clients_per_round=3,
+    batch_size=8,
+    local_epochs=2,
+  )
+  state = made.init()
+  before = made.evaluate(state)
+  for number in range(8):
+    state, _ = made.round(state, number)
+  after = made.evaluate(state)
+  assert after["loss"] < 0.8 * before["loss"]
+  assert set(before) >= {"loss", "accuracy", "macro_f1"}
+  made.export(state, tmp_path)
+  config = families.read_config(pretrained.SHIPPED)
+  _, trained = adapters.load(tmp_path / "adapter", config)
+  jax.tree.map(
+    np.testing.assert_array_equal, trained, jax.device_get(state.trainable)
+  )
+
+
+def test_texts_may_have_several_labels(toy_model):
+  task = tasks.classifier(
+    numbers(lambda odd: ["number", "odd"][: 1 + odd]),
+    model=toy_model,
+    adapter=lora.LoRA(rank=2),
+    sequence_length=12,
+  )
+  result = task.evaluate(task.trainable)
+  assert {"loss", "accuracy", "micro_f1"} <= set(result)
+
+
+def test_an_encoder_is_no_language_model_but_classifies(toy_model, tmp_path):
+  config = bert.BertConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+  )
+  model = bert.Bert(config, head=bert.heads.Classifier(2))
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))[
+    "params"
+  ]
+  params.pop("classifier")
+  tokenizer = tasks.load_tokenizer(toy_model, families.read_config(toy_model))
+  tokenizer.save_pretrained(tmp_path / "bert")
+  pretrained.save(tmp_path / "bert", config, params, dtype=jnp.float32)
+  settings = lora.LoRA(rank=2, targets=("query", "value"))
+  with pytest.raises(ValueError, match="predicts no tokens"):
+    language_model(tmp_path / "bert", adapter=settings)
+  task = tasks.classifier(
+    numbers(lambda odd: odd),
+    model=tmp_path / "bert",
+    adapter=settings,
+    sequence_length=12,
+  )
+  assert task.population.label_names == ("0", "1")
+  assert np.isfinite(task.evaluate(task.trainable)["loss"])
