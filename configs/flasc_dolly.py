@@ -32,7 +32,7 @@ def experiment(
   held_out: str = str(DATA / "dolly15k_fed10" / "global_test.json"),
   clients: Literal["files", "shepherd"] = "files",
   seed: int = 0,
-  rounds: int = 40,
+  rounds: int = 20,
   clients_per_round: int = 5,
   clients_per_step: int = 1,
   rank: int = 8,

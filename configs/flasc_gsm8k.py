@@ -27,7 +27,7 @@ def experiment(
   data: str = str(DATA / "gsm8k"),
   clients: int = 100,
   seed: int = 0,
-  rounds: int = 40,
+  rounds: int = 20,
   clients_per_round: int = 10,
   clients_per_step: int = 1,
   rank: int = 8,

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,3 +386,28 @@ def test_a_knob_without_a_default_is_required(tmp_path):
   assert vars(options(model="m")) == {"model": "m", "rank": 2, "out": None}
   with pytest.raises(TypeError, match="model"):
     options()
+
+
+def test_an_adapter_is_exported_merged_and_talked_to(
+  call, run_toy, whole, tmp_path
+):
+  folder = tmp_path / "copy"
+  shutil.copytree(whole[0], folder)
+  shutil.rmtree(folder / "adapter")
+  _, *options = run_toy(folder)
+  status, out, err = call("export", *options)
+  assert status == 0, err
+  assert "round 6" in out and adapter(folder) == adapter(whole[0])
+  merged = tmp_path / "merged"
+  status, out, err = call(
+    "merge", "--adapter", folder / "adapter", "--out", merged
+  )
+  assert status == 0 and (merged / "tokenizer.json").is_file(), err
+  said = []
+  for model in (("--adapter", folder / "adapter"), ("--model", merged)):
+    options = ("--prompt", "2 4 6 8", "--max-new-tokens", 5)
+    status, out, err = call("chat", *model, *options)
+    assert status == 0, err
+    said.append(out)
+  assert said[0].startswith("base: ")
+  assert f"adapter: {said[1]}" in said[0]

@@ -126,3 +126,24 @@ def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
 def test_compare_wants_a_run():
   with pytest.raises(ValueError, match="one or more run folders"):
     commands.compare(())
+
+
+def test_export_writes_what_the_last_checkpoint_is(tmp_path, capsys):
+  exported = []
+
+  def experiments():
+    note = lambda state, folder: exported.append(
+      (folder.name, float(state["x"]))
+    )
+    return {
+      name: dataclasses.replace(made, export=note)
+      for name, made in several().items()
+    }
+
+  commands.run(experiments, tmp_path, name="both", knobs={})
+  first = list(exported)
+  exported.clear()
+  commands.export(experiments, tmp_path, name="both", knobs={})
+  assert exported == first != []
+  out = capsys.readouterr().out
+  assert f"fast: round 2, exported to {tmp_path / 'fast'}" in out

@@ -32,24 +32,41 @@ PRETRAINING = {
 }
 
 
+# Of the configs on data sets: little enough of them, and rows long enough.
+DATA = {
+  "flasc_dolly": {
+    "data": "dolly15k_fed10/local_training_[79].json",
+    "held_out": "dolly15k_fed10/global_test.json",
+    "sequence_length": 255,
+  },
+  "flasc_gsm8k": {"data": "gsm8k", "clients": 4, "sequence_length": 128},
+  "flasc_newsgroups": {
+    "data": "20news_bydate/20news-bydate.tar.gz",
+    "clients": 20,
+  },
+  "flasc_shakespeare": {
+    "model": "stories260k",
+    "text": "tinyshakespeare/input.txt",
+  },
+}
+
+
 @pytest.fixture(params=CONFIGS)
 def config(request):
   return cli.load_config(request.param)
 
 
 def test_it_runs_for_two_rounds(config, tmp_path, request):
-  knobs = inspect.signature(config.experiment).parameters
-  if "text" in knobs:
+  name = pathlib.Path(config.__file__).stem
+  assert pretrained.SHIPPED.is_dir(), "the shipped model is not built yet"
+  toy = PRETRAINING if name == "pretrain" else FEDERATED
+  if name in DATA:
     data = request.getfixturevalue("data")
-    toy = FEDERATED | {
-      "model": str(data / "stories260k"),
-      "text": str(data / "tinyshakespeare" / "input.txt"),
+    paths = ("model", "text", "data", "held_out")
+    toy = toy | {
+      knob: str(data / value) if knob in paths else value
+      for knob, value in DATA[name].items()
     }
-  elif "steps" in knobs:
-    toy = PRETRAINING
-  else:
-    assert pretrained.SHIPPED.is_dir(), "the shipped model is not built yet"
-    toy = FEDERATED
   commands.run(config.experiment, tmp_path, name="toy", knobs=toy)
   records = [
     json.loads(path.read_text()) for path in tmp_path.rglob("run.json")
@@ -67,3 +84,23 @@ def test_its_docstrings_tell_the_command_and_every_knob(config):
   for knob in inspect.signature(config.experiment).parameters.values():
     assert f"  {knob.name}: " in config.experiment.__doc__
     assert knob.kind is knob.KEYWORD_ONLY
+
+
+def test_dolly_is_divided_as_shepherd_does_too(data):
+  experiment = cli.load_config("flasc_dolly").experiment(
+    data=str(data / "dolly15k_fed10" / "local_training_[0123456789].json"),
+    clients="shepherd",
+    rounds=1,
+  )
+  population = experiment.population
+  assert len(population.names) == 10
+  assert population.label_names == (
+    "brainstorming",
+    "classification",
+    "closed_qa",
+    "creative_writing",
+    "general_qa",
+    "information_extraction",
+    "open_qa",
+    "summarization",
+  )

@@ -18,6 +18,9 @@ CACHE = {
   "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "jax"),
   "jax_persistent_cache_min_compile_time_secs": 0.2,
 }
+# So are tokenised data sets. No test asks the hub for anything.
+os.environ["FEDJAX_LLM_CACHE"] = str(ROOT / ".pytest_cache" / "tokens")
+os.environ["HF_HUB_OFFLINE"] = "1"
 for name, value in CACHE.items():
   jax.config.update(name, value)
   os.environ[name.upper()] = str(value)

@@ -275,3 +275,22 @@ def test_what_is_not_finite_stops_the_run(tmp_path, metric):
 def test_counts_below_one_are_refused(name):
   with pytest.raises(ValueError, match=f"expected {name} >= 1, got 0"):
     made(**{name: 0})
+
+
+def test_what_is_exported_is_the_last_checkpoint(whole, tmp_path):
+  with pytest.raises(Death):
+    # Evaluated twice and four rounds done, of which two are saved... and four.
+    experiment.run(made(Lives(7)), tmp_path, name="root")
+  assert not (tmp_path / "result").exists()
+  done = experiment.export(made(), tmp_path, name="root")
+  assert done == 4
+  shorter = tmp_path / "shorter"
+  experiment.run(made(rounds=4), shorter, name="root")
+  assert (tmp_path / "result").read_bytes() == (shorter / "result").read_bytes()
+
+
+def test_only_a_run_of_its_own_is_exported(whole, tmp_path):
+  with pytest.raises(ValueError, match="expected a run with checkpoints"):
+    experiment.export(made(), tmp_path / "nowhere", name="root")
+  with pytest.raises(ValueError, match="other settings"):
+    experiment.export(made(), whole, name="root", knobs={"rate": 0.1})
