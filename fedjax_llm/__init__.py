@@ -33,4 +33,6 @@ from fedjax_llm.federated.rounds import (
   federated_round,
 )
 from fedjax_llm.models.decoder import Decoder, DecoderConfig
+from fedjax_llm.models.generation import generate
+from fedjax_llm.models.heads import Classifier
 from fedjax_llm.models.lora import LoRA

@@ -90,6 +90,9 @@ def table(runs: Sequence[Run]) -> str:
     }
     for label, run in zip(_labels(runs), runs, strict=True)
   ]
+  # Classifiers have no perplexity, pre-training may have no accuracy.
+  empty = {x for x in rows[0] if all(row[x] == "" for row in rows)}
+  rows = [{x: row[x] for x in row if x not in empty} for row in rows]
   return tabulate.tabulate(
     rows, headers="keys", tablefmt="github", floatfmt=".1f"
   )
@@ -149,7 +152,8 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
   axes.set_xlabel(
     "megabytes sent, both directions, all clients" if sent else "round"
   )
-  axes.set_ylabel("held-out loss (nats per token)")
+  per = any("perplexity" in line for run in runs for line in run.evaluated)
+  axes.set_ylabel(f"held-out loss (nats{' per token' if per else ''})")
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(path, dpi=150)

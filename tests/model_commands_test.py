@@ -190,7 +190,6 @@ def test_every_line_is_a_prompt(toy_model, capsys, monkeypatch):
 def test_the_chat_template_of_a_tokenizer_is_used(
   toy_model, tmp_path, capsys, monkeypatch
 ):
-  pytest.importorskip("jinja2")
   prompts = []
 
   def note(*args, **kwargs):
