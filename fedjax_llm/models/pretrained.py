@@ -5,13 +5,14 @@ layers are transposed, layers stacked, everything else is the same array.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import flax.traverse_util
 import huggingface_hub
@@ -28,7 +29,7 @@ SHIPPED = pathlib.Path(__file__).parent / "python_llama"
 # The files of a repository that loading needs: no pickles, no other formats.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _SHARD_BYTES = 5_000_000_000
-# Rows of a tensor that are read at once: few stay in the processor's cache
+# Rows of a tensor that are read at once: so few stay in the processor's cache
 # while they are transposed.
 _ROWS = 32
 
@@ -65,13 +66,15 @@ def load(
   *,
   head: heads.Classifier | None = None,
   dtype: Any = jnp.float32,
-  quantize: Literal["int8", "nf4"] | None = None,
+  quantize: quantized.Format | None = None,
   sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Any, dict[str, Any]]:
   """Loads the shape and the parameters of a base model.
 
-  Tensors are read one by one, only the part that a device holds, straight into
-  `dtype`: beside the model, one stacked parameter is in host memory.
+  Tensors are read some rows at a time, straight into `dtype`; only the part
+  that a device holds, unless they are quantised first, layer by layer. Beside
+  the model, about one stacked parameter is in host memory: what that comes to
+  is in benchmarks/results/load_checkpoint.json.
 
   Args:
     name_or_folder: a Hugging Face folder or hub name (see `resolve`).
@@ -99,15 +102,18 @@ def load(
     _check(folder, names, shapes, stored, head)
     params = {}
     for path, leaf in shapes.items():
-      tensors = list(_tensors(names, path, leaf.shape))
-      if tensors[0][0] not in stored:
+      within = [name for name, _ in _tensors(names, path, leaf.shape)]
+      if within[0] not in stored:
         continue  # A head that is yet to be trained.
-      read = _Reader([stored[name] for name, _ in tensors], names, path, dtype)
+      tensors = [stored[name] for name in within]
+      array: Any = _Parameter(tensors, names, path, leaf.shape, dtype)
       if quantize and path[0] == "layers" and path[-1] == "kernel":
-        kernel = _quantized(read, leaf.shape[0], quantize)
-        params[path] = jax.device_put(kernel, sharding)
-      else:
-        params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+        array = _quantized(array, quantize)
+      place = lambda array: jax.make_array_from_callback(
+        array.shape, sharding, array.__getitem__
+      )
+      # Waits, so that the host's copy is gone before the next one is made.
+      params[path] = jax.block_until_ready(jax.tree.map(place, array))
   return config, flax.traverse_util.unflatten_dict(params)
 
 
@@ -229,59 +235,46 @@ def _tensors(
     yield names.tensor_name(path, layer), inner
 
 
-class _Stored(NamedTuple):
-  """A tensor in an open file, its name there and its shape."""
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """A parameter in a checkpoint, read where it is indexed by slices."""
 
-  file: Any
-  name: str
-  shape: tuple[int, ...]
-
-
-class _Reader(NamedTuple):
-  """Reads any part of a parameter from the tensors that hold it."""
-
-  tensors: list[_Stored]
+  tensors: list[Any]  # Slices of safetensors.
   names: layout.Layout
   path: layout.Path
+  shape: tuple[int, ...]
   dtype: Any
 
-  def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
     """The part of the parameter that `index` says, in its dtype."""
-    is_stacked = self.path[0] == "layers"
-    tensors = self.tensors[index[0]] if is_stacked else self.tensors
-    inner = index[1:] if is_stacked else index
-    transposed = self.names.is_transposed(self.path)
-    if transposed:
-      inner = (*inner[:-2], inner[-1], inner[-2])
-    rows, *rest = (
-      range(size)[part]
-      for size, part in zip(tensors[0].shape, inner, strict=True)
-    )
-    shape = (len(tensors), len(rows), *map(len, rest))
-    if transposed:
-      shape = (*shape[:-2], shape[-1], shape[-2])
-    parts = np.empty(shape, self.dtype)
-    for tensor, part in zip(tensors, parts, strict=True):
-      stored = tensor.file.get_slice(tensor.name)
-      part = part.swapaxes(-1, -2) if transposed else part
+    shape = np.broadcast_to(0, self.shape)[index].shape
+    parts, tensors = np.empty((1, *shape), self.dtype), self.tensors
+    if self.path[0] == "layers":
+      parts, tensors, index = parts[0], tensors[index[0]], index[1:]
+    into = parts
+    if self.names.is_transposed(self.path):
+      into = parts.swapaxes(-1, -2)
+      index = (*index[:-2], index[-1], index[-2])
+    rows = range(tensors[0].get_shape()[0])[index[0]]
+    for tensor, part in zip(tensors, into, strict=True):
       for start in range(0, len(rows), _ROWS):
         some = rows[start : start + _ROWS]
-        block = stored[(slice(some.start, some.stop), *inner[1:])]
-        part[start : start + len(some)] = block
-    return parts if is_stacked else parts[0]
+        block = tensor[(slice(some.start, some.stop), *index[1:])]
+        part[start : start + _ROWS] = block
+    return parts.reshape(shape)
 
 
-def _quantized(read, layers, format):
-  """Quantises a parameter layer by layer, so that one is unquantised."""
-  whole = (slice(None), slice(None))
-  kernels = [
-    quantized.quantize(read((slice(layer, layer + 1), *whole)), format)
-    for layer in range(layers)
-  ]
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *kernels)
+def _quantized(kernel: Any, format: quantized.Format) -> Any:
+  """Quantises a parameter, one of its layers in memory at a time."""
+  layers = (
+    quantized.quantize(kernel[layer : layer + 1, :, :], format)
+    for layer in range(kernel.shape[0])
+  )
+  join = lambda *parts: np.concatenate(parts)
+  return jax.tree.map(join, *map(jax.device_get, layers))
 
 
-def _stored_tensors(folder, names, stack) -> dict[str, _Stored]:
+def _stored_tensors(folder, names, stack) -> dict[str, Any]:
   """What the headers of the folder's one file, or of its shards, list."""
   files = ["model.safetensors"]
   index = folder / "model.safetensors.index.json"
@@ -299,8 +292,7 @@ def _stored_tensors(folder, names, stack) -> dict[str, _Stored]:
     except safetensors.SafetensorError as error:
       raise ValueError(f"{path} is not a safetensors file: {error}") from error
     for name in file.keys():
-      shape = tuple(file.get_slice(name).get_shape())
-      tensors[names.current(name)] = _Stored(file, name, shape)
+      tensors[names.current(name)] = file.get_slice(name)
   return tensors
 
 
@@ -314,10 +306,8 @@ def _check(folder, names, shapes, stored, head):
       problems += [f"missing {name}" for name in tensors if name not in stored]
   for name, tensor in stored.items():
     if name in expected:
-      if tensor.shape != expected[name]:
-        problems.append(
-          f"{name} has shape {tensor.shape}, not {expected[name]}"
-        )
+      if (shape := tuple(tensor.get_shape())) != expected[name]:
+        problems.append(f"{name} has shape {shape}, not {expected[name]}")
     elif not names.is_optional(name):
       problems.append(f"unexpected {name}")
   if problems:

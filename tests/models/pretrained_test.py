@@ -323,3 +323,63 @@ def test_what_transformers_saves_is_loaded(
   with torch.no_grad():
     expected = reference(torch.tensor(tokens, dtype=torch.long)).logits
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
+
+
+PEAK = """
+import pathlib
+import sys
+import threading
+import jax
+from fedjax_llm.models import pretrained, quantized
+
+def anonymous():
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+def watch():
+  while not is_done.wait(0.001):
+    samples.append(anonymous())
+
+jax.block_until_ready(jax.device_put(1.0))
+samples, is_done = [anonymous()], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+_, params = pretrained.load(
+  sys.argv[1], dtype="bfloat16", quantize=sys.argv[2] or None
+)
+is_done.set()
+watcher.join()
+print(quantized.nbytes(params), max(samples) - samples[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("format", ["", "nf4"])
+def test_host_memory_holds_the_model_and_about_one_stacked_parameter(
+  config, tmp_path, monkeypatch, format
+):
+  monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000_000)
+  large = dataclasses.replace(
+    config,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+  )
+  shapes = lora.abstract_variables(decoder.Decoder(large))["params"]
+  ones = jax.tree.map(lambda x: np.ones(x.shape, jnp.bfloat16), shapes)
+  pretrained.save(tmp_path, large, ones)
+  sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+  assert len(sizes) > 4 and sum(sizes) > 100_000_000
+  done = subprocess.run(
+    [sys.executable, "-c", PEAK, tmp_path, format],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  held, peak = map(int, done.stdout.split())
+  # Stacked, a kernel of the feed-forward block is a fourth of the model.
+  assert held < peak < 1.5 * sum(sizes)
