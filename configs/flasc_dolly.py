@@ -31,6 +31,7 @@ def experiment(
   data: str = str(DATA / "dolly15k_fed10" / "local_training_*.json"),
   held_out: str = str(DATA / "dolly15k_fed10" / "global_test.json"),
   clients: Literal["files", "shepherd"] = "files",
+  init_adapter: str | None = None,
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 5,
@@ -60,6 +61,8 @@ def experiment(
     clients: "files" where every file of `data` is a client; "shepherd" to
       divide the records as Shepherd's code does, which holds out ten of each
       category.
+    init_adapter: PEFT folder or hub name of an adapter to go on from, in place
+      of new factors.
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 10.
@@ -105,7 +108,7 @@ def experiment(
   task = tasks.language_model(
     source,
     model=model,
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
     quantize=quantize,

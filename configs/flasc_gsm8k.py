@@ -26,6 +26,7 @@ def experiment(
   model: str = str(pretrained.SHIPPED),
   data: str = str(DATA / "gsm8k"),
   clients: int = 100,
+  init_adapter: str | None = None,
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 10,
@@ -52,6 +53,8 @@ def experiment(
     model: Hugging Face folder or hub name of the base model.
     data: folder or hub name, with the splits "train" and "test".
     clients: how many there are.
+    init_adapter: PEFT folder or hub name of an adapter to go on from, in place
+      of new factors.
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of `clients`.
@@ -84,7 +87,7 @@ def experiment(
   task = tasks.language_model(
     source,
     model=model,
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
     quantize=quantize,

@@ -14,7 +14,7 @@ model and targets of the paper, from the hub:
 
 import os
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
@@ -34,6 +34,7 @@ def experiment(
   clients: int = 350,
   dirichlet_alpha: float = 0.1,
   pooling: Literal["last", "mean"] = "mean",
+  init_adapter: str | None = None,
   seed: int = 0,
   rounds: int = 60,
   clients_per_round: int = 10,
@@ -64,6 +65,8 @@ def experiment(
       groups a client has.
     pooling: what is classified: the state of the last token, as transformers
       does with a decoder, or the mean over tokens, better with a small model.
+    init_adapter: PEFT folder or hub name of an adapter to go on from, in place
+      of new factors.
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of `clients`.
@@ -85,7 +88,7 @@ def experiment(
     dtype: what the base model is computed in.
     quantize: keep the base model's layers in 8 or about 4.5 bits a weight.
   """
-  test = sources.newsgroups(data, "test").shuffle(seed=seed)
+  test: Any = sources.newsgroups(data, "test").shuffle(seed=seed)
   source = records.classified(
     sources.newsgroups(data, "train"),
     templates.plain("text"),
@@ -100,7 +103,7 @@ def experiment(
   task = tasks.classifier(
     source,
     model=model,
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     pooling=pooling,
     dtype=dtype,

@@ -40,20 +40,17 @@ class _Model(NamedTuple):
     return families.model(self.config, self.adapter, self.head, dtype=dtype)
 
 
-def _load(
-  model: str | None, adapter: pathlib.Path | None, dtype: Any
-) -> _Model:
+def _load(model: str | None, adapter: str | None, dtype: Any) -> _Model:
   """Loads a base model, by default the one that the adapter is for."""
-  if model is None:
-    if adapter is None:
-      raise ValueError("expected --model, --adapter or both, got neither.")
-    model = adapters.base_model(adapter)
-  folder = pretrained.resolve(model)
+  if model is None and adapter is None:
+    raise ValueError("expected --model, --adapter or both, got neither.")
+  from_peft = None if adapter is None else pretrained.resolve(adapter)
+  folder = pretrained.resolve(model or adapters.base_model(str(from_peft)))
   config = families.read_config(folder)
   settings, trained, head = None, None, None
-  if adapter is not None:
-    settings, trained = adapters.load(adapter, config)
-    head = adapters.head_of(adapter, trained)
+  if from_peft is not None:
+    settings, trained = adapters.load(from_peft, config)
+    head = adapters.head_of(from_peft, trained)
   config, params = pretrained.load(folder, head=head, dtype=dtype)
   loaded = _Model(folder, config, params, settings, trained, head)
   if trained is not None:
@@ -65,7 +62,7 @@ def evaluate(
   *,
   text: pathlib.Path,
   model: str | None = None,
-  adapter: pathlib.Path | None = None,
+  adapter: str | None = None,
   task: Literal["perplexity"] = "perplexity",
   dtype: tasks.Dtype = "float32",
   as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -80,7 +77,7 @@ def evaluate(
     text: a UTF-8 file.
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
-    adapter: PEFT folder of a LoRA adapter for it.
+    adapter: PEFT folder or hub name of a LoRA adapter for it.
     task: what to measure.
     dtype: what to compute in.
     as_json: print one line of JSON.
@@ -114,7 +111,7 @@ def evaluate(
 
 def merge(
   *,
-  adapter: pathlib.Path,
+  adapter: str,
   out: pathlib.Path,
   model: str | None = None,
   dtype: tasks.Dtype | None = None,
@@ -124,7 +121,7 @@ def merge(
   The folder is one that transformers loads: weights, config, tokenizer.
 
   Args:
-    adapter: PEFT folder of a LoRA adapter.
+    adapter: PEFT folder or hub name of a LoRA adapter.
     out: where to write the model.
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
@@ -134,7 +131,8 @@ def merge(
     raise ValueError(
       f"--out expected a new folder, got {out}, which has files."
     )
-  folder = pretrained.resolve(model or adapters.base_model(adapter))
+  model = model or adapters.base_model(pretrained.resolve(adapter))
+  folder = pretrained.resolve(model)
   kept = jnp.dtype(dtype or hub_config.stored_dtype(folder))
   loaded = _load(str(folder), adapter, kept)
   assert loaded.adapter is not None
@@ -148,7 +146,7 @@ def merge(
 def chat(
   *,
   model: str | None = None,
-  adapter: pathlib.Path | None = None,
+  adapter: str | None = None,
   prompt: str | None = None,
   system: str | None = None,
   template: Literal["auto", "plain"] = "auto",
@@ -166,7 +164,7 @@ def chat(
   Args:
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
-    adapter: PEFT folder of a LoRA adapter for it.
+    adapter: PEFT folder or hub name of a LoRA adapter for it.
     prompt: what is to be answered or continued.
     system: the system message, where the tokenizer's chat template has one.
     template: "auto" for the tokenizer's chat template if it has one; "plain"

@@ -82,8 +82,8 @@ def language_model(
     data: the clients' rows, such as `records.streams(corpus)` or
       `records.instructions(...)`.
     model: Hugging Face folder or hub name; the shipped Llama if not given.
-    adapter: which layers get LoRA factors, and how; or the folder of a PEFT
-      adapter, to go on training from.
+    adapter: which layers get LoRA factors, and how; or the folder or hub name
+      of a PEFT adapter, to go on training from.
     sequence_length: tokens predicted a row, at most the model's context.
     dtype: what the base model is kept and computed in. Factors, their
       gradients and optimizers are float32 always.
@@ -189,7 +189,7 @@ def _task(
   )
   trainable = None
   if not isinstance(adapter, lora.LoRA):
-    adapter, trainable = adapters.load(adapter, config)
+    adapter, trainable = adapters.load(pretrained.resolve(adapter), config)
   network = families.model(
     config, adapter, head, dtype=jnp.dtype(dtype), remat=remat
   )

@@ -33,7 +33,7 @@ def adapter(toy_model, tmp_path_factory):
   adapters.save(
     folder, factors, settings, config=config, base_model=str(toy_model)
   )
-  return folder
+  return str(folder)
 
 
 def evaluate(capsys, **arguments):
@@ -224,10 +224,17 @@ def test_a_classifier_has_nothing_to_say(toy_model, tmp_path):
     head=head,
   )
   with pytest.raises(ValueError, match="is of a classifier"):
-    model_commands.chat(adapter=tmp_path / "classifier", prompt="1")
+    model_commands.chat(adapter=str(tmp_path / "classifier"), prompt="1")
   out = tmp_path / "merged"
-  model_commands.merge(adapter=tmp_path / "classifier", out=out)
+  model_commands.merge(adapter=str(tmp_path / "classifier"), out=out)
   _, loaded = pretrained.load(out, head=head)
   np.testing.assert_array_equal(
     loaded["score"]["kernel"], trained["score"]["kernel"]
   )
+
+
+def test_what_is_no_adapter_is_refused(toy_model, tmp_path):
+  with pytest.raises(ValueError, match="no/such/adapter"):
+    model_commands.chat(model=str(toy_model), adapter="no/such/adapter")
+  with pytest.raises(ValueError, match="expected a PEFT adapter"):
+    model_commands.chat(adapter=str(toy_model), prompt="1")
