@@ -11,7 +11,7 @@ import transformers
 import tyro
 
 from fedjax_llm import tasks
-from fedjax_llm.data import batches
+from fedjax_llm.data import batches, templates
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.models import (
   adapters,
@@ -149,7 +149,7 @@ def chat(
   adapter: str | None = None,
   prompt: str | None = None,
   system: str | None = None,
-  template: Literal["auto", "plain"] = "auto",
+  template: Literal["auto", "plain", "alpaca", "question"] = "auto",
   max_new_tokens: int = 64,
   temperature: float = 0.0,
   top_p: float = 1.0,
@@ -167,8 +167,9 @@ def chat(
     adapter: PEFT folder or hub name of a LoRA adapter for it.
     prompt: what is to be answered or continued.
     system: the system message, where the tokenizer's chat template has one.
-    template: "auto" for the tokenizer's chat template if it has one; "plain"
-      to continue the text as it is.
+    template: what the prompt is put into: "auto" for the tokenizer's chat
+      template if it has one; "plain" to continue the text as it is; "alpaca" or
+      "question" for what the configs on Dolly and GSM8K train with.
     max_new_tokens: tokens of an answer at most.
     temperature: 0 for the most likely token, else what logits are divided by.
     top_p: draws are from the tokens that have this much probability together.
@@ -221,7 +222,13 @@ def _prompt(
   system: str | None,
   template: str,
 ) -> list[int]:
-  if template == "plain" or not tokenizer.chat_template:
+  if template == "alpaca":
+    row = {"instruction": text, "input": "", "output": ""}
+    text = templates.alpaca()(row).prompt
+  elif template == "question":
+    row = {"question": text, "answer": ""}
+    text = templates.question_answer()(row).prompt
+  if template != "auto" or not tokenizer.chat_template:
     ids = tokenizer(text)["input_ids"]
     end = tokenizer.eos_token_id
     return ids[:-1] if ids and ids[-1] == end else ids

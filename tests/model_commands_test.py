@@ -206,9 +206,12 @@ def test_the_chat_template_of_a_tokenizer_is_used(
   load = lambda *_: tokenizer
   monkeypatch.setattr(tasks, "load_tokenizer", load)
   model_commands.chat(model=str(toy_model), **shared)
-  model_commands.chat(model=str(toy_model), template="plain", **shared)
+  for template in ("plain", "alpaca", "question"):
+    model_commands.chat(model=str(toy_model), template=template, **shared)
   said = [tokenizer.decode(ids[0]).strip() for ids in prompts]
   assert "s 3;u 12;a" in said[0] and said[1].endswith("12")
+  assert said[2].endswith("### Instruction:\n12\n\n### Response:")
+  assert said[3].endswith("Question: 12\nAnswer:")
 
 
 def test_a_classifier_has_nothing_to_say(toy_model, tmp_path):
