@@ -196,46 +196,6 @@ def same_logits(reference, model, params, factors, tokens):
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
-def test_peft_loads_what_is_saved(
-  reference, folder, model, factors, config, base_params, tokens
-):
-  base, peft = reference
-  adapted = peft.PeftModel.from_pretrained(base, folder)
-  same_logits(adapted, model, base_params(config), factors, tokens)
-  merged = lora.merge(base_params(config), factors, SETTINGS.scale)
-  alone = decoder.Decoder(config)
-  same_logits(adapted, alone, merged, {}, tokens)
-
-
-@pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
-def test_what_peft_saves_is_loaded(
-  reference, config, base_params, tokens, tmp_path
-):
-  import torch
-
-  base, peft = reference
-  torch.manual_seed(0)
-  adapted = peft.get_peft_model(
-    base,
-    peft.LoraConfig(
-      r=5,
-      lora_alpha=7,
-      target_modules="all-linear",
-      init_lora_weights=False,  # Both factors random.
-      task_type="CAUSAL_LM",
-    ),
-  )
-  adapted.save_pretrained(tmp_path / "theirs")
-  settings, factors = adapters.load(tmp_path / "theirs", config)
-  assert settings == lora.LoRA(5, 7.0, 0.0, tuple(sorted(decoder.LINEAR)))
-  model = decoder.Decoder(config, settings)
-  lora.check(model, factors)
-  same_logits(adapted, model, base_params(config), factors, tokens)
-
-
 PATTERNS = {
   "ranks": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}},
   "alphas": {"alpha_pattern": {"v_proj": 16, "layers.0.self_attn.q_proj": 1}},

@@ -301,30 +301,6 @@ def test_a_hub_name_is_read_from_the_cache_without_torch(folder, tmp_path):
   ]
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
-def test_what_transformers_saves_is_loaded(
-  variant, tokens, tmp_path, shard_size
-):
-  torch = pytest.importorskip("torch", reason="oracle needs torch")
-  transformers = pytest.importorskip("transformers")
-  torch.manual_seed(0)
-  fields = variant.to_hugging_face()
-  reference = transformers.AutoModelForCausalLM.from_config(
-    transformers.AutoConfig.for_model(fields.pop("model_type"), **fields),
-    attn_implementation="eager",
-  ).eval()
-  reference.save_pretrained(tmp_path, max_shard_size=shard_size)
-  shards = len(list(tmp_path.glob("*.safetensors")))
-  assert (shards > 1) == (shard_size == "10KB")
-  config, params = pretrained.load(tmp_path)
-  assert config == variant
-  got = jax.jit(decoder.Decoder(config).apply)({"params": params}, tokens)
-  with torch.no_grad():
-    expected = reference(torch.tensor(tokens, dtype=torch.long)).logits
-  np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, rtol=0)
-
-
 PEAK = """
 import pathlib
 import sys
