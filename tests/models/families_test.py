@@ -295,7 +295,12 @@ def test_bfloat16(case):
   assert error < 0.02 * np.linalg.norm(case.outputs[real])
 
 
-def check_quantized(case, format, bits):
+def kernels_of(params):
+  flat = flax.traverse_util.flatten_dict(params["layers"])
+  return [flat[path] for path in sorted(flat) if path[-1] == "kernel"]
+
+
+def check_quantized(case, format, *, bits, error):
   folder = case.folder / "base"
   _, params = pretrained.load(folder, head=case.head, quantize=format)
   got, gradients = case.step(params, case.factors)
@@ -303,18 +308,20 @@ def check_quantized(case, format, bits):
   expected, expected_gradients = case.step(plain, case.factors)
   case.same(got, expected)
   same_gradients(gradients, expected_gradients)
-  flat = flax.traverse_util.flatten_dict(params["layers"])
-  kernels = [leaf for path, leaf in flat.items() if path[-1] == "kernel"]
+  kernels, near, exact = map(kernels_of, (params, plain, case.params))
   weights = sum(math.prod(kernel.shape) for kernel in kernels)
   assert 8 * quantized.nbytes(kernels) / weights <= bits
+  for x, y in zip(near, exact, strict=True):
+    assert 0 < np.linalg.norm(x - y) < error * np.linalg.norm(y)
 
 
 def test_int8(case):
-  check_quantized(case, "int8", bits=8 + 32 / 64)  # Of 64 inputs or more.
+  # An absmax has 64 inputs or more.
+  check_quantized(case, "int8", bits=8 + 32 / 64, error=0.01)
 
 
 def test_nf4(case):
-  check_quantized(case, "nf4", bits=4.5)
+  check_quantized(case, "nf4", bits=4.5, error=0.1)
 
 
 def test_export(case, draw, tmp_path):
