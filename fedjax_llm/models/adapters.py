@@ -280,11 +280,11 @@ def _read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
 
 def _names_layers(fields: Mapping[str, Any]) -> bool:
   """Whether an adapter chooses among the layers, so that some may lack it."""
-  targets = fields.get("target_modules")
+  names = [fields.get("target_modules"), fields.get("exclude_modules")]
   return (
     fields.get("layers_to_transform") is not None
-    or isinstance(targets, str)
-    or any(re.search(r"\.\d+\.", target) for target in targets or ())
+    or any(isinstance(x, str) for x in names)
+    or any(re.search(r"\.\d+\.", x) for some in names for x in some or ())
   )
 
 

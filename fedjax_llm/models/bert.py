@@ -228,10 +228,8 @@ class Bert(nn.Module):
     """Refuses an adapter or a pooling that this model does not have."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
-    if self.head is not None and self.head.pooling == "last":
-      raise ValueError(
-        'expected pooling "first" or "mean" of an encoder, got "last".'
-      )
+    if self.head is not None:
+      self.head.check("first", "mean")
     super().__post_init__()
 
   @nn.compact

@@ -209,9 +209,11 @@ class Decoder(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter whose targets are not layers of the model."""
+    """Refuses an adapter or a pooling that this model does not have."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
+    if self.head is not None:
+      self.head.check("last", "mean")
     super().__post_init__()
 
   def empty_cache(self, batch: int, length: int) -> attention.Cache:

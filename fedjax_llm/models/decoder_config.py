@@ -203,6 +203,9 @@ class DecoderConfig:
 
     Args:
       head: what classifies a row, if the model is no language model.
+
+    Raises:
+      ValueError: if transformers has no such classifier.
     """
     family = _FAMILIES[self.model_type]
     fields = {name: getattr(self, name) for name in _SHARED}
@@ -224,6 +227,7 @@ class DecoderConfig:
     act = "hidden_activation" if self.sandwich_norms else "hidden_act"
     architecture = family.architecture
     if head is not None:
+      head.check("last")  # transformers has no classifier of the mean.
       architecture = architecture.replace("CausalLM", "SequenceClassification")
     return {
       "architectures": [architecture],

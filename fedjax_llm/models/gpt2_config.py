@@ -114,7 +114,12 @@ class GPT2Config:
 
     Args:
       head: what classifies a row, if the model is no language model.
+
+    Raises:
+      ValueError: if transformers has no such classifier.
     """
+    if head is not None:
+      head.check("last")
     kind = "LMHeadModel" if head is None else "ForSequenceClassification"
     return {
       "architectures": [f"GPT2{kind}"],

@@ -39,6 +39,14 @@ class Classifier:
         f" {self.pooling!r}."
       )
 
+  def check(self, *poolings: str) -> None:
+    """Raises a `ValueError` unless the pooling is None or one of `poolings`."""
+    if self.pooling not in (None, *poolings):
+      raise ValueError(
+        f"expected pooling {' or '.join(map(repr, poolings))} of this model,"
+        f" got {self.pooling!r}."
+      )
+
 
 def pool(
   x: Float[Array, "batch time d"],

@@ -147,9 +147,9 @@ def save(
     like: folder of a base model, whose tokenizer, token ids and settings of
       generation are kept.
   """
+  fields = config.to_hugging_face(head)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  fields = config.to_hugging_face(head)
   if like is not None:
     for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
       for path in like.glob(pattern):

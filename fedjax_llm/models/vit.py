@@ -260,10 +260,8 @@ class ViT(nn.Module):
     """Refuses an adapter or a pooling that this model does not have."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
-    if self.head is not None and self.head.pooling not in (None, "first"):
-      raise ValueError(
-        f'expected pooling "first" of a ViT, got {self.head.pooling!r}.'
-      )
+    if self.head is not None:
+      self.head.check("first")
     super().__post_init__()
 
   @property

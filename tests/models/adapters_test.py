@@ -210,6 +210,7 @@ PATTERNS = {
     "alpha_pattern": {"v_proj": 5},
   },
   "one layer": {"layers_to_transform": [1]},
+  "not everywhere": {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
 }
 
 

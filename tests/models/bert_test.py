@@ -179,7 +179,7 @@ def test_only_the_first_token_goes_through_the_pooler(params):
 def test_what_this_model_does_not_have_is_refused(params, tokens):
   with pytest.raises(ValueError, match=r"q_proj.*attention\.self\.query"):
     bert.Bert(BASE, lora.LoRA(targets=("q_proj",)))
-  with pytest.raises(ValueError, match='"first" or "mean".*"last"'):
+  with pytest.raises(ValueError, match="'first' or 'mean'.*'last'"):
     bert.Bert(BASE, head=heads.Classifier(2, "last"))
   short = dataclasses.replace(BASE, max_position_embeddings=16)
   with pytest.raises(ValueError, match="=16 tokens, got 17"):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import adapters, decoder, language, lora, pretrained
+from fedjax_llm.models import (
+  adapters,
+  decoder,
+  heads,
+  language,
+  lora,
+  pretrained,
+)
 
 ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
 
@@ -187,6 +194,14 @@ def test_later_tokens_do_not_change_earlier_logits(config, base_params, tokens):
 def test_a_target_that_is_no_layer_is_refused(config):
   with pytest.raises(ValueError, match="c_attn.*q_proj"):
     decoder.Decoder(config, lora.LoRA(targets=("q_proj", "c_attn")))
+
+
+def test_a_pooling_that_transformers_lacks_is_not_written(config):
+  with pytest.raises(ValueError, match="'last' or 'mean' .* got 'first'"):
+    decoder.Decoder(config, head=heads.Classifier(2, "first"))
+  assert decoder.Decoder(config, head=heads.Classifier(2, "mean"))
+  with pytest.raises(ValueError, match="expected pooling 'last' .* 'mean'"):
+    config.to_hugging_face(heads.Classifier(2, "mean"))
 
 
 def gradient(model, tokens):

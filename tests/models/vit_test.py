@@ -189,7 +189,7 @@ def test_clients_share_the_products_of_the_base(
 def test_what_this_model_does_not_have_is_refused(params):
   with pytest.raises(ValueError, match=r"query.*attention\.q_proj"):
     vit.ViT(BASE, lora.LoRA(targets=("query",)))
-  with pytest.raises(ValueError, match="\"first\".*got 'mean'"):
+  with pytest.raises(ValueError, match="'first'.*got 'mean'"):
     vit.ViT(BASE, head=heads.Classifier(2, "mean"))
   channels_first = images(BASE).transpose(0, 3, 1, 2)
   with pytest.raises(ValueError, match=r"\(12, 12, 3\), got \(3, 12, 12\)"):
