@@ -8,6 +8,10 @@ same from the hub, divided by Shepherd's algorithm, and with a real model:
 
   fedjax-llm run flasc_dolly --data databricks/databricks-dolly-15k
     --clients shepherd --model Qwen/Qwen2.5-0.5B --sequence-length 512
+
+2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 5.744 to 4.875
+with 16.6 MB sent; 4,019 of 14,931 records have no answer within a row, since
+their context fills it. The record is `benchmarks/results/flasc_dolly/`.
 """
 
 import os
@@ -27,7 +31,7 @@ DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 def experiment(
   *,
-  model: str = str(pretrained.SHIPPED),
+  model: str | None = None,
   data: str = str(DATA / "dolly15k_fed10" / "local_training_*.json"),
   held_out: str = str(DATA / "dolly15k_fed10" / "global_test.json"),
   clients: Literal["files", "shepherd"] = "files",
@@ -55,7 +59,8 @@ def experiment(
   """Fine-tune on Dolly's answers with FLASC, clients rich in some categories.
 
   Args:
-    model: Hugging Face folder or hub name of the base model.
+    model: Hugging Face folder or hub name of the base model; the shipped one if
+      not given.
     data: the records, by a spec of `data.sources.load`.
     held_out: the held-out records, where `clients` is "files".
     clients: "files" where every file of `data` is a client; "shepherd" to
@@ -107,7 +112,7 @@ def experiment(
     )
   task = tasks.language_model(
     source,
-    model=model,
+    model=model or pretrained.SHIPPED,
     adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,

@@ -5,6 +5,9 @@
 The folder holds `gsm8k/train.jsonl` and `test.jsonl`. The same from the hub:
 
   fedjax-llm run flasc_gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B
+
+2 cores of an AMD EPYC: two minutes. Seed 0: held-out loss 5.426 to 3.313
+with 33.2 MB sent; the record is `benchmarks/results/flasc_gsm8k/`.
 """
 
 import os
@@ -23,7 +26,7 @@ DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 def experiment(
   *,
-  model: str = str(pretrained.SHIPPED),
+  model: str | None = None,
   data: str = str(DATA / "gsm8k"),
   clients: int = 100,
   init_adapter: str | None = None,
@@ -50,7 +53,8 @@ def experiment(
   """Fine-tune on solutions of word problems with FLASC.
 
   Args:
-    model: Hugging Face folder or hub name of the base model.
+    model: Hugging Face folder or hub name of the base model; the shipped one if
+      not given.
     data: folder or hub name, with the splits "train" and "test".
     clients: how many there are.
     init_adapter: PEFT folder or hub name of an adapter to go on from, in place
@@ -86,7 +90,7 @@ def experiment(
   )
   task = tasks.language_model(
     source,
-    model=model,
+    model=model or pretrained.SHIPPED,
     adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,

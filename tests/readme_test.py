@@ -23,7 +23,13 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "names", [["quickstart"], ["dense_shakespeare", "flasc_shakespeare"]]
+  "names",
+  [
+    ["quickstart"],
+    ["dense_shakespeare", "flasc_shakespeare"],
+    ["flasc_dolly", "flasc_gsm8k"],
+    ["flasc_newsgroups"],
+  ],
 )
 def test_tables_are_those_of_the_committed_runs(names):
   runs = [run for name in names for run in report.load(RESULTS / name)]
