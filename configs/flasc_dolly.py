@@ -9,9 +9,9 @@ same from the hub, divided by Shepherd's algorithm, and with a real model:
   fedjax-llm run flasc_dolly --data databricks/databricks-dolly-15k
     --clients shepherd --model Qwen/Qwen2.5-0.5B --sequence-length 512
 
-2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 5.744 to 4.875
-with 16.6 MB sent; 4,019 of 14,931 records have no answer within a row, since
-their context fills it. The record is `benchmarks/results/flasc_dolly/`.
+2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 5.744 to
+4.875 with 16.6 MB sent; 4,019 of 14,931 records have no answer within a row,
+since their context fills it. The record is `benchmarks/results/flasc_dolly/`.
 """
 
 import os

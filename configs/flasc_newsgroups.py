@@ -63,8 +63,8 @@ def experiment(
   Args:
     model: Hugging Face folder or hub name of the base model; the shipped one if
       not given.
-    data: `20news-bydate.tar.gz`, or a folder or hub name with columns `text` and
-      `label` and the splits "train" and "test", such as SetFit/20_newsgroups.
+    data: `20news-bydate.tar.gz`, or a folder or hub name with columns `text`
+      and `label`, split in "train" and "test", such as SetFit/20_newsgroups.
     clients: how many there are.
     dirichlet_alpha: of the clients' shares of the groups; the lower, the fewer
       groups a client has.

@@ -37,6 +37,12 @@ def run(
   several = isinstance(made, Mapping)
   for label, experiment in (made if several else {name: made}).items():
     folder = out / label if several else out
+    people = experiment.population
+    if people is not None and people.dropped:
+      print(
+        f"{label}: {people.dropped:,} records have nothing to learn within"
+        " a row and are left out."
+      )
     try:
       experiments.run(experiment, folder, name=label, knobs=knobs)
     except experiments.Interrupted as stop:

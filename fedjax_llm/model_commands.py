@@ -64,14 +64,15 @@ def evaluate(
   model: str | None = None,
   adapter: str | None = None,
   task: Literal["perplexity"] = "perplexity",
+  sequence_length: int | None = None,
   dtype: tasks.Dtype = "float32",
   as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
   """Evaluate a model, with or without an adapter, on a text.
 
   The text is tokenised once, with the tokenizer's special tokens, and scored
-  in one pass where it fits the model's context, else in windows of it. The
-  loss is the mean over all predicted tokens.
+  in one pass where it fits a window, else in several. The loss is the mean over
+  all predicted tokens.
 
   Args:
     text: a UTF-8 file.
@@ -79,6 +80,8 @@ def evaluate(
       one that the adapter names.
     adapter: PEFT folder or hub name of a LoRA adapter for it.
     task: what to measure.
+    sequence_length: tokens of a window; by default the model's context, but at
+      most 2048.
     dtype: what to compute in.
     as_json: print one line of JSON.
   """
@@ -89,12 +92,18 @@ def evaluate(
   families.check_predicts(config)
   if loaded.head is not None:
     raise ValueError(f"{adapter} is of a classifier, which has no perplexity.")
-  tokenizer = tasks.load_tokenizer(loaded.folder, config)
+  tokenizer = tasks.load_tokenizer(loaded.folder)
+  context = config.max_position_embeddings
+  window = sequence_length or min(context, 2048)
+  if window > context:
+    raise ValueError(
+      f"--sequence-length expected at most {context}, the model's context, got"
+      f" {window}."
+    )
   rows = batches.rows_of_text(
-    [text.read_text(encoding="utf-8")],
-    tokenizer,
-    config.max_position_embeddings,
+    [text.read_text(encoding="utf-8")], tokenizer, window
   )
+  tasks.check_tokens(rows.tokens, config)
   # A short text must not cost what the longest one would.
   width = int(rows.mask.any(0).sum())
   rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
@@ -180,13 +189,18 @@ def chat(
   families.check_predicts(loaded.config)
   if loaded.head is not None:
     raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")
-  tokenizer = tasks.load_tokenizer(loaded.folder, loaded.config)
+  tokenizer = tasks.load_tokenizer(loaded.folder)
   voices: dict[str, tuple[nn.Module, Any]] = {
     "base": (families.model(loaded.config, dtype=jnp.dtype(dtype)), None)
   }
   if adapter is not None:
     voices["adapter"] = loaded.network(jnp.dtype(dtype)), loaded.trained
-  ends = hub_config.end_tokens(loaded.folder)
+  ends = {*hub_config.end_tokens(loaded.folder), tokenizer.eos_token_id}
+  if system and not (template == "auto" and tokenizer.chat_template):
+    raise ValueError(
+      "--system expected a chat template of the tokenizer to put it into, got"
+      " none."
+    )
   for number, text in enumerate([prompt] if prompt else _lines()):
     ids = _prompt(tokenizer, text, system, template)
     for name, (network, factors) in voices.items():
@@ -198,7 +212,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        eos_ids=ends,
+        eos_ids=sorted(ends - {None}),
         key=jax.random.fold_in(jax.random.key(seed), number),
       )
       said = tokenizer.decode(answer, skip_special_tokens=True)

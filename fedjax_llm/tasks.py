@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
 
 from fedjax_llm.data import batches, records
@@ -21,13 +22,15 @@ from fedjax_llm.models import (
   classification,
   families,
   heads,
+  hub_config,
   language,
   lora,
   pretrained,
+  quantized,
 )
 
 Dtype = Literal["float32", "bfloat16"]
-Quantize = Literal["int8", "nf4"]
+Quantize = quantized.Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,14 @@ def classifier(
     labels=len(rows.train.label_names),
     pooling=pooling,
     multi_label=examples.labels.ndim > 1,
+    names=rows.train.label_names,
   )
+  stored = hub_config.label_names(folder)
+  if sorted(stored) == sorted(head.names) and stored != head.names:
+    raise ValueError(
+      f"the head in {folder} scores {stored}, the data number their labels as"
+      f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
+    )
   return _task(
     rows, model, adapter, head, measures, dtype, quantize, remat, seed
   )
@@ -158,12 +168,20 @@ def _rows(
 ) -> records.Split:
   """The rows of `data` in tokens of the model in `folder`."""
   config = families.read_config(folder)
+  if not families.of(config).reads_text:
+    raise ValueError(
+      f"expected a model of texts, got {folder.name}, a {config.model_type}; no"
+      " task reads images."
+    )
   if sequence_length > config.max_position_embeddings:
     raise ValueError(
       f"expected sequence_length <= {config.max_position_embeddings}, the"
       f" context of {folder.name}, got {sequence_length}."
     )
-  return data(load_tokenizer(folder, config), sequence_length)
+  rows = data(load_tokenizer(folder), sequence_length)
+  for population in (rows.train, rows.held_out):
+    check_tokens(population.examples.tokens, config)
+  return rows
 
 
 def _task(
@@ -188,8 +206,15 @@ def _task(
     sharding=replicated(mesh),
   )
   trainable = None
+  data = {
+    **rows.identity,
+    "base_model": pathlib.Path(model).name,
+    "base_model_fingerprint": pretrained.fingerprint(folder),
+  }
   if not isinstance(adapter, lora.LoRA):
-    adapter, trainable = adapters.load(pretrained.resolve(adapter), config)
+    start = pretrained.resolve(adapter)
+    data["adapter_fingerprint"] = pretrained.fingerprint(start)
+    adapter, trainable = adapters.load(start, config)
   network = families.model(
     config, adapter, head, dtype=jnp.dtype(dtype), remat=remat
   )
@@ -216,21 +241,17 @@ def _task(
     ),
     mesh=mesh,
     seed=seed,
-    data={
-      **rows.identity,
-      "base_model": pathlib.Path(model).name,
-      "base_model_fingerprint": pretrained.fingerprint(folder),
-    },
+    data=data,
   )
 
 
 def load_tokenizer(
-  folder: pathlib.Path, config: Any
+  folder: pathlib.Path,
 ) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of a model folder, checked against the model's vocabulary.
+  """The tokenizer of a model folder.
 
   Raises:
-    ValueError: if there is none, or it has tokens that the model lacks.
+    ValueError: if there is none.
   """
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -240,12 +261,19 @@ def load_tokenizer(
     ) from error
   if tokenizer is None:
     raise ValueError(f"expected a tokenizer in {folder}, found none.")
-  if len(tokenizer) > config.vocab_size:
-    raise ValueError(
-      f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only"
-      f" {config.vocab_size}."
-    )
   return tokenizer
+
+
+def check_tokens(tokens: np.ndarray, config: Any) -> None:
+  """Raises a `ValueError` if a model lacks one of `tokens`.
+
+  Tokenizers may have more than their model has, as Gemma 3's, for images.
+  """
+  if tokens.size and tokens.max() >= config.vocab_size:
+    raise ValueError(
+      f"the tokenizer wrote token {tokens.max()}, the model has only"
+      f" {config.vocab_size}. Take the tokenizer that it was trained with."
+    )
 
 
 def device_mesh() -> jax.sharding.Mesh:

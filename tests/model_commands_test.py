@@ -49,7 +49,7 @@ def test_evaluate_is_the_mean_over_all_predicted_tokens(
   path = tmp_path / "text.txt"
   path.write_text(" ".join(map(str, range(count))))
   config, params = pretrained.load(toy_model)
-  tokenizer = tasks.load_tokenizer(toy_model, config)
+  tokenizer = tasks.load_tokenizer(toy_model)
   ids = jnp.array(tokenizer(path.read_text())["input_ids"])
   settings, factors = (
     adapters.load(adapter, config) if adapted else (None, None)
@@ -155,7 +155,7 @@ def test_chat_shows_what_the_adapter_changes(toy_model, adapter, capsys):
   model_commands.chat(adapter=adapter, prompt="1 2 3", max_new_tokens=6)
   said = capsys.readouterr().out
   config, params = pretrained.load(toy_model)
-  tokenizer = tasks.load_tokenizer(toy_model, config)
+  tokenizer = tasks.load_tokenizer(toy_model)
   settings, factors = adapters.load(adapter, config)
   ids = tokenizer("1 2 3")["input_ids"]
   ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
@@ -197,7 +197,7 @@ def test_the_chat_template_of_a_tokenizer_is_used(
     return [[]]
 
   monkeypatch.setattr(generation, "generate", note)
-  tokenizer = tasks.load_tokenizer(toy_model, families.read_config(toy_model))
+  tokenizer = tasks.load_tokenizer(toy_model)
   tokenizer.chat_template = (
     "{% for m in messages %}{{ m.role[0] }} {{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
@@ -206,6 +206,7 @@ def test_the_chat_template_of_a_tokenizer_is_used(
   load = lambda *_: tokenizer
   monkeypatch.setattr(tasks, "load_tokenizer", load)
   model_commands.chat(model=str(toy_model), **shared)
+  shared.pop("system")
   for template in ("plain", "alpaca", "question"):
     model_commands.chat(model=str(toy_model), template=template, **shared)
   said = [tokenizer.decode(ids[0]).strip() for ids in prompts]
@@ -241,3 +242,32 @@ def test_what_is_no_adapter_is_refused(toy_model, tmp_path):
     model_commands.chat(model=str(toy_model), adapter="no/such/adapter")
   with pytest.raises(ValueError, match="expected a PEFT adapter"):
     model_commands.chat(adapter=str(toy_model), prompt="1")
+
+
+def test_an_answer_ends_with_the_end_token_of_the_tokenizer(
+  capsys, monkeypatch
+):
+  ends = []
+
+  def note(*args, eos_ids, **kwargs):
+    ends.append(eos_ids)
+    return [[]]
+
+  monkeypatch.setattr(generation, "generate", note)
+  # Its config.json names no token that ends a text; its tokenizer does.
+  model_commands.chat(model=str(pretrained.SHIPPED), prompt="1")
+  tokenizer = tasks.load_tokenizer(pretrained.SHIPPED)
+  assert ends == [[tokenizer.eos_token_id]]
+  with pytest.raises(ValueError, match="--system expected a chat template"):
+    model_commands.chat(model=str(pretrained.SHIPPED), prompt="1", system="2")
+
+
+def test_windows_are_as_long_as_asked_for(toy_model, tmp_path, capsys):
+  path = tmp_path / "text.txt"
+  path.write_text(" ".join(map(str, range(30))))
+  whole = evaluate(capsys, model=str(toy_model), text=path)
+  parts = evaluate(capsys, model=str(toy_model), text=path, sequence_length=4)
+  assert whole["tokens"] == parts["tokens"]
+  assert whole["loss"] != parts["loss"]
+  with pytest.raises(ValueError, match="at most 32"):
+    evaluate(capsys, model=str(toy_model), text=path, sequence_length=33)

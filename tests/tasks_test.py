@@ -1,5 +1,6 @@
 """Tasks at toy size: language models, classifiers, adapters to go on from."""
 
+import json
 import pathlib
 
 import jax
@@ -52,13 +53,16 @@ def numbers(label):
   )
 
 
-def test_a_model_without_a_fitting_tokenizer_is_refused(toy_model, tmp_path):
-  config = families.read_config(toy_model)
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
   with pytest.raises(ValueError, match="tokenizer"):
-    tasks.load_tokenizer(tmp_path, config)
-  fewer = type(config)(**{**vars(config), "vocab_size": 256})
-  with pytest.raises(ValueError, match="300 tokens, the model only 256"):
-    tasks.load_tokenizer(toy_model, fewer)
+    tasks.load_tokenizer(tmp_path)
+
+
+def test_tokens_that_a_model_lacks_are_refused_where_they_occur(toy_model):
+  config = families.read_config(toy_model)
+  tasks.check_tokens(np.array([[0, 299]]), config)
+  with pytest.raises(ValueError, match="token 300, the model has only 300"):
+    tasks.check_tokens(np.array([[0, 300]]), config)
 
 
 def test_the_base_model_is_kept_in_the_dtype_asked_for(toy_model):
@@ -196,7 +200,7 @@ def test_an_encoder_is_no_language_model_but_classifies(toy_model, tmp_path):
     "params"
   ]
   params.pop("classifier")
-  tokenizer = tasks.load_tokenizer(toy_model, families.read_config(toy_model))
+  tokenizer = tasks.load_tokenizer(toy_model)
   tokenizer.save_pretrained(tmp_path / "bert")
   pretrained.save(tmp_path / "bert", config, params, dtype=jnp.float32)
   settings = lora.LoRA(rank=2, targets=("query", "value"))
@@ -210,3 +214,56 @@ def test_an_encoder_is_no_language_model_but_classifies(toy_model, tmp_path):
   )
   assert task.population.label_names == ("0", "1")
   assert np.isfinite(task.evaluate(task.trainable)["loss"])
+
+
+def test_a_task_tells_which_adapter_it_went_on_from(toy_model, tmp_path):
+  first = language_model(toy_model)
+  assert "adapter_fingerprint" not in first.data
+  first.save_adapter(first.trainable, tmp_path / "a")
+  moved = jax.tree.map(lambda x: x + 0.01, first.trainable)
+  first.save_adapter(moved, tmp_path / "b")
+  prints = {
+    language_model(toy_model, adapter=tmp_path / name).data[
+      "adapter_fingerprint"
+    ]
+    for name in "ab"
+  }
+  assert len(prints) == 2
+
+
+def test_labels_keep_their_names_and_kind(toy_model, tmp_path):
+  task = tasks.classifier(
+    numbers(lambda odd: ["number", "odd"][: 1 + odd]),
+    model=toy_model,
+    adapter=lora.LoRA(rank=2),
+    sequence_length=12,
+  )
+  task.save_adapter(task.trainable, tmp_path)
+  config = families.read_config(toy_model)
+  _, trained = adapters.load(tmp_path, config)
+  head = adapters.head_of(tmp_path, trained)
+  assert head.names == ("number", "odd") and head.multi_label
+
+
+def test_a_head_of_labels_in_another_order_is_refused(toy_model, tmp_path):
+  config = families.read_config(toy_model)
+  _, params = pretrained.load(toy_model)
+  head = bert.heads.Classifier(2, names=("odd", "even"))
+  params["score"] = {"kernel": jnp.ones((16, 2))}
+  pretrained.save(tmp_path, config, params, head=head, dtype=jnp.float32)
+  tasks.load_tokenizer(toy_model).save_pretrained(tmp_path)
+  source = numbers(lambda odd: ["even", "odd"][odd])
+  settings = {"adapter": lora.LoRA(rank=2), "sequence_length": 12}
+  with pytest.raises(ValueError, match="'odd', 'even'.*'even', 'odd'"):
+    tasks.classifier(source, model=tmp_path, **settings)
+
+
+def test_images_are_not_read_yet(tmp_path):
+  config = families.vit.ViTConfig(
+    hidden_size=12, intermediate_size=8, num_hidden_layers=1
+  )
+  (tmp_path / "config.json").write_text(json.dumps(config.to_hugging_face()))
+  with pytest.raises(ValueError, match="no task reads images"):
+    tasks.classifier(
+      numbers(str), model=tmp_path, adapter=lora.LoRA(), sequence_length=4
+    )

@@ -4,6 +4,7 @@ They are made by factories that take the names of the columns; any function of
 the same form is one too. A classifier reads prompt and answer as one text.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ def chat(
   messages: str | None = "messages",
   prompt: str = "prompt",
   response: str = "response",
+  date_string: str = "26 Jul 2024",
 ) -> Template:
   """The chat template of a tokenizer; the last assistant message is learnt.
 
@@ -104,6 +106,8 @@ def chat(
       next two columns instead.
     prompt: column of what the user says.
     response: column of what the assistant answers.
+    date_string: what a template that writes today's date writes instead, so
+      that rows are the same tomorrow.
 
   Raises:
     ImportError: if Jinja2, which chat templates are written in, is missing.
@@ -132,10 +136,11 @@ def chat(
       turns.pop()
     if not turns or not turns[-1]["content"]:
       return Text("", "", special_tokens=False)
-    asked: Any = tokenizer.apply_chat_template(
-      turns[:-1], tokenize=False, add_generation_prompt=True
+    apply: Any = functools.partial(
+      tokenizer.apply_chat_template, tokenize=False, date_string=date_string
     )
-    answered: Any = tokenizer.apply_chat_template(turns, tokenize=False)
+    asked = apply(turns[:-1], add_generation_prompt=True)
+    answered = apply(turns)
     if not answered.startswith(asked):
       raise ValueError(
         "expected a chat template whose generation prompt starts the"

@@ -5,11 +5,10 @@ PEFT stores both factors transposed: its `lora_A.weight` [rank, in] is our `a`
 one of its `modules_to_save`, stored whole.
 """
 
+import dataclasses
 import json
-import math
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,22 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fedjax_llm.models import families, heads, layout, lora
+from fedjax_llm.models import families, heads, layout, lora, peft_files
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Fields of an adapter_config.json that leave what the factors compute as it is,
-# or are read below. Any other that is switched on is refused.
-_HONOURED = frozenset(
-  """alpha_pattern auto_mapping base_model_name_or_path eva_config
-  exclude_modules fan_in_fan_out inference_mode init_lora_weights
-  layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
-  modules_to_save peft_type peft_version qalora_group_size r rank_pattern
-  revision runtime_config target_modules task_type use_rslora""".split()
-)
-# Other starting points (PiSSA, OLoRA, LoftQ, ...) change the base weights too.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+# Beside PEFT's two: what it does not say of a classifier, such as its labels.
+_CLASSIFIER = "classifier.json"
 
 
 def save(
@@ -66,12 +53,14 @@ def save(
       saved.add(path[-2])
     leaf = np.asarray(leaf, np.float32)
     for layer, array in enumerate(leaf if is_stacked else leaf[None]):
-      name = _tensor_name(names, path, layer if is_stacked else None)
+      name = peft_files.tensor_name(names, path, layer if is_stacked else None)
       if _is_bare(config, head):
-        name = name.replace(f"{_PREFIX}{names.base}.", _PREFIX)
+        name = name.replace(
+          f"{peft_files.PREFIX}{names.base}.", peft_files.PREFIX
+        )
       tensors[name] = np.ascontiguousarray(array.T)
   safetensors.numpy.save_file(
-    tensors, folder / _FILES[1], metadata={"format": "pt"}
+    tensors, folder / peft_files.FILES[1], metadata={"format": "pt"}
   )
   fields = {
     "peft_type": "LORA",
@@ -86,7 +75,10 @@ def save(
     "fan_in_fan_out": not names.transposed,
     "inference_mode": True,
   }
-  (folder / _FILES[0]).write_text(json.dumps(fields, indent=2) + "\n")
+  (folder / peft_files.FILES[0]).write_text(json.dumps(fields, indent=2) + "\n")
+  if head is not None:
+    text = json.dumps(dataclasses.asdict(head), indent=2)
+    (folder / _CLASSIFIER).write_text(text + "\n")
 
 
 def _task(config: Any, head: heads.Classifier | None) -> str | None:
@@ -105,15 +97,6 @@ def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
   if head is not None:
     return head.pooling == "mean"
   return not families.of(config).predicts
-
-
-def _tensor_name(
-  names: layout.Layout, path: layout.Path, layer: int | None
-) -> str:
-  if path[-1] in ("a", "b"):
-    module = names.module_name(path[:-1], layer)
-    return f"{_PREFIX}{module}.lora_{path[-1].upper()}.weight"
-  return _PREFIX + names.tensor_name(path, layer)
 
 
 def load(
@@ -139,25 +122,30 @@ def load(
       that is not honoured here.
   """
   folder = pathlib.Path(folder)
-  if missing := [name for name in _FILES if not (folder / name).is_file()]:
+  if missing := [
+    name for name in peft_files.FILES if not (folder / name).is_file()
+  ]:
     raise ValueError(f"expected a PEFT adapter in {folder}, missing {missing}.")
-  fields = json.loads((folder / _FILES[0]).read_text())
-  _refuse(folder, fields)
-  pairs, trained = _read(folder / _FILES[1], config, fields)
-  rank = max(a.shape[-1] for a, _ in pairs.values())
+  fields = json.loads((folder / peft_files.FILES[0]).read_text())
+  peft_files.refuse(folder, fields)
+  pairs, trained = peft_files.read(folder / peft_files.FILES[1], config, fields)
+  rank = max(a.shape[-1] for a, _, _ in pairs.values())
   alpha = float(fields.get("lora_alpha", 8))
-  scale = _scale(alpha, rank, fields)
+  scale = peft_files.scale(alpha, rank, fields)
   layers: dict[layout.Path, dict[int | None, np.ndarray]] = {}
-  for (path, layer), (a, b) in pairs.items():
+  for (path, layer), (a, b, stored) in pairs.items():
     module = families.of(config).layout.module_name(path, layer)
-    own = _pattern(fields.get("rank_pattern"), module, fields.get("r", 8))
+    names = (stored, module)
+    own = peft_files.pattern(
+      fields.get("rank_pattern"), names, fields.get("r", 8)
+    )
     if a.shape[-1] != own:
       raise ValueError(
         f"{folder}: expected factors of rank {own} of {module}, got"
         f" {a.shape[-1]}."
       )
-    own_alpha = _pattern(fields.get("alpha_pattern"), module, alpha)
-    b = b * np.float32(_scale(own_alpha, own, fields) / scale)
+    own_alpha = peft_files.pattern(fields.get("alpha_pattern"), names, alpha)
+    b = b * np.float32(peft_files.scale(own_alpha, own, fields) / scale)
     missing = (0, rank - own)
     layers.setdefault((*path, "a"), {})[layer] = np.pad(a, [(0, 0), missing])
     layers.setdefault((*path, "b"), {})[layer] = np.pad(b, [missing, (0, 0)])
@@ -179,7 +167,7 @@ def base_model(folder: str | os.PathLike) -> str:
   Raises:
     ValueError: if there is no adapter, or it names none.
   """
-  path = pathlib.Path(folder) / _FILES[0]
+  path = pathlib.Path(folder) / peft_files.FILES[0]
   if not path.is_file():
     raise ValueError(f"expected a PEFT adapter in {folder}, found none.")
   name = json.loads(path.read_text()).get("base_model_name_or_path")
@@ -191,101 +179,20 @@ def base_model(folder: str | os.PathLike) -> str:
 def head_of(
   folder: str | os.PathLike, trained: Mapping[str, Any]
 ) -> heads.Classifier | None:
-  """The classifier that an adapter's head, if it has one, belongs to."""
+  """The classifier that an adapter's head, if it has one, belongs to.
+
+  An adapter that PEFT made does not say what the labels are called, nor whether
+  a row may have several; it is taken for one label a row.
+  """
   kernels = [x["kernel"] for x in trained.values() if "kernel" in x]
   if not kernels:
     return None
-  fields = json.loads((pathlib.Path(folder) / _FILES[0]).read_text())
+  fields = json.loads((pathlib.Path(folder) / peft_files.FILES[0]).read_text())
+  own = pathlib.Path(folder) / _CLASSIFIER
+  if own.is_file():
+    return heads.Classifier(**json.loads(own.read_text()))
   is_mean = fields.get("task_type") == "FEATURE_EXTRACTION"
   return heads.Classifier(kernels[0].shape[-1], "mean" if is_mean else None)
-
-
-def _refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  """Raises one error that names everything that would be computed wrongly."""
-  if (kind := fields.get("peft_type")) != "LORA":
-    raise ValueError(f'{folder}: expected peft_type "LORA", got {kind!r}.')
-  fields = dict(fields)
-  if fields.get("bias") == "none":
-    fields.pop("bias")
-  refused = [name for name in fields if fields[name] and name not in _HONOURED]
-  if fields.get("init_lora_weights") not in _INITS:
-    refused.append(f"init_lora_weights={fields['init_lora_weights']!r}")
-  if refused:
-    raise ValueError(
-      f"{folder}: the adapter uses {sorted(refused)}, not honoured here."
-    )
-
-
-def _scale(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
-  """What PEFT multiplies the product of the factors by."""
-  return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any):
-  """The value of the first pattern that fits a module, as PEFT finds it."""
-  for pattern, value in (patterns or {}).items():
-    if re.match(rf"(.*\.)?({pattern})$", module):
-      return value
-  return default
-
-
-def _read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
-  """Reads an adapter's tensors.
-
-  Returns:
-    The factors (a, b) of each (path of a module, layer), and what else was
-    trained, by path.
-  """
-  names = families.of(config).layout
-  factors: dict[Any, dict[str, np.ndarray]] = {}
-  trained, problems = {}, []
-  for name, array in safetensors.numpy.load_file(file).items():
-    inner = names.current(name.removeprefix(_PREFIX))
-    if match := _FACTOR.fullmatch(inner):
-      place = names.place(match[1])
-      factors.setdefault(place, {})[match[2]] = array.astype(np.float32).T
-    elif inner.split(".")[0] in names.heads:
-      module, leaf = inner.rsplit(".", 1)
-      is_kernel = leaf == "weight"
-      path = (*names.place(module)[0], "kernel" if is_kernel else leaf)
-      trained[path] = array.T if is_kernel else array
-    else:
-      problems.append(f"cannot place {name}")
-  problems += [
-    f"cannot place layer {layer} of {'.'.join(path)}"
-    for path, layer in sorted(factors, key=str)
-    if layer is not None and layer >= config.num_hidden_layers
-  ]
-  expected = set(factors)
-  if not _names_layers(fields):
-    every = range(config.num_hidden_layers)
-    expected |= {
-      (x, n) for x, layer in factors if layer is not None for n in every
-    }
-  for path, layer in sorted(expected, key=str):
-    pair = factors.get((path, layer), {})
-    module = names.module_name(path, layer)
-    problems += [
-      f"missing {_PREFIX}{module}.lora_{x}.weight"
-      for x in "AB"
-      if x not in pair
-    ]
-  if problems or not factors:
-    raise ValueError(
-      f"expected the LoRA factors of a {config.model_type} in {file}:\n  "
-      + "\n  ".join(problems or ["it has none"])
-    )
-  return {place: (x["A"], x["B"]) for place, x in factors.items()}, trained
-
-
-def _names_layers(fields: Mapping[str, Any]) -> bool:
-  """Whether an adapter chooses among the layers, so that some may lack it."""
-  names = [fields.get("target_modules"), fields.get("exclude_modules")]
-  return (
-    fields.get("layers_to_transform") is not None
-    or any(isinstance(x, str) for x in names)
-    or any(re.search(r"\.\d+\.", x) for some in names for x in some or ())
-  )
 
 
 def _stack(path, arrays, config) -> np.ndarray:

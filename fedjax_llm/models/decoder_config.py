@@ -247,7 +247,7 @@ def _pop_act(given: hub_config.Fields, kind: str) -> str:
   """Pops the activation of the gate."""
   older, act = given.pop("hidden_act"), given.pop("hidden_activation")
   act = act or older or "silu"
-  if kind.startswith("gemma") and act == "gelu":
+  if kind == "gemma" and act == "gelu":
     act = "gelu_pytorch_tanh"  # What the first configs of Gemma meant.
   if act not in ACTIVATIONS:
     raise ValueError(
@@ -280,7 +280,7 @@ def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
   elif kind == "gemma3_text":
     windowed = [(layer + 1) % pattern > 0 for layer in layers]
   else:
-    windowed = [layer >= first for layer in layers]
+    windowed = [layer >= (first or 0) for layer in layers]
   if window is None or not any(windowed):
     return {}
   return {"sliding_window": window, "windowed": tuple(windowed)}

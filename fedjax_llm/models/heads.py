@@ -24,13 +24,20 @@ class Classifier:
       tokens. None for what transformers does with the model at hand.
     multi_label: whether a row may have several labels: a sigmoid of each
       score in place of a softmax over all.
+    names: of the labels, where they have any.
   """
 
   labels: int
   pooling: Literal["last", "first", "mean"] | None = None
   multi_label: bool = False
+  names: tuple[str, ...] = ()
 
   def __post_init__(self):
+    object.__setattr__(self, "names", tuple(self.names))
+    if self.names and len(self.names) != self.labels:
+      raise ValueError(
+        f"Classifier expected {self.labels} names, got {len(self.names)}."
+      )
     if self.labels < 1:
       raise ValueError(f"Classifier expected labels >= 1, got {self.labels}.")
     if self.pooling not in (None, "last", "first", "mean"):

@@ -85,13 +85,19 @@ def label_fields(head: heads.Classifier | None) -> dict[str, Any]:
   """The fields of a config.json that tell of a classifier's labels."""
   if head is None:
     return {}
-  names = [f"LABEL_{number}" for number in range(head.labels)]
+  names = head.names or [f"LABEL_{number}" for number in range(head.labels)]
   kind = "multi" if head.multi_label else "single"
   return {
     "id2label": {str(number): name for number, name in enumerate(names)},
     "label2id": {name: number for number, name in enumerate(names)},
     "problem_type": f"{kind}_label_classification",
   }
+
+
+def label_names(folder: pathlib.Path) -> tuple[str, ...]:
+  """The names that a config.json gives to the labels of its classifier."""
+  names = json.loads((folder / "config.json").read_text()).get("id2label") or {}
+  return tuple(names[key] for key in sorted(names, key=int))
 
 
 def stored_dtype(folder: pathlib.Path) -> str:

@@ -5,7 +5,6 @@ layers are transposed, layers stacked, everything else is the same array.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,19 +18,23 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from fedjax_llm.models import families, heads, layout, lora, quantized
+from fedjax_llm.models import (
+  families,
+  heads,
+  hub_config,
+  layout,
+  lora,
+  quantized,
+  tensor_files,
+)
 
 # The small Llama that the package ships, see configs/pretrain.py.
 SHIPPED = pathlib.Path(__file__).parent / "python_llama"
 # The files of a repository that loading needs: no pickles, no other formats.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-_SHARD_BYTES = 5_000_000_000
-# Rows of a tensor that are read at once: so few stay in the processor's cache
-# while they are transposed.
-_ROWS = 32
+# Checkpoints of the training, and weights in Meta's names.
+_IGNORED = ["*/*", "consolidated*"]
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
@@ -51,7 +54,7 @@ def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        str(name_or_folder), allow_patterns=_PATTERNS
+        str(name_or_folder), allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
       )
     )
   except (OSError, ValueError) as error:  # Of the hub, its cache or the name.
@@ -79,7 +82,7 @@ def load(
   Args:
     name_or_folder: a Hugging Face folder or hub name (see `resolve`).
     head: what classifies a row, if the model is no language model. The head of
-      the checkpoint is loaded if it has one.
+      the checkpoint is loaded if it has one of as many labels.
     dtype: what the parameters are stored in.
     quantize: store the kernels of the layers in this format instead.
     sharding: of every parameter; the first device's if None.
@@ -98,15 +101,21 @@ def load(
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with contextlib.ExitStack() as stack:
-    stored = _stored_tensors(folder, names, stack)
+    stored = tensor_files.open_tensors(folder, names, stack)
+    if head is not None:
+      _leave_heads(names, shapes, stored)
     _check(folder, names, shapes, stored, head)
+    if getattr(config, "tie_word_embeddings", False) and head is None:
+      _check_tied(folder, names, shapes, stored)
     params = {}
     for path, leaf in shapes.items():
       within = [name for name, _ in _tensors(names, path, leaf.shape)]
       if within[0] not in stored:
         continue  # A head that is yet to be trained.
       tensors = [stored[name] for name in within]
-      array: Any = _Parameter(tensors, names, path, leaf.shape, dtype)
+      array: Any = tensor_files.Parameter(
+        tensors, names, path, leaf.shape, dtype
+      )
       if quantize and path[0] == "layers" and path[-1] == "kernel":
         array = _quantized(array, quantize)
       place = lambda array: jax.make_array_from_callback(
@@ -120,7 +129,7 @@ def load(
 def fingerprint(folder: pathlib.Path) -> str:
   """SHA-256 of a model folder's shape and weights, wherever it lies."""
   digest = hashlib.sha256()
-  files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+  files = [*folder.glob("*config.json"), *sorted(folder.glob("*.safetensors"))]
   for path in files:
     with path.open("rb") as file:
       digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -147,7 +156,8 @@ def save(
     like: folder of a base model, whose tokenizer, token ids and settings of
       generation are kept.
   """
-  fields = config.to_hugging_face(head)
+  made = config.to_hugging_face(head)
+  fields = made
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   if like is not None:
@@ -157,13 +167,12 @@ def save(
           shutil.copy(path, folder)
     older = json.loads((like / "config.json").read_text())
     older.pop("torch_dtype", None)
-    fields = older | {x: fields[x] for x in fields if x not in older}
-    if head is not None:
-      made = config.to_hugging_face(head)
-      fields |= {x: made[x] for x in ("architectures", "id2label", "label2id")}
+    of_head = hub_config.label_fields(head)
+    of_head |= {"architectures": made["architectures"]} if head else {}
+    fields = made | older | of_head
   fields["dtype"] = jnp.dtype(dtype).name
   (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-  _write(folder, _shards(_named(config, params, dtype)))
+  tensor_files.write(folder, tensor_files.shards(_named(config, params, dtype)))
 
 
 def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -180,41 +189,6 @@ def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
       if names.is_transposed(path):
         array = array.swapaxes(-1, -2)
       yield names.stored_name(name), np.ascontiguousarray(array)
-
-
-def _shards(tensors) -> Iterator[dict[str, np.ndarray]]:
-  """Gathers tensors up to the size of a file."""
-  shard, size = {}, 0
-  for name, array in tensors:
-    if shard and size + array.nbytes > _SHARD_BYTES:
-      yield shard
-      shard, size = {}, 0
-    shard[name] = array
-    size += array.nbytes
-  yield shard
-
-
-def _write(folder, shards):
-  """Writes one file, or several and their index."""
-  files, weight_map, total = [], {}, 0
-  for shard in shards:
-    files.append(folder / f"model-{len(files)}.safetensors")
-    safetensors.numpy.save_file(shard, files[-1], metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(shard, len(files))
-    total += sum(array.nbytes for array in shard.values())
-  if len(files) == 1:
-    files[0].rename(folder / "model.safetensors")
-    return
-  name = lambda number: f"model-{number:05d}-of-{len(files):05d}.safetensors"
-  for number, path in enumerate(files, 1):
-    path.rename(folder / name(number))
-  index = {
-    "metadata": {"total_size": total},
-    "weight_map": {tensor: name(x) for tensor, x in weight_map.items()},
-  }
-  (folder / "model.safetensors.index.json").write_text(
-    json.dumps(index, indent=2) + "\n"
-  )
 
 
 def _parameter_shapes(config, head) -> dict[layout.Path, Any]:
@@ -235,35 +209,6 @@ def _tensors(
     yield names.tensor_name(path, layer), inner
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-  """A parameter in a checkpoint, read where it is indexed by slices."""
-
-  tensors: list[Any]  # Slices of safetensors.
-  names: layout.Layout
-  path: layout.Path
-  shape: tuple[int, ...]
-  dtype: Any
-
-  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    """The part of the parameter that `index` says, in its dtype."""
-    shape = np.broadcast_to(0, self.shape)[index].shape
-    parts, tensors = np.empty((1, *shape), self.dtype), self.tensors
-    if self.path[0] == "layers":
-      parts, tensors, index = parts[0], tensors[index[0]], index[1:]
-    into = parts
-    if self.names.is_transposed(self.path):
-      into = parts.swapaxes(-1, -2)
-      index = (*index[:-2], index[-1], index[-2])
-    rows = range(tensors[0].get_shape()[0])[index[0]]
-    for tensor, part in zip(tensors, into, strict=True):
-      for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
-        block = tensor[(slice(some.start, some.stop), *index[1:])]
-        part[start : start + _ROWS] = block
-    return parts.reshape(shape)
-
-
 def _quantized(kernel: Any, format: quantized.Format) -> Any:
   """Quantises a parameter, one of its layers in memory at a time."""
   layers = (
@@ -274,26 +219,38 @@ def _quantized(kernel: Any, format: quantized.Format) -> Any:
   return jax.tree.map(join, *map(jax.device_get, layers))
 
 
-def _stored_tensors(folder, names, stack) -> dict[str, Any]:
-  """What the headers of the folder's one file, or of its shards, list."""
-  files = ["model.safetensors"]
-  index = folder / "model.safetensors.index.json"
-  if index.is_file():
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-  if missing := [name for name in files if not (folder / name).is_file()]:
+def _leave_heads(names, shapes, stored):
+  """Forgets the head of another number of labels: it is trained anew."""
+  tensors = [
+    tensor
+    for path, leaf in shapes.items()
+    if path[0] in names.heads
+    for tensor in _tensors(names, path, leaf.shape)
+  ]
+  fits = lambda name, shape: tuple(stored[name].get_shape()) == shape
+  if not all(fits(*tensor) for tensor in tensors if tensor[0] in stored):
+    for name, _ in tensors:
+      stored.pop(name, None)
+
+
+def _check_tied(folder, names, shapes, stored):
+  """Refuses an output matrix that is not the embedding it is said to be."""
+  output = stored.get("lm_head.weight")
+  if output is None:
+    return
+  size = output.get_shape()[0]
+  rows = [slice(x, min(x + 4096, size)) for x in range(0, size, 4096)]
+  tables = [
+    stored[names.tensor_name(path, None)]
+    for path, leaf in shapes.items()
+    if path[-1] == "embedding" and list(leaf.shape) == output.get_shape()
+  ]
+  same = lambda table: all(np.array_equal(table[x], output[x]) for x in rows)
+  if not any(map(same, tables)):
     raise ValueError(
-      f"expected the weights of {folder} in {files}, missing {missing}. Only"
-      " safetensors are read: transformers' save_pretrained writes them."
+      f"{folder} has an output matrix of its own, but its config.json says that"
+      " the embedding is used. Set tie_word_embeddings to false in it."
     )
-  tensors = {}
-  for path in (folder / name for name in files):
-    try:
-      file = stack.enter_context(safetensors.safe_open(path, "np"))
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    for name in file.keys():
-      tensors[names.current(name)] = file.get_slice(name)
-  return tensors
 
 
 def _check(folder, names, shapes, stored, head):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm.models import adapters, bert, decoder, heads, lora, pretrained
+from fedjax_llm.models import (
+  adapters,
+  bert,
+  decoder,
+  heads,
+  lora,
+  pretrained,
+  vit,
+)
 
 SETTINGS = lora.LoRA(
   rank=3, alpha=6.0, dropout=0.1, targets=("down_proj", "q_proj", "v_proj")
@@ -342,6 +350,9 @@ def test_a_classifier_of_the_mean_is_known_by_its_folder(draw, tmp_path):
     )
     _, loaded = adapters.load(tmp_path, BERT)
     jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+    assert adapters.head_of(tmp_path, loaded) == head
+    # As of a folder that PEFT made.
+    (tmp_path / "classifier.json").unlink()
     read = adapters.head_of(tmp_path, loaded)
     assert read == heads.Classifier(3, expected)
 
@@ -353,3 +364,39 @@ def test_the_base_model_of_an_adapter_is_read_from_it(folder, tmp_path):
     adapters.base_model(folder)
   with pytest.raises(ValueError, match="expected a PEFT adapter"):
     adapters.base_model(tmp_path / "nowhere")
+
+
+def test_adapters_of_other_tasks_are_refused(folder, config):
+  edit_fields(folder, task_type="TOKEN_CLS")
+  with pytest.raises(ValueError, match="task_type.*TOKEN_CLS"):
+    adapters.load(folder, config)
+
+
+def test_patterns_fit_the_names_that_the_adapter_was_made_with(tmp_path, draw):
+  config = vit.ViTConfig(
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=4,
+    patch_size=2,
+  )
+  settings = lora.LoRA(rank=2, alpha=2.0, targets=("q_proj",))
+  model = vit.ViT(config, settings)
+  factors = draw(lora.init(model, jax.random.key(0)))
+  adapters.save(tmp_path, factors, settings, config=config, base_model="x")
+
+  def older(tensors):
+    for name in [*tensors]:
+      old = name.replace("model.layers", "model.encoder.layer").replace(
+        "attention.q_proj", "attention.attention.query"
+      )
+      tensors[old] = tensors.pop(name)
+
+  edit(tmp_path, older)
+  edit_fields(tmp_path, alpha_pattern={"query": 32})
+  _, loaded = adapters.load(tmp_path, config)
+  b, expected = (
+    x["layers"]["attention"]["q_proj"]["b"] for x in (loaded, factors)
+  )
+  np.testing.assert_allclose(b, 16 * expected, rtol=1e-6)
