@@ -15,6 +15,7 @@ from fedjax_llm.models import (
   heads,
   lora,
   pretrained,
+  tensor_files,
   vit,
 )
 
@@ -132,7 +133,7 @@ def test_the_fields_of_a_config_go_both_ways(variant):
 def test_what_is_saved_is_loaded(variant, params, tmp_path, monkeypatch):
   values = params(variant, HEAD)
   for name, limit in {"one": 5_000_000_000, "many": 9_000}.items():
-    monkeypatch.setattr(pretrained, "_SHARD_BYTES", limit)
+    monkeypatch.setattr(tensor_files, "_SHARD_BYTES", limit)
     folder = tmp_path / name
     pretrained.save(folder, variant, values, head=HEAD, dtype=jnp.float32)
     shards = len(list(folder.glob("*.safetensors")))
