@@ -22,14 +22,14 @@ _COMMANDS = ("run", "data", "export", "pretrain", "compare", "evaluate")
 _COMMANDS += ("merge", "chat")
 _USAGE = """usage: fedjax-llm COMMAND ...
 
-  run CONFIG [--knobs] [--out DIR]   run or resume an experiment
-  data CONFIG [--knobs] [--out DIR]  show which client has what
-  export CONFIG [--knobs] [--out DIR]  write the adapter of a run's checkpoint
-  compare DIR DIR ...                utility against bytes of finished runs
-  evaluate --text FILE ...           held-out loss of a model or an adapter
-  merge --adapter FOLDER --out DIR   merge an adapter into its base model
-  chat --adapter FOLDER ...          see what an adapter changes
-  pretrain [CONFIG] [--knobs]        train a base model
+  run CONFIG [--knobs] [--out DIR]     run or resume an experiment
+  data CONFIG [--knobs] [--out DIR]    show which client has what
+  export CONFIG [--knobs] [--out DIR]  write a run's adapter so far
+  compare DIR DIR ...                  utility against bytes of finished runs
+  evaluate --text FILE ...             held-out loss of a model or adapter
+  merge --adapter FOLDER --out DIR     put an adapter into its base model
+  chat --adapter FOLDER ...            see what an adapter changes
+  pretrain [CONFIG] [--knobs]          train a base model
 
 CONFIG is a name or the path of a Python file with an `experiment` function.
 `fedjax-llm COMMAND --help` tells more."""
