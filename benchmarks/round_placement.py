@@ -24,7 +24,7 @@ import tyro
 
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 from fedjax_llm.models import decoder, language, lora, pretrained
 
@@ -73,7 +73,7 @@ def candidate(parts, devices: int, clients_per_step: int, density):
     loss_fn,
     optax.sgd(0.1, momentum=0.9),
     flasc.server_adamw(1e-3),
-    channel=rounds.Channel(compress, compress),
+    channel=channels.Channel(compress, compress),
     clients_per_step=clients_per_step,
     mesh=mesh,
   )

@@ -20,6 +20,7 @@ from fedjax_llm.compression import (
 from fedjax_llm.federated.aggregators import uniform_mean, weighted_mean
 from fedjax_llm.federated.algorithms.fed_avg import fed_avg
 from fedjax_llm.federated.algorithms.flasc import flasc, server_adamw
+from fedjax_llm.federated.channels import Channel, Tiers
 from fedjax_llm.federated.clients import (
   Cohort,
   local_update,
@@ -27,7 +28,6 @@ from fedjax_llm.federated.clients import (
   proximal,
 )
 from fedjax_llm.federated.rounds import (
-  Channel,
   FederatedAlgorithm,
   ServerState,
   federated_round,

@@ -89,9 +89,9 @@ def federated(
 
   def evaluate(state):
     sent, kept = received(state, key), state.trainable
-    result = task.evaluate(sent)
+    result = task.evaluate(sent, task.frozen)
     same = jax.tree.all(jax.tree.map(np.array_equal, sent, kept))
-    server = result if same else task.evaluate(kept)
+    server = result if same else task.evaluate(kept, task.frozen)
     return result | {f"server_{name}": x for name, x in server.items()}
 
   def export(state, folder):

@@ -42,7 +42,8 @@ class Task:
     trainable: the LoRA factors to start from, with the head of a classifier.
     frozen: the base model's parameters.
     population: the clients and their training rows.
-    evaluate: trainable -> `loss`, `accuracy` and more on held-out rows.
+    evaluate: (trainable, frozen) -> `loss`, `accuracy` and more on held-out
+      rows.
     save_adapter: (trainable, folder) -> None; writes a PEFT adapter.
     mesh: the devices that clients are shared out over.
     seed: of everything random.
@@ -53,7 +54,7 @@ class Task:
   trainable: Any
   frozen: Any
   population: batches.Population
-  evaluate: Callable[[Any], dict[str, float]]
+  evaluate: Callable[[Any, Any], dict[str, float]]
   save_adapter: Callable[[Any, pathlib.Path], None]
   mesh: jax.sharding.Mesh
   seed: int
@@ -230,7 +231,7 @@ def _task(
     trainable=trainable,
     frozen=frozen,
     population=rows.train,
-    evaluate=lambda trained: evaluate(trained, frozen),
+    evaluate=evaluate,
     save_adapter=lambda trained, folder: adapters.save(
       folder,
       trained,

@@ -87,7 +87,7 @@ def test_the_layers_of_the_base_model_are_quantised_on_request(
   kind = {"int8": quantized.Int8, "nf4": quantized.NF4}[format]
   assert isinstance(kernel, kind)
   assert task.frozen["norm"]["scale"].dtype == jnp.float32
-  assert np.isfinite(task.evaluate(task.trainable)["loss"])
+  assert np.isfinite(task.evaluate(task.trainable, task.frozen)["loss"])
 
 
 def test_training_goes_on_from_an_adapter(toy_model, tmp_path):
@@ -96,7 +96,9 @@ def test_training_goes_on_from_an_adapter(toy_model, tmp_path):
   first.save_adapter(moved, tmp_path / "adapter")
   second = language_model(toy_model, adapter=tmp_path / "adapter")
   jax.tree.map(np.testing.assert_array_equal, second.trainable, moved)
-  assert second.evaluate(second.trainable) == first.evaluate(moved)
+  assert second.evaluate(second.trainable, second.frozen) == first.evaluate(
+    moved, first.frozen
+  )
 
 
 def test_an_adapter_of_another_model_is_refused(toy_model, tmp_path):
@@ -182,7 +184,7 @@ def test_texts_may_have_several_labels(toy_model):
     adapter=lora.LoRA(rank=2),
     sequence_length=12,
   )
-  result = task.evaluate(task.trainable)
+  result = task.evaluate(task.trainable, task.frozen)
   assert {"loss", "accuracy", "micro_f1"} <= set(result)
 
 
@@ -213,7 +215,7 @@ def test_an_encoder_is_no_language_model_but_classifies(toy_model, tmp_path):
     sequence_length=12,
   )
   assert task.population.label_names == ("0", "1")
-  assert np.isfinite(task.evaluate(task.trainable)["loss"])
+  assert np.isfinite(task.evaluate(task.trainable, task.frozen)["loss"])
 
 
 def test_a_task_tells_which_adapter_it_went_on_from(toy_model, tmp_path):

@@ -4,6 +4,7 @@ from fedjax_llm.compression.base import Compressor as Compressor
 from fedjax_llm.compression.base import chain as chain
 from fedjax_llm.compression.base import error_feedback as error_feedback
 from fedjax_llm.compression.base import identity as identity
+from fedjax_llm.compression.base import relative_to as relative_to
 from fedjax_llm.compression.base import transmit as transmit
 from fedjax_llm.compression.quantize import cast as cast
 from fedjax_llm.compression.quantize import uniform as uniform

@@ -178,3 +178,25 @@ def error_feedback(compressor: Compressor) -> Compressor:
     return payload, (target - received, inner)
 
   return Compressor(init, encode, compressor.decode)
+
+
+def relative_to(
+  reference: Float[Array, " n"], compressor: Compressor
+) -> Compressor:
+  """Sends how a vector differs from one that both ends know.
+
+  Such as the factors that the experiment's seed draws: what never moves then
+  costs nothing, and Top-K keeps what moved most.
+
+  Args:
+    reference: what both ends know.
+    compressor: what sends the difference.
+  """
+
+  def encode(vector, state, key):
+    return compressor.encode(vector - reference, state, key)
+
+  def decode(payload):
+    return reference + compressor.decode(payload)
+
+  return Compressor(compressor.init, encode, decode)

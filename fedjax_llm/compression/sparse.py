@@ -150,6 +150,13 @@ def select(
   return base.stateless(encode, decode)
 
 
+def support(payload: Sparse) -> Bool[Array, " n"]:
+  """Which entries of the vector a payload of `top_k` holds."""
+  count = payload.values.size
+  indices = supports.unpack(payload.support, payload.size, count)
+  return jnp.zeros(payload.size, bool).at[indices].set(True, mode="drop")
+
+
 def top_k_mask(
   vector: Float[Array, " n"], k: int | Int[Array, ""]
 ) -> Bool[Array, " n"]:

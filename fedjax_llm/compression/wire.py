@@ -93,6 +93,13 @@ def nbytes(payload: Any) -> int:
   )
 
 
+def entries(payload: Any) -> int:
+  """How many numbers travel in a payload, whatever they take: k of a Top-K."""
+  while hasattr(payload, "values"):
+    payload = payload.values
+  return payload.size
+
+
 def dumps(payload: Any) -> bytes:
   """The message that carries `payload`.
 

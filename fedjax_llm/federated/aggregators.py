@@ -8,38 +8,72 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
+
+State = Any
 
 
 class Aggregator(NamedTuple):
   """A reduction over clients.
 
   Attributes:
-    share: (update [n], weight) -> what one client adds, a tree.
-    finish: sum of the shares -> one update [n]; zeros if nobody was there.
+    init: () -> its state before the first round, a tree of arrays; () if it
+      has no memory.
+    share: (update [n], weight, state) -> what one client adds, a tree.
+    finish: (sum of the shares, state, key) -> one update [n], zeros if nobody
+      was there, and the next state.
+    always: whether the server steps in a round of nobody too, as privacy asks:
+      that nobody was there must not show.
   """
 
-  share: Callable[[Float[Array, " n"], Float[Array, ""]], Any]
-  finish: Callable[[Any], Float[Array, " n"]]
+  init: Callable[[], State]
+  share: Callable[[Float[Array, " n"], Float[Array, ""], State], Any]
+  finish: Callable[[Any, State, PRNGKeyArray], tuple[Float[Array, " n"], State]]
+  always: bool = False
 
 
 def weighted_mean() -> Aggregator:
   """The mean weighted by the cohort's weights (FedAvg's n_i, for instance)."""
 
-  def share(update, weight):
+  def share(update, weight, state):
+    del state
     weight = weight.astype(update.dtype)
     # Selected, because an absent client's update may be anything, even NaN.
     return jnp.where(weight > 0, weight * update, 0), weight
 
-  def finish(total):
+  def finish(total, state, key):
+    del key  # Deterministic.
     update, weight = total
-    return update / jnp.where(weight > 0, weight, 1)
+    return update / jnp.where(weight > 0, weight, 1), state
 
-  return Aggregator(share, finish)
+  return Aggregator(lambda: (), share, finish)
 
 
 def uniform_mean() -> Aggregator:
   """The plain mean, whatever the clients' weights, as FLASC takes it."""
   mean = weighted_mean()
-  share = lambda update, weight: mean.share(update, jnp.sign(weight))
-  return Aggregator(share, mean.finish)
+  share = lambda update, weight, state: mean.share(
+    update, jnp.sign(weight), state
+  )
+  return Aggregator(mean.init, share, mean.finish)
+
+
+def mean_of_senders() -> Aggregator:
+  """The mean of each entry over the clients that sent it, by their weights.
+
+  For uploads that are parts: what a client did not send arrives as zero, and
+  so is an entry that was sent as exactly zero taken for one that was not.
+  """
+
+  def share(update, weight, state):
+    del state
+    weight = weight.astype(update.dtype)
+    is_sent = (weight > 0) & (update != 0)
+    return jnp.where(is_sent, weight * update, 0), weight * is_sent
+
+  def finish(total, state, key):
+    del key  # Deterministic.
+    update, weight = total
+    return update / jnp.where(weight > 0, weight, 1), state
+
+  return Aggregator(lambda: (), share, finish)

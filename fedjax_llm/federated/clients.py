@@ -58,13 +58,15 @@ def local_update(
       in every round.
 
   Returns:
-    `fn(trainable, frozen, examples, indices, mask, key) -> Training`, a loop
-    over the steps of `indices` and `mask` [steps, batch]. A step whose mask is
-    all False changes neither the parameters nor the optimizer's state; those
-    at the end are not computed, unless vmapped with a client that has more.
+    `fn(trainable, frozen, examples, indices, mask, key, trains=None) ->
+    Training`, a loop over the steps of `indices` and `mask` [steps, batch]. A
+    step whose mask is all False changes neither the parameters nor the
+    optimizer's state; those at the end are not computed, unless vmapped with a
+    client that has more. Where `trains`, a tree of masks, is False, gradients
+    and updates are zero.
   """
 
-  def fn(trainable, frozen, examples, indices, mask, key):
+  def fn(trainable, frozen, examples, indices, mask, key, trains=None):
     def mean_loss(trainable, batch, mask, key):
       total, count = loss_fn(trainable, frozen, batch, mask, key)
       return total / jnp.maximum(count, 1), (total, count)
@@ -80,7 +82,10 @@ def local_update(
       (_, (total, seen)), gradient = gradient_fn(
         trainable, rows(number), mask[number], step_key
       )
+      gradient = _where(trains, gradient)
       updates, state = optimizer.update(gradient, state, trainable)
+      # Again, for optimizers that decay what has no gradient.
+      updates = _where(trains, updates)
       trainable = optax.apply_updates(trainable, updates)
       after = (trainable, state, loss + total, count + seen)
       keep = lambda new, old: jnp.where(is_real[number], new, old)
@@ -97,6 +102,13 @@ def local_update(
     return Training(trainable, loss, count)
 
   return fn
+
+
+def _where(trains, tree):
+  """The tree with zeros where `trains` is False; all of it if that is None."""
+  if trains is None:
+    return tree
+  return jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), trains, tree)
 
 
 def map_clients(

@@ -13,30 +13,10 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, clients
+from fedjax_llm.federated import aggregators, channels, clients
 
 # Purposes of the random streams: a draw is of (key, purpose, round, client).
-_DOWNLOAD, _TRAIN, _UPLOAD = range(3)
-
-
-class Channel(NamedTuple):
-  """How both directions are compressed.
-
-  Attributes:
-    download: of the trainable parameters.
-    upload: of a client's update; or a function that makes the compressor from
-      the payload that the client received, because what both ends know after
-      the download needs no bytes.
-  """
-
-  download: base.Compressor = base.identity()
-  upload: base.Compressor | Callable[[Any], base.Compressor] = base.identity()
-
-  def uplink(self, payload: Any) -> base.Compressor:
-    """The upload compressor of a client that received `payload`."""
-    if isinstance(self.upload, base.Compressor):
-      return self.upload
-    return self.upload(payload)
+DOWNLOAD, TRAIN, UPLOAD, AGGREGATE, SERVER = range(5)
 
 
 class ServerState(NamedTuple):
@@ -46,13 +26,15 @@ class ServerState(NamedTuple):
     round: int32, how many rounds are done.
     trainable: the parameters that are sent and trained.
     optimizer: state of the server optimizer.
-    download: state of the download compressor.
-    upload: states of the upload compressor, [population, ...].
+    aggregate: state of the aggregator.
+    download: state of the download compressor of each tier.
+    upload: states of the upload compressor of each tier, [population, ...].
   """
 
   round: Any
   trainable: Any
   optimizer: Any
+  aggregate: Any
   download: Any
   upload: Any
 
@@ -61,28 +43,35 @@ class FederatedAlgorithm(NamedTuple):
   """A federated method, as pure functions.
 
   Attributes:
-    init: trainable -> ServerState.
+    init: trainable -> the state, a tree of arrays with an attribute `round`,
+      such as a `ServerState`.
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
       Metrics: `train_loss` and `tokens` of all local steps together, and for
-      each client of the cohort `download_bytes`, `upload_bytes` and whether
+      each client of the cohort `download_bytes` and `upload_bytes`, how many
+      numbers they carry in `download_entries` and `upload_entries`, and whether
       its answer was `finite`; one that is not is left out, as is a client of
-      weight zero: not in the mean, and its memory stays as it was.
+      weight zero: not in the mean, and its memory stays as it was. If nobody is
+      left, the round changes nothing but its number.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
       evaluation has the new parameters under the mask of the round before.)
+    residual: state -> what the method has added to the base model: a tree like
+      that of the factors with a dense `delta` [..., inputs, outputs] in the
+      place of `a` and `b`. None if it adds nothing.
   """
 
-  init: Callable[[Any], ServerState]
-  round: Callable[..., tuple[ServerState, dict[str, Any]]]
+  init: Callable[[Any], Any]
+  round: Callable[..., tuple[Any, dict[str, Any]]]
   received: Callable[..., Any]
+  residual: Callable[[Any], Any] | None = None
 
 
 def federated_round(
   local_update: Callable[..., clients.Training],
   server_optimizer: optax.GradientTransformation,
   *,
-  channel: Channel | None = None,
+  channel: channels.Channel | channels.Tiers | None = None,
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
   clients_per_step: int | None = None,
@@ -94,7 +83,8 @@ def federated_round(
     local_update: see `clients.local_update`.
     server_optimizer: steps on the aggregated update, which is received minus
       trained, so that it takes the place of a gradient.
-    channel: what compresses the messages; None for nothing.
+    channel: what compresses the messages, of everybody or of each tier; None
+      for nothing.
     aggregate: from updates to one; None for the weighted mean.
     population: number of clients; needed if the upload keeps a state for each.
     clients_per_step: see `clients.map_clients`.
@@ -103,11 +93,12 @@ def federated_round(
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
+    `received` is what the last tier receives, which should be the best one.
   """
-  channel = channel or Channel()
   aggregate = aggregate or aggregators.weighted_mean()
+  tiers = channels.tiers_of(channel)
   answers = clients.map_clients(
-    _answer(local_update, channel, aggregate),
+    _answer(local_update, tiers, aggregate),
     clients_per_step=clients_per_step,
     mesh=mesh,
   )
@@ -118,112 +109,131 @@ def federated_round(
       round=jnp.int32(0),
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
-      download=channel.download.init(vector),
+      aggregate=aggregate.init(),
+      download=tuple(x.download.init(vector) for x in tiers.channels),
       upload=(),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
     state = jax.tree.map(jnp.array, state)
-    upload = _upload_states(channel, vector, population)
-    return _replicate(state._replace(upload=upload), mesh)
+    upload = tuple(
+      channels.upload_states(x, vector, population) for x in tiers.channels
+    )
+    return replicate(state._replace(upload=upload), mesh)
 
   def round_fn(state, frozen, examples, cohort, key):
-    message, received = _broadcast(channel.download, state, key)
-    shared = (state.round, message.payload, received, frozen, examples, key)
+    messages = [
+      _broadcast(x.download, state, i, key)
+      for i, x in enumerate(tiers.channels)
+    ]
+    payloads = tuple(x.payload for x in messages)
+    received = tuple(x.received for x in messages)
+    masks = channels.trains(tiers, payloads)
+    shared = (state, payloads, received, masks, frozen, examples, key)
     memory = jax.tree.map(lambda x: x[cohort.clients], state.upload)
-    total, (memory, finite, upload_bytes) = answers(shared, (cohort, memory))
-    share, loss, count = total
+    total, (memory, metrics) = answers(shared, (cohort, memory))
+    share, loss, count, present = total
     _, unravel = ravel_pytree(state.trainable)
+    update, aggregate_state = aggregate.finish(
+      share, state.aggregate, stream(key, AGGREGATE, state.round)
+    )
     updates, optimizer = server_optimizer.update(
-      unravel(aggregate.finish(share)), state.optimizer, state.trainable
+      unravel(update), state.optimizer, state.trainable
     )
     put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    state = ServerState(
+    after = ServerState(
       round=state.round + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       optimizer=optimizer,
-      download=message.state,
+      aggregate=aggregate_state,
+      download=tuple(x.state for x in messages),
       upload=jax.tree.map(put, state.upload, memory),
     )
-    return _replicate(state, mesh), {
+    if not aggregate.always:
+      after = unless_nobody(present > 0, after, state)
+    tier = tiers.of_client(cohort.clients)
+    sizes = [(wire.nbytes(x), wire.entries(x)) for x in payloads]
+    nbytes, entries = jnp.array(sizes, jnp.int32).T
+    return replicate(after, mesh), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
-      "download_bytes": jnp.full_like(
-        upload_bytes, wire.nbytes(message.payload)
-      ),
-      "upload_bytes": upload_bytes,
-      "finite": finite,
+      "download_bytes": nbytes[tier],
+      "download_entries": entries[tier],
+      **metrics,
     }
 
-  received = lambda state, key: _broadcast(channel.download, state, key)[1]
-  return FederatedAlgorithm(init, round_fn, received)
+  def received_fn(state, key):
+    last = len(tiers.channels) - 1
+    message = _broadcast(tiers.channels[last].download, state, last, key)
+    return ravel_pytree(state.trainable)[1](message.received)
+
+  return FederatedAlgorithm(init, round_fn, received_fn)
 
 
-def _broadcast(download, state, key):
-  """The message to all clients, and the parameters that arrive."""
-  vector, unravel = ravel_pytree(state.trainable)
-  key = _stream(key, _DOWNLOAD, state.round)
-  message = base.transmit(download, vector, state.download, key)
-  return message, unravel(message.received)
+def _broadcast(download, state, tier, key):
+  """The message to all clients of a tier."""
+  vector, _ = ravel_pytree(state.trainable)
+  key = stream(key, DOWNLOAD, state.round)
+  # Tiers of one random compressor get messages of their own.
+  key = stream(key, tier) if tier else key
+  return base.transmit(download, vector, state.download[tier], key)
 
 
-def _answer(local_update, channel, aggregate):
+def _answer(local_update, tiers, aggregate):
   """Makes the function that trains one client, for `clients.map_clients`."""
 
   def fn(shared, client):
-    round_number, payload, received, frozen, examples, key = shared
+    state, payloads, received, masks, frozen, examples, key = shared
     cohort, memory = client
+    tier = tiers.of_client(cohort.clients)
+    _, unravel = ravel_pytree(state.trainable)
+    own = lambda each: each[0] if len(each) == 1 else jnp.stack(each)[tier]
+    start = own(received)
     training = local_update(
-      received,
+      unravel(start),
       frozen,
       examples,
       cohort.indices,
       cohort.mask,
-      _stream(key, _TRAIN, round_number, cohort.clients),
+      stream(key, TRAIN, state.round, cohort.clients),
+      # Numbers, because what is unravelled gets the parameters' own types.
+      masks and jax.tree.map(jnp.bool, unravel(own(masks).astype(start.dtype))),
     )
-    update = jax.tree.map(jnp.subtract, received, training.trainable)
-    update, _ = ravel_pytree(update)
-    message = base.transmit(
-      channel.uplink(payload),
+    update = start - ravel_pytree(training.trainable)[0]
+    message = channels.upload(
+      tiers,
+      payloads,
+      tier,
       update,
       memory,
-      _stream(key, _UPLOAD, round_number, cohort.clients),
+      stream(key, UPLOAD, state.round, cohort.clients),
     )
     # Of both: a compressor may lose what is not finite, or overflow.
     finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
     weight = jnp.where(finite, cohort.weights, 0)
     keep = lambda new, old: jnp.where(weight > 0, new, old)
-    memory = jax.tree.map(keep, message.state, memory)
-    share = aggregate.share(message.received, weight)
-    upload_bytes = jnp.int32(wire.nbytes(message.payload))
-    summand = (share, training.loss, training.count)
-    return summand, (memory, finite, upload_bytes)
+    memory = jax.tree.map(keep, message.memory, memory)
+    share = aggregate.share(message.received, weight, state.aggregate)
+    present = (weight > 0).astype(jnp.int32)
+    summand = (share, training.loss, training.count, present)
+    return summand, (
+      memory,
+      {
+        "upload_bytes": message.nbytes,
+        "upload_entries": message.entries,
+        "finite": finite,
+      },
+    )
 
   return fn
 
 
-def _upload_states(channel, vector, population):
-  """The state of the upload compressor for each client: [population, ...]."""
-
-  def first(vector):
-    state = channel.download.init(vector)
-    key = jax.random.key(0)
-    payload, _ = channel.download.encode(vector, state, key)
-    return channel.uplink(payload).init(vector)
-
-  # Traced first, so that what the round would refuse is refused here.
-  shapes = jax.eval_shape(first, vector)
-  if not jax.tree.leaves(shapes):
-    return shapes
-  if population is None:
-    raise ValueError(
-      "federated_round needs `population`, the number of clients, because"
-      " the upload compressor keeps a state for each."
-    )
-  copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
-  return jax.tree.map(copies, jax.jit(first)(vector))
+def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
+  """The state after a round, or that before it, one round on, if of nobody."""
+  keep = lambda new, old: jnp.where(is_anybody, new, old)
+  return jax.tree.map(keep, after, before)._replace(round=after.round)
 
 
-def _replicate(state, mesh):
+def replicate(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """Fixes where the state lives, so that every round finds it there."""
   if mesh is None:
     return state
@@ -231,8 +241,8 @@ def _replicate(state, mesh):
   return jax.lax.with_sharding_constraint(state, everywhere)
 
 
-def _stream(key, *numbers):
-  """The key of the draws that are named by `numbers`."""
+def stream(key: Any, *numbers: Any) -> Any:
+  """The key of the draws named by `numbers`: purpose, round, client."""
   for number in numbers:
     key = jax.random.fold_in(key, number)
   return key

@@ -7,14 +7,22 @@ from fedjax_llm.federated import aggregators
 
 UPDATES = np.array([[1.0, -2, 0], [0, 4, 0], [5, 6, 0], [9, 9, 9]], np.float32)
 WEIGHTS = np.array([1, 2, 5, 0], np.float32)
-BOTH = pytest.mark.parametrize(
-  "aggregator", [aggregators.weighted_mean(), aggregators.uniform_mean()]
+EACH = pytest.mark.parametrize(
+  "aggregator",
+  [
+    aggregators.weighted_mean(),
+    aggregators.uniform_mean(),
+    aggregators.mean_of_senders(),
+  ],
 )
 
 
 def aggregate(aggregator, updates, weights):
-  shares = jax.vmap(aggregator.share)(jnp.asarray(updates), weights)
-  return aggregator.finish(jax.tree.map(lambda x: x.sum(0), shares))
+  state = aggregator.init()
+  share = lambda update, weight: aggregator.share(update, weight, state)
+  shares = jax.vmap(share)(jnp.asarray(updates), weights)
+  total = jax.tree.map(lambda x: x.sum(0), shares)
+  return aggregator.finish(total, state, jax.random.key(0))[0]
 
 
 def test_the_weighted_mean_weighs_by_the_weights():
@@ -30,7 +38,13 @@ def test_the_uniform_mean_counts_clients():
   np.testing.assert_array_equal(got, expected)
 
 
-@BOTH
+def test_the_mean_of_senders_counts_those_who_sent_an_entry():
+  got = aggregate(aggregators.mean_of_senders(), UPDATES, WEIGHTS)
+  expected = [(1 + 5 * 5) / 6, (-2 + 2 * 4 + 5 * 6) / 8, 0]
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@EACH
 @pytest.mark.parametrize("sent", [np.nan, np.inf, 7.0])
 def test_a_client_of_weight_zero_is_not_there(aggregator, sent):
   updates = UPDATES.copy()
@@ -40,13 +54,13 @@ def test_a_client_of_weight_zero_is_not_there(aggregator, sent):
   np.testing.assert_array_equal(got, without)
 
 
-@BOTH
+@EACH
 def test_the_mean_of_nobody_is_zero(aggregator):
   got = aggregate(aggregator, UPDATES, np.zeros(4, np.float32))
   np.testing.assert_array_equal(got, np.zeros(3))
 
 
-@BOTH
+@EACH
 def test_the_mean_has_the_type_of_the_updates(aggregator):
   updates = UPDATES.astype(jnp.bfloat16)
   assert aggregate(aggregator, updates, WEIGHTS).dtype == jnp.bfloat16

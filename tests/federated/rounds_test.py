@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg
 
 KEY = jax.random.key(11)
@@ -21,7 +21,7 @@ DOUBLE = optax.stateless(lambda updates, params: params)
 
 REPLACE = optax.sgd(1.0)
 # What is not sent is kept; and random_k may not send what is not finite.
-FEEDBACK = rounds.Channel(
+FEEDBACK = channels.Channel(
   upload=compression.error_feedback(sparse.random_k(0.3, unbiased=False))
 )
 
@@ -65,7 +65,7 @@ def test_a_dense_round_sends_every_parameter_both_ways(problem):
 
 def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
   # Law 17: of the real messages, made here from what both ends hold.
-  channel = rounds.Channel(
+  channel = channels.Channel(
     download=sparse.top_k(1 / 2), upload=compression.cast(jnp.bfloat16)
   )
   algorithm, step = compose(
@@ -88,7 +88,7 @@ def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
 
 
 def test_received_is_what_clients_train_on(problem, recorder):
-  channel = rounds.Channel(download=compression.uniform(2))  # At random.
+  channel = channels.Channel(download=compression.uniform(2))  # At random.
   algorithm, step = compose(
     problem.loss_fn, recorder, client=DOUBLE, channel=channel
   )
@@ -132,10 +132,10 @@ def test_a_client_that_diverges_keeps_its_memory(problem):
   broken["y"][rows] = np.inf
   state = algorithm.init(problem.trainable)
   state, _ = advance(step, state, problem, cohort)
-  before = jax.device_get(state.upload)
+  before = jax.device_get(state.upload[0])
   state, metrics = advance(step, state, problem, cohort, examples=broken)
   assert metrics["finite"].tolist() == [True, False, True]
-  residual = state.upload[0]
+  residual = state.upload[0][0]
   np.testing.assert_array_equal(residual[4], before[0][4])
   assert (residual[1] != before[0][1]).any()
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -151,12 +151,12 @@ def test_what_is_not_finite_cannot_hide_in_a_memory(problem):
 
   sent = np.arange(flat(problem.trainable).size) > 0
   upload = compression.error_feedback(sparse.select(sent))
-  channel = rounds.Channel(upload=upload)
+  channel = channels.Channel(upload=upload)
   algorithm, step = compose(loss_fn, channel=channel, population=7)
   start = algorithm.init(problem.trainable)
   state, metrics = advance(step, start, problem, problem.cohort(2, steps=1))
   assert metrics["finite"].tolist() == [False]
-  assert not state.upload[0].any()
+  assert not state.upload[0][0].any()
 
 
 def test_if_every_client_diverges_the_server_gets_no_update(problem, recorder):
@@ -170,7 +170,7 @@ def test_if_every_client_diverges_the_server_gets_no_update(problem, recorder):
 
 
 def test_an_answer_that_overflows_on_the_way_is_not_finite(problem):
-  upload = rounds.Channel(upload=compression.cast(jnp.float16))
+  upload = channels.Channel(upload=compression.cast(jnp.float16))
   algorithm, step = compose(
     problem.loss_fn, client=optax.sgd(1e6), channel=upload
   )
@@ -187,13 +187,13 @@ def test_memory_is_kept_for_each_client_by_its_number(problem):
   algorithm, step = compose(problem.loss_fn, channel=FEEDBACK, population=7)
   start = algorithm.init(problem.trainable)
   n = flat(start.trainable).size
-  assert start.upload[0].shape == (7, n)
+  assert start.upload[0][0].shape == (7, n)
   state, _ = advance(step, start, problem, problem.cohort(5, 0, 3))
-  changed = np.asarray(state.upload[0]).any(axis=1)
+  changed = np.asarray(state.upload[0][0]).any(axis=1)
   assert np.flatnonzero(changed).tolist() == [0, 3, 5]
-  before = np.asarray(state.upload[0])
+  before = np.asarray(state.upload[0][0])
   state, _ = advance(step, state, problem, problem.cohort(3, 6, 5))
-  changed = (np.asarray(state.upload[0]) != before).any(axis=1)
+  changed = (np.asarray(state.upload[0][0]) != before).any(axis=1)
   assert np.flatnonzero(changed).tolist() == [3, 5, 6]
 
 
@@ -208,7 +208,7 @@ def test_an_answer_contains_what_error_feedback_kept_back(problem, recorder):
   for _ in range(2):
     state, _ = advance(step, state, problem, cohort)
     arrived += flat(state.optimizer)
-  total = arrived + state.upload[0][5]
+  total = arrived + state.upload[0][0][5]
   np.testing.assert_allclose(total, -2 * flat(state.trainable), rtol=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_an_upload_can_use_what_the_download_said(problem, recorder):
   n = flat(problem.trainable).size
   count = n // 2
   held = lambda payload: sparse.top_k(0.5).decode(payload) != 0
-  channel = rounds.Channel(
+  channel = channels.Channel(
     download=sparse.top_k(0.5),
     upload=lambda payload: sparse.select(held(payload), count),
   )
@@ -241,7 +241,7 @@ def test_an_upload_can_use_what_the_download_said(problem, recorder):
 
 def test_an_upload_of_unknown_size_is_refused_before_the_round(problem):
   held = lambda payload: sparse.top_k(0.5).decode(payload) != 0
-  channel = rounds.Channel(
+  channel = channels.Channel(
     download=sparse.top_k(0.5),
     upload=lambda payload: sparse.select(held(payload)),
   )
@@ -256,7 +256,7 @@ def test_a_rank_that_was_truncated_away_stays_zero(problem, recorder):
   kept["a"][:, 1:] = kept["b"][1:] = 0
   mask = flat(kept) == 1
   trained = {**problem.trainable, "b": np.full((2, 4), 0.3)}
-  channel = rounds.Channel(download=sparse.select(mask))
+  channel = channels.Channel(download=sparse.select(mask))
   algorithm, step = compose(problem.loss_fn, recorder, channel=channel)
   state, _ = advance(
     step, algorithm.init(trained), problem, problem.cohort(2, 5)
@@ -270,7 +270,7 @@ def test_one_tier_of_full_rank_is_the_homogeneous_round(problem):
   # Law 13, its other half.
   everything = sparse.select(np.ones(flat(problem.trainable).size, bool))
   states = []
-  for channel in (None, rounds.Channel(everything, everything)):
+  for channel in (None, channels.Channel(everything, everything)):
     algorithm, step = compose(problem.loss_fn, channel=channel)
     start = algorithm.init(problem.trainable)
     states.append(advance(step, start, problem, *problem.cohorts(2))[0])

@@ -11,7 +11,7 @@ from typing import Any
 import optax
 
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import aggregators, channels, clients, rounds
 from fedjax_llm.federated.algorithms import fed_avg
 
 
@@ -38,7 +38,7 @@ def flasc(
   Raises:
     ValueError: if a density is out of range.
   """
-  channel = rounds.Channel(
+  channel = channels.Channel(
     download=sparse.top_k(download_density), upload=sparse.top_k(upload_density)
   )
   return fed_avg.fed_avg(

@@ -11,7 +11,7 @@ import pytest
 
 from fedjax_llm import compression
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 
 KEY = jax.random.key(9)
@@ -33,7 +33,7 @@ def federated_select(loss_fn, **parts):
     vector = HALF.decode(payload)
     return sparse.select(vector != 0, vector.size // 2)
 
-  return avg(channel=rounds.Channel(HALF, upload))(loss_fn, **parts)
+  return avg(channel=channels.Channel(HALF, upload))(loss_fn, **parts)
 
 
 def flasc_half(loss_fn, **parts):
@@ -43,7 +43,7 @@ def flasc_half(loss_fn, **parts):
 
 
 # Random messages, with a memory of both kinds of senders.
-FEEDBACK = rounds.Channel(
+FEEDBACK = channels.Channel(
   compression.error_feedback(compression.uniform(8)),
   compression.error_feedback(
     compression.chain(sparse.top_k(0.25), compression.uniform(4))

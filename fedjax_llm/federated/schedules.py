@@ -1,0 +1,94 @@
+"""Schedules: algorithms that take turns over the rounds.
+
+A method that sends other messages in other rounds, such as a dense round
+before sparse ones, is several algorithms of one state. Each is compiled as a
+branch of one program, because the size of a message is static.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from fedjax_llm.federated import rounds
+
+
+def staged(
+  stages: Mapping[int, rounds.FederatedAlgorithm],
+) -> rounds.FederatedAlgorithm:
+  """Each algorithm from its round on, until the next.
+
+  Args:
+    stages: algorithms by the round, from 0, that they begin with. Their states
+      must be of one structure.
+
+  Raises:
+    ValueError: if no algorithm begins with round 0; from `init`, if the states
+      differ.
+  """
+  starts = sorted(stages)
+  if not starts or starts[0] != 0:
+    raise ValueError(
+      f"staged expected an algorithm that begins with round 0, got {starts}."
+    )
+  later = np.array(starts[1:], np.int32)
+  choose = lambda number: jnp.sum(number >= later)
+  return by_round(*(stages[start] for start in starts), choose=choose)
+
+
+def alternating(
+  *algorithms: rounds.FederatedAlgorithm,
+) -> rounds.FederatedAlgorithm:
+  """The algorithms in turn, one round each.
+
+  Raises:
+    ValueError: from `init`, if their states differ.
+  """
+  return by_round(*algorithms, choose=lambda number: number % len(algorithms))
+
+
+def by_round(
+  *algorithms: rounds.FederatedAlgorithm,
+  choose: Callable[[Int[Array, ""]], Int[Array, ""]],
+) -> rounds.FederatedAlgorithm:
+  """In each round the algorithm that `choose` names.
+
+  Args:
+    *algorithms: of one state.
+    choose: number of the round, traced -> number of the algorithm.
+
+  Raises:
+    ValueError: if there is no algorithm; from `init`, if their states differ.
+  """
+  if not algorithms:
+    raise ValueError("by_round expected one or more algorithms, got none.")
+  first = algorithms[0]
+  if len(algorithms) == 1:
+    return first
+
+  def init(trainable):
+    structures = [_structure(x.init, trainable) for x in algorithms]
+    for number, structure in enumerate(structures):
+      if structure != structures[0]:
+        raise ValueError(
+          "algorithms that take turns need states of one structure, but that of"
+          f" number {number} is {structure}, that of number 0 {structures[0]}."
+        )
+    return first.init(trainable)
+
+  def round_fn(state, *arguments):
+    branches = [x.round for x in algorithms]
+    return jax.lax.switch(choose(state.round), branches, state, *arguments)
+
+  def received(state, key):
+    branches = [x.received for x in algorithms]
+    return jax.lax.switch(choose(state.round), branches, state, key)
+
+  return rounds.FederatedAlgorithm(init, round_fn, received, first.residual)
+
+
+def _structure(init, trainable):
+  shapes = jax.eval_shape(init, trainable)
+  return jax.tree.map(lambda x: (x.shape, str(x.dtype)), shapes)
