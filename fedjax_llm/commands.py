@@ -116,15 +116,25 @@ def compare(
   /,
   *,
   out: pathlib.Path = pathlib.Path("compare.png"),
+  target_loss: float | None = None,
+  target_accuracy: float | None = None,
+  conventions: bool = False,
 ) -> None:
   """Compare finished runs: a table and a plot of utility against bytes.
 
   Args:
     runs: run folders, or folders of run folders.
     out: where to draw the plot.
+    target_loss: adds the bytes and simulated seconds until it was first seen
+      that the held-out loss was at most so much.
+    target_accuracy: the same for an accuracy of at least so much, in [0, 1].
+    conventions: adds bytes as papers count them: values only, + bitmap, + COO.
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
   loaded = [run for folder in runs for run in report.load(folder)]
   report.plot(loaded, out)
-  print(f"{report.table(loaded)}\n\nPlot: {out}")
+  given = {"loss": target_loss, "accuracy": target_accuracy}
+  targets = {metric: x for metric, x in given.items() if x is not None}
+  shown = report.table(loaded, targets=targets, papers=conventions)
+  print(f"{shown}\n\nPlot: {out}")

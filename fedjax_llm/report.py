@@ -1,11 +1,15 @@
-"""Tables and plots of finished runs: utility against bytes."""
+"""Tables and plots of finished runs: utility against bytes and time.
+
+Bytes are those of the real messages. Papers count numbers instead, and what
+their positions take by a formula: `conventions` does so, to compare with them.
+"""
 
 import collections
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -14,6 +18,7 @@ import tabulate
 from fedjax_llm import experiment
 
 _MEGA = 1e6
+_HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +79,91 @@ def load(folder: str | os.PathLike) -> list[Run]:
   return runs
 
 
-def table(runs: Sequence[Run]) -> str:
-  """A Markdown table: utility before and after, bytes, seconds."""
+def conventions(run: Run) -> dict[str, float]:
+  """Bytes of both directions of a run as papers count them.
+
+  A message of fewer numbers than are trainable is taken for a sparse one, even
+  where both ends know the positions and the real message holds none.
+
+  Returns:
+    `values`, 4 bytes a number; `bitmap`, with a bit for each trainable entry in
+    a sparse message; `COO`, with 4 bytes for the position of each number in a
+    sparse message. Empty if the run has not recorded its numbers.
+  """
+  trainable = run.record.get("data", {}).get("trainable")
+  if trainable is None:
+    return {}
+  values = 4 * (run.total("download_entries") + run.total("upload_entries"))
+  return {
+    "values": values,
+    "bitmap": values + trainable / 8 * run.total("sparse_messages"),
+    "COO": values + 4 * run.total("sparse_entries"),
+  }
+
+
+def bytes_to(run: Run, target: float, metric: str = "loss") -> int | None:
+  """Bytes of both directions that all clients sent until a target was met.
+
+  Args:
+    run: whose evaluations are searched for the first one at or beyond the
+      target. Nothing is interpolated, so runs that are compared should be
+      evaluated equally often.
+    target: of the metric on held-out rows.
+    metric: "loss" or "perplexity", of which less is better, or "accuracy".
+
+  Returns:
+    The bytes, or None if the target was never met.
+
+  Raises:
+    ValueError: if the metric is another.
+  """
+  rounds = _rounds_to(run, target, metric)
+  if rounds is None:
+    return None
+  sent = (run.total(f"{x}_bytes", rounds) for x in ("download", "upload"))
+  return int(sum(sent))
+
+
+def seconds_to(run: Run, target: float, metric: str = "loss") -> float | None:
+  """Simulated seconds until a target was met.
+
+  Arguments and errors are those of `bytes_to`.
+
+  Returns:
+    The seconds, or None if the target was never met or the run had no network.
+  """
+  rounds = _rounds_to(run, target, metric)
+  if rounds is None or not any("simulated_seconds" in x for x in run.lines):
+    return None
+  return run.total("simulated_seconds", rounds)
+
+
+def _rounds_to(run: Run, target: float, metric: str) -> int | None:
+  """The round after which a target was first seen to be met."""
+  if metric not in _HIGHER_IS_BETTER:
+    raise ValueError(
+      f"expected a metric of {', '.join(_HIGHER_IS_BETTER)}, got {metric=}."
+    )
+  sign = 1 if _HIGHER_IS_BETTER[metric] else -1
+  for line in run.evaluated:
+    if metric in line and sign * line[metric] >= sign * target:
+      return line["round"]
+  return None
+
+
+def table(
+  runs: Sequence[Run],
+  *,
+  targets: Mapping[str, float] | None = None,
+  papers: bool = False,
+) -> str:
+  """A Markdown table: utility before and after, bytes, seconds.
+
+  Args:
+    runs: a row each.
+    targets: by metric; adds what each run took to meet them.
+    papers: adds bytes by the `conventions` of papers.
+  """
   rows = [
     {
       "run": label,
@@ -86,11 +174,14 @@ def table(runs: Sequence[Run]) -> str:
       "MB down": run.total("download_bytes") / _MEGA,
       "MB up": run.total("upload_bytes") / _MEGA,
       "MB total": run.megabytes(),
+      **(_of_papers(run) if papers else {}),
       "seconds": run.total("seconds"),
+      **_availability(run),
+      **_until(run, targets or {}),
     }
     for label, run in zip(_labels(runs), runs, strict=True)
   ]
-  # Classifiers have no perplexity, pre-training may have no accuracy.
+  # Classifiers have no perplexity, most runs no network.
   empty = {x for x in rows[0] if all(row[x] == "" for row in rows)}
   rows = [{x: row[x] for x in row if x not in empty} for row in rows]
   return tabulate.tabulate(
@@ -101,6 +192,46 @@ def table(runs: Sequence[Run]) -> str:
 def _change(run: Run, name: str, form: str) -> str:
   before, after = run.evaluated[0].get(name), run.evaluated[-1].get(name)
   return "" if after is None else f"{before:{form}} → {after:{form}}"
+
+
+def _of_papers(run: Run) -> dict[str, Any]:
+  counted = conventions(run)
+  return {
+    "MB, values only": _mega(counted.get("values")),
+    "MB, + bitmap": _mega(counted.get("bitmap")),
+    "MB, + COO": _mega(counted.get("COO")),
+  }
+
+
+def _availability(run: Run) -> dict[str, Any]:
+  """What a network and privacy add to a run's row."""
+  selected = run.total("selected")
+  answered = run.total("answered") / selected if selected else None
+  is_simulated = any("simulated_seconds" in line for line in run.lines)
+  return {
+    "answered": "" if answered is None else f"{answered:.1%}",
+    "simulated seconds": (
+      run.total("simulated_seconds") if is_simulated else ""
+    ),
+    "epsilon": run.evaluated[-1].get("epsilon", ""),
+  }
+
+
+def _until(run: Run, targets: Mapping[str, float]) -> dict[str, Any]:
+  columns = {}
+  for metric, target in targets.items():
+    goal = f"to {metric} {target:g}"
+    sent, seconds = (
+      bytes_to(run, target, metric),
+      seconds_to(run, target, metric),
+    )
+    columns[f"MB {goal}"] = "not met" if sent is None else _mega(sent)
+    columns[f"simulated seconds {goal}"] = "" if seconds is None else seconds
+  return columns
+
+
+def _mega(count: float | None) -> str:
+  return "" if count is None else f"{count / _MEGA:.1f}"
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

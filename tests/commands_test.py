@@ -123,6 +123,23 @@ def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
   assert plot.is_file() and f"Plot: {plot}" in out
 
 
+def test_compare_adds_what_a_target_took_and_how_papers_count(tmp_path, capsys):
+  commands.run(several, tmp_path, name="several", knobs={})
+  capsys.readouterr()
+  # One is at 1/4 after its last round, the other at 1/16.
+  commands.compare(
+    (tmp_path,),
+    out=tmp_path / "compare.png",
+    target_loss=0.1,
+    target_accuracy=0.9,
+    conventions=True,
+  )
+  head, _, fast, slow = capsys.readouterr().out.splitlines()[:4]
+  assert "MB to loss 0.1" in head and "MB to accuracy 0.9" in head
+  assert "not met" in slow
+  assert fast.count("not met") == slow.count("not met") - 1
+
+
 def test_compare_wants_a_run():
   with pytest.raises(ValueError, match="one or more run folders"):
     commands.compare(())

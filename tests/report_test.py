@@ -7,9 +7,10 @@ import pytest
 from fedjax_llm import report
 
 
-def write(folder, name, *lines):
+def write(folder, name, *lines, **data):
   folder.mkdir(parents=True)
-  (folder / "run.json").write_text(json.dumps({"experiment": name}))
+  record = {"experiment": name, "data": data}
+  (folder / "run.json").write_text(json.dumps(record))
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (folder / "metrics.jsonl").write_text(text)
   return folder
@@ -93,6 +94,114 @@ def test_metrics_that_all_runs_lack_have_no_column(tmp_path):
   (row,) = cells(report.table(report.load(write(tmp_path / "x", "x", *bare))))
   assert row["held-out loss"] == "3.000 → 2.000"
   assert not {"perplexity", "accuracy"} & row.keys()
+
+
+def simulated():
+  """Four rounds of 100 s and 1.5 MB, evaluated after the first and the last."""
+  sent = {
+    "download_bytes": 1_000_000,
+    "upload_bytes": 500_000,
+    "seconds": 2.0,
+    "simulated_seconds": 100.0,
+    "selected": 10,
+    "answered": 9,
+  }
+  return (
+    {"round": 0, "loss": 3.0, "accuracy": 0.2},
+    {"round": 1, **sent},
+    {"round": 2, **sent, "loss": 2.0, "accuracy": 0.5},
+    {"round": 3, **sent},
+    {"round": 4, **sent, "loss": 2.5, "accuracy": 0.7, "epsilon": 3.5},
+  )
+
+
+@pytest.mark.parametrize(
+  "metric, target, rounds",
+  [
+    ("loss", 2.0, 2),  # Exactly.
+    ("loss", 2.2, 2),  # Not interpolated.
+    ("loss", 3.5, 0),
+    ("loss", 1.9, None),
+    ("accuracy", 0.5, 2),
+    ("accuracy", 0.51, 4),
+    ("accuracy", 0.71, None),
+  ],
+)
+def test_targets_are_met_by_the_first_evaluation_at_or_beyond(
+  tmp_path, metric, target, rounds
+):
+  (run,) = report.load(write(tmp_path / "run", "flasc", *simulated()))
+  sent = report.bytes_to(run, target, metric)
+  seconds = report.seconds_to(run, target, metric)
+  if rounds is None:
+    assert sent is seconds is None
+  else:
+    assert (sent, seconds) == (rounds * 1_500_000, rounds * 100.0)
+
+
+def test_targets_are_of_known_metrics(tmp_path):
+  (run,) = report.load(write(tmp_path / "run", "flasc", *lines()))
+  with pytest.raises(ValueError, match="got metric='seconds'"):
+    report.bytes_to(run, 1.0, "seconds")
+
+
+def test_a_run_without_a_network_takes_no_simulated_time(tmp_path):
+  (run,) = report.load(write(tmp_path / "run", "flasc", *lines()))
+  assert report.bytes_to(run, 1.0) == 7_000_000
+  assert report.seconds_to(run, 1.0) is None
+
+
+def test_the_table_shows_what_targets_took_and_who_answered(tmp_path):
+  write(tmp_path / "a", "a", *simulated())
+  write(tmp_path / "b", "b", *lines())
+  targets = {"loss": 1.5, "accuracy": 0.4}
+  first, second = cells(report.table(report.load(tmp_path), targets=targets))
+  expected = {
+    "answered": "90.0%",
+    "simulated seconds": "400.0",
+    "epsilon": "3.5",
+    "MB to loss 1.5": "not met",
+    "MB to accuracy 0.4": "3.0",
+    "simulated seconds to accuracy 0.4": "200.0",
+  }
+  assert {name: first[name] for name in expected} == expected
+  # Its accuracy goes down: it was 30% before, and is 10% after.
+  expected = dict.fromkeys(expected, "") | {
+    "MB to loss 1.5": "7.0",
+    "MB to accuracy 0.4": "not met",
+  }
+  assert {name: second[name] for name in expected} == expected
+  assert "simulated seconds to loss 1.5" not in first
+
+
+def test_papers_count_numbers_bitmaps_and_positions(tmp_path):
+  # 2 clients get all of 1,000,000 numbers and send 62,500 each, in 2 rounds.
+  counted = {
+    "download_entries": 2_000_000,
+    "upload_entries": 125_000,
+    "sparse_messages": 2,
+    "sparse_entries": 125_000,
+  }
+  rows = [line | counted if line["round"] else line for line in lines()]
+  folder = write(tmp_path / "run", "flasc", *rows, trainable=1_000_000)
+  (run,) = runs = report.load(folder)
+  dense, sparse = 2 * 2 * 4_000_000, 2 * 2 * 250_000
+  assert report.conventions(run) == {
+    "values": dense + sparse,
+    "bitmap": dense + sparse + 2 * 2 * 125_000,
+    "COO": dense + 2 * sparse,
+  }
+  (row,) = cells(report.table(runs, papers=True))
+  shown = [row[f"MB, {x}"] for x in ("values only", "+ bitmap", "+ COO")]
+  assert shown == ["17.0", "17.5", "18.0"]
+  assert row["MB total"] == "7.0"  # Of the real messages still.
+
+
+def test_a_run_that_has_not_counted_numbers_has_no_conventions(tmp_path):
+  runs = report.load(write(tmp_path / "run", "flasc", *lines()))
+  assert report.conventions(runs[0]) == {}
+  (row,) = cells(report.table(runs, papers=True))
+  assert "MB, values only" not in row
 
 
 @pytest.mark.parametrize(
