@@ -66,26 +66,48 @@ def local_update(
     and updates are zero.
   """
 
-  def fn(trainable, frozen, examples, indices, mask, key, trains=None):
-    def mean_loss(trainable, batch, mask, key):
-      total, count = loss_fn(trainable, frozen, batch, mask, key)
-      return total / jnp.maximum(count, 1), (total, count)
+  def mean_loss(trainable, frozen, examples, mask, key):
+    total, count = loss_fn(trainable, frozen, examples, mask, key)
+    return total / jnp.maximum(count, 1), (total, count)
 
-    gradient_fn = jax.value_and_grad(mean_loss, has_aux=True)
-    rows = lambda number: jax.tree.map(
-      lambda x: jnp.asarray(x)[indices[number]], examples
-    )
+  def gradient_fn(*batch, trains):
+    gradient, sums = jax.grad(mean_loss, has_aux=True)(*batch)
+    return only(trains, gradient), sums
+
+  return local_steps(gradient_fn, optimizer)
+
+
+def local_steps(
+  gradient_fn: Callable[..., tuple[Any, tuple[Array, Array]]],
+  optimizer: optax.GradientTransformation,
+) -> Callable[..., Training]:
+  """Makes a client's training from what it takes for the gradient of a batch.
+
+  Args:
+    gradient_fn: `(trainable, frozen, examples, mask, key, trains=) ->
+      (gradient, (total, count))`, of a batch; see `local_update`. The gradient
+      is zero where `trains` is False.
+    optimizer: steps on it.
+
+  Returns:
+    As `local_update`.
+  """
+
+  def fn(trainable, frozen, examples, indices, mask, key, trains=None):
+    def gradients(trainable, number):
+      rows = lambda x: jnp.asarray(x)[indices[number]]
+      batch = jax.tree.map(rows, examples)
+      step_key = jax.random.fold_in(key, number)
+      return gradient_fn(
+        trainable, frozen, batch, mask[number], step_key, trains=trains
+      )
 
     def step(number, carry):
       trainable, state, loss, count = carry
-      step_key = jax.random.fold_in(key, number)
-      (_, (total, seen)), gradient = gradient_fn(
-        trainable, rows(number), mask[number], step_key
-      )
-      gradient = _where(trains, gradient)
+      gradient, (total, seen) = gradients(trainable, number)
       updates, state = optimizer.update(gradient, state, trainable)
-      # Again, for optimizers that decay what has no gradient.
-      updates = _where(trains, updates)
+      # For optimizers that decay what has no gradient.
+      updates = only(trains, updates)
       trainable = optax.apply_updates(trainable, updates)
       after = (trainable, state, loss + total, count + seen)
       keep = lambda new, old: jnp.where(is_real[number], new, old)
@@ -95,7 +117,7 @@ def local_update(
     # all its operands batched, `frozen` too.
     is_real = mask.any(axis=1)
     steps = jnp.max(jnp.where(is_real, jnp.arange(len(mask)) + 1, 0))
-    sums = jax.eval_shape(loss_fn, trainable, frozen, rows(0), mask[0], key)
+    _, sums = jax.eval_shape(gradients, trainable, 0)
     zeros = jax.tree.map(jnp.zeros_like, sums)
     start = (trainable, optimizer.init(trainable), *zeros)
     trainable, _, loss, count = jax.lax.fori_loop(0, steps, step, start)
@@ -104,7 +126,7 @@ def local_update(
   return fn
 
 
-def _where(trains, tree):
+def only(trains: Any, tree: Any) -> Any:
   """The tree with zeros where `trains` is False; all of it if that is None."""
   if trains is None:
     return tree
