@@ -90,13 +90,17 @@ def conventions(run: Run) -> dict[str, float]:
     a sparse message; `COO`, with 4 bytes for the position of each number in a
     sparse message. Empty if the run has not recorded its numbers.
   """
-  trainable = run.record.get("data", {}).get("trainable")
-  if trainable is None:
+  if not any("trainable" in line for line in run.lines):
     return {}
   values = 4 * (run.total("download_entries") + run.total("upload_entries"))
+  bits = sum(
+    line["sparse_messages"] * line["trainable"]
+    for line in run.lines
+    if "trainable" in line
+  )
   return {
     "values": values,
-    "bitmap": values + trainable / 8 * run.total("sparse_messages"),
+    "bitmap": values + bits / 8,
     "COO": values + 4 * run.total("sparse_entries"),
   }
 
@@ -218,7 +222,7 @@ def _availability(run: Run) -> dict[str, Any]:
 
 
 def _until(run: Run, targets: Mapping[str, float]) -> dict[str, Any]:
-  columns = {}
+  columns: dict[str, Any] = {}
   for metric, target in targets.items():
     goal = f"to {metric} {target:g}"
     sent, seconds = (

@@ -7,10 +7,9 @@ import pytest
 from fedjax_llm import report
 
 
-def write(folder, name, *lines, **data):
+def write(folder, name, *lines):
   folder.mkdir(parents=True)
-  record = {"experiment": name, "data": data}
-  (folder / "run.json").write_text(json.dumps(record))
+  (folder / "run.json").write_text(json.dumps({"experiment": name}))
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (folder / "metrics.jsonl").write_text(text)
   return folder
@@ -177,13 +176,14 @@ def test_the_table_shows_what_targets_took_and_who_answered(tmp_path):
 def test_papers_count_numbers_bitmaps_and_positions(tmp_path):
   # 2 clients get all of 1,000,000 numbers and send 62,500 each, in 2 rounds.
   counted = {
+    "trainable": 1_000_000,
     "download_entries": 2_000_000,
     "upload_entries": 125_000,
     "sparse_messages": 2,
     "sparse_entries": 125_000,
   }
   rows = [line | counted if line["round"] else line for line in lines()]
-  folder = write(tmp_path / "run", "flasc", *rows, trainable=1_000_000)
+  folder = write(tmp_path / "run", "flasc", *rows)
   (run,) = runs = report.load(folder)
   dense, sparse = 2 * 2 * 4_000_000, 2 * 2 * 250_000
   assert report.conventions(run) == {

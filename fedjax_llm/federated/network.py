@@ -1,8 +1,8 @@
 """Links and availability: what a round costs its users, and who answers.
 
-All of it is NumPy on the host, around the compiled round: a client that does
-not answer is one of weight zero without examples, which every method leaves out
-of the mean and whose memory every method keeps.
+All of it is NumPy on the host, around the compiled round, which needs to know
+of none of it: a client that does not answer is one of weight zero without
+examples, which every method leaves out, with its memory as it was.
 
 A round of one client takes
 
@@ -17,9 +17,11 @@ paid for its whole upload, though it counts for nothing.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -68,6 +70,30 @@ class Outcome(NamedTuple):
       mask=cohort.mask & self.answered[:, None, None],
       weights=np.where(self.answered, cohort.weights, 0),
     )
+
+  def sent(self, metrics: Mapping[str, Any], trainable: int) -> dict[str, int]:
+    """Sums of a round's messages, of those that were really sent.
+
+    Args:
+      metrics: of the round, with sizes for the whole cohort.
+      trainable: messages of fewer numbers than these are sparse ones.
+
+    Returns:
+      Bytes of each direction, of all messages and of the largest; how many
+      numbers they hold; how many messages are sparse, with how many numbers.
+    """
+    sums = {"trainable": trainable, "sparse_messages": 0, "sparse_entries": 0}
+    senders = {"download": self.started, "upload": self.uploaded}
+    for direction, who in senders.items():
+      nbytes = metrics[f"{direction}_bytes"][who].astype(np.int64)
+      entries = metrics[f"{direction}_entries"][who].astype(np.int64)
+      sparse = entries[entries < trainable]
+      sums[f"{direction}_bytes"] = int(nbytes.sum())
+      sums[f"{direction}_bytes_per_client"] = int(nbytes.max(initial=0))
+      sums[f"{direction}_entries"] = int(entries.sum())
+      sums["sparse_messages"] += sparse.size
+      sums["sparse_entries"] += int(sparse.sum())
+    return sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +149,46 @@ class Network:
     """Whether it depends on the clients' times who of them counts."""
     return self.deadline_seconds is not None or self.over_selection > 1
 
+  def round(
+    self,
+    advance: Callable[[Any, clients.Cohort], tuple[Any, Any]],
+    state: Any,
+    cohort: clients.Cohort,
+    *,
+    round_number: int,
+    wanted: int,
+  ) -> tuple[Any, Any, Outcome, float]:
+    """Runs a round of those of a cohort that answer.
+
+    Args:
+      advance: (state, cohort) -> the next state and metrics on the host, those
+        of a `rounds.FederatedAlgorithm`; may donate the state.
+      state: before the round.
+      cohort: who is selected; a weight of zero stands for nobody.
+      round_number: names the draws.
+      wanted: at most so many answers count.
+
+    Returns:
+      The next state, the metrics, in which messages have sizes that were not
+      sent, the outcome, and the simulated seconds of the round.
+    """
+    sizes = lambda metrics: (metrics["download_bytes"], metrics["upload_bytes"])
+    seconds = np.zeros(len(cohort.clients))
+    if self.is_race:
+      # Who answers depends on the sizes: those of a round of nobody, by the
+      # same program, which trains nothing.
+      nobody = np.zeros(len(cohort.clients), bool)
+      nobody = Outcome(*[nobody] * 4).cohort(cohort)
+      _, metrics = advance(jax.tree.map(jnp.copy, state), nobody)
+      seconds = self.seconds(cohort, *sizes(metrics))
+    outcome = self.outcome(
+      cohort, seconds, round_number=round_number, wanted=wanted
+    )
+    state, metrics = advance(state, outcome.cohort(cohort))
+    seconds = self.seconds(cohort, *sizes(metrics))
+    waited = self.waited(outcome, seconds, wanted=wanted)
+    return state, metrics, outcome, waited
+
   def selected(self, clients_per_round: int) -> int:
     """How many clients to select, where so many answers are wanted."""
     # Rounded, because 10 * 1.1 is a little more than 11.
@@ -158,12 +224,9 @@ class Network:
   ) -> Outcome:
     """Who takes part in a round, and how far they come.
 
-    Args:
-      cohort: who is selected; a weight of zero stands for nobody.
-      seconds: of each, see `seconds`; unused unless `is_race`.
-      round_number: names the draws.
-      wanted: at most so many answers count, those that come first; of two at
-        the same time that of the client that stands first in the cohort.
+    Arguments are those of `round`, and the `seconds` of each client. If more
+    answer than are wanted, the first ones count; of two at the same time that
+    of the client that stands first in the cohort.
     """
     selected = cohort.weights > 0
     present = self._present(round_number, cohort.clients)

@@ -150,6 +150,47 @@ def test_who_does_not_answer_trains_nothing():
   assert people.mask[1].any()
 
 
+def test_messages_are_counted_where_they_were_sent():
+  # Of four clients, one is gone before, one leaves and one is late.
+  result = network.Outcome(
+    selected=np.array([True, True, True, True]),
+    started=np.array([False, True, True, True]),
+    uploaded=np.array([False, False, True, True]),
+    answered=np.array([False, False, False, True]),
+  )
+  big = 2_000_000_000  # Sums exceed an int32.
+  metrics = {
+    "download_bytes": np.array([7, big, big, big + 1], np.int32),
+    "download_entries": np.array([100, 100, 100, 100], np.int32),
+    "upload_bytes": np.array([900, 800, 40, 60], np.int32),
+    "upload_entries": np.array([1, 2, 30, 40], np.int32),
+  }
+  assert result.sent(metrics, trainable=100) == {
+    "download_bytes": 6_000_000_001,
+    "download_bytes_per_client": 2_000_000_001,
+    "download_entries": 300,
+    "upload_bytes": 100,
+    "upload_bytes_per_client": 60,
+    "upload_entries": 70,
+    "trainable": 100,
+    "sparse_messages": 2,
+    "sparse_entries": 70,
+  }
+
+
+def test_nobodys_messages_take_nothing():
+  nobody = network.Outcome(*[np.zeros(3, bool)] * 4)
+  names = ("bytes", "entries")
+  metrics = {
+    f"{direction}_{name}": np.array([5, 6, 7], np.int32)
+    for direction in ("download", "upload")
+    for name in names
+  }
+  sums = nobody.sent(metrics, trainable=9)
+  assert sums.pop("trainable") == 9
+  assert set(sums.values()) == {0}
+
+
 def test_dropouts_have_the_chances_asked_for():
   people = cohort(*range(50))
   made = links(dropout_before=0.3, dropout_during=0.2)
