@@ -6,12 +6,20 @@ one global selection over all of them; clients start from it, zeros elsewhere,
 train every entry, and answer with the Top-K of their update, each its own.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
 
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import aggregators, channels, clients, rounds
+from fedjax_llm.federated import (
+  aggregators,
+  channels,
+  clients,
+  densities,
+  rounds,
+  schedules,
+)
 from fedjax_llm.federated.algorithms import fed_avg
 
 
@@ -20,8 +28,8 @@ def flasc(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  download_density: float,
-  upload_density: float,
+  download_density: densities.Density,
+  upload_density: densities.Density,
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
@@ -30,24 +38,73 @@ def flasc(
     loss_fn: see `clients.local_update`.
     client_optimizer: the authors use `optax.sgd(rate, momentum=0.9)`.
     server_optimizer: the authors use `server_adamw`.
-    download_density: share of the parameters that is sent, in (0, 1].
-    upload_density: share of an update that is sent, in (0, 1].
-    **parts: `population`, `clients_per_step`, `mesh` of
-      `rounds.federated_round`.
+    download_density: share of the parameters that is sent, in (0, 1]; or such
+      shares by the round they begin with, as `densities.decaying` makes them.
+    upload_density: share of an update that is sent, likewise.
+    **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
+      `clients_per_step`, `mesh` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density is out of range.
   """
-  channel = channels.Channel(
-    download=sparse.top_k(download_density), upload=sparse.top_k(upload_density)
+  parts = {"aggregate": aggregators.uniform_mean()} | parts
+  stages = densities.stages(download_density, upload_density)
+  return schedules.staged(
+    {
+      begin: fed_avg.fed_avg(
+        loss_fn,
+        client_optimizer,
+        server_optimizer,
+        channel=_channel(*shares),
+        **parts,
+      )
+      for begin, shares in stages.items()
+    }
   )
+
+
+def flasc_tiers(
+  loss_fn: clients.LossFn,
+  client_optimizer: optax.GradientTransformation,
+  server_optimizer: optax.GradientTransformation,
+  *,
+  tiers: Sequence[tuple[float, float]],
+  of_client: Callable[[Any], Any] | None = None,
+  **parts: Any,
+) -> rounds.FederatedAlgorithm:
+  """FLASC among clients of different bandwidth, each tier at its densities.
+
+  The mean is over all clients, so what only a rich tier sends is divided by the
+  poor ones too. The authors' code for tiers sends a task head whole, outside
+  the Top-K of the download; here, as in FLASC itself, one Top-K is over all.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+    client_optimizer: the authors use `optax.sgd(rate, momentum=0.9)`.
+    server_optimizer: the authors use `server_adamw`.
+    tiers: download and upload density of each tier, in (0, 1], the best last:
+      the authors' are (1 / 16, 1 / 16), (1 / 4, 1 / 4), (1, 1).
+    of_client: numbers of clients -> numbers of their tiers; None to deal them
+      out in turn, as the authors do.
+    **parts: as of `flasc`.
+
+  Raises:
+    ValueError: if there is no tier, or a density is out of range.
+  """
+  parts = {"aggregate": aggregators.uniform_mean()} | parts
+  each = tuple(_channel(*shares) for shares in tiers)
   return fed_avg.fed_avg(
     loss_fn,
     client_optimizer,
     server_optimizer,
-    channel=channel,
-    aggregate=aggregators.uniform_mean(),
+    channel=channels.Tiers(each, of_client or (lambda x: x % len(each))),
     **parts,
+  )
+
+
+def _channel(download_density, upload_density):
+  return channels.Channel(
+    sparse.top_k(download_density), sparse.top_k(upload_density)
   )
 
 

@@ -12,12 +12,17 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import channels, clients
-from fedjax_llm.federated.algorithms import fed_avg, flasc
+from fedjax_llm.federated.algorithms import (
+  fed_avg,
+  federated_select,
+  flasc,
+  pruning,
+)
 
 KEY = jax.random.key(9)
 CLIENT = optax.sgd(0.05, momentum=0.9)
 REPLACE = optax.sgd(1.0)
-HALF = sparse.top_k(0.5)
+FALLING = {0: 1.0, 2: 0.75, 4: 0.5}
 
 
 def avg(server=REPLACE, client=CLIENT, **fixed):
@@ -26,20 +31,12 @@ def avg(server=REPLACE, client=CLIENT, **fixed):
   )
 
 
-def federated_select(loss_fn, **parts):
-  """Clients answer where they received something (no support is sent)."""
-
-  def upload(payload):
-    vector = HALF.decode(payload)
-    return sparse.select(vector != 0, vector.size // 2)
-
-  return avg(channel=channels.Channel(HALF, upload))(loss_fn, **parts)
-
-
-def flasc_half(loss_fn, **parts):
+def sparse_method(make, **knobs):
+  """With the server optimizer of FLASC."""
   server = flasc.server_adamw(0.05)
-  densities = dict(download_density=0.5, upload_density=0.25)
-  return flasc.flasc(loss_fn, CLIENT, server, **densities, **parts)
+  return lambda loss_fn, **parts: make(
+    loss_fn, CLIENT, server, **knobs, **parts
+  )
 
 
 # Random messages, with a memory of both kinds of senders.
@@ -58,8 +55,20 @@ ALGORITHMS = {
   "FedYogi": avg(optax.yogi(0.05, b2=0.99, eps=1e-3)),
   "FedAdagrad": avg(optax.adagrad(0.1, initial_accumulator_value=1e-6)),
   "FedProx": avg(client=optax.chain(clients.proximal(0.1), CLIENT)),
-  "FLASC": flasc_half,
-  "Federated Select": federated_select,
+  "FLASC": sparse_method(
+    flasc.flasc, download_density=0.5, upload_density=0.25
+  ),
+  "FLASC by round": sparse_method(
+    flasc.flasc, download_density=FALLING, upload_density={0: 0.5, 1: 0.25}
+  ),
+  "FLASC tiers": sparse_method(
+    flasc.flasc_tiers, tiers=((0.25, 0.25), (0.5, 0.25), (1.0, 0.5))
+  ),
+  "Federated Select": sparse_method(
+    federated_select.federated_select, density=0.5
+  ),
+  "SparseAdapter": sparse_method(pruning.sparse_adapter, density=0.5),
+  "Adapter-LTH": sparse_method(pruning.adapter_lth, density=FALLING),
   "error feedback": avg(channel=FEEDBACK, population=7),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
