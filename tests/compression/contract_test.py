@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.compression import wire
+from fedjax_llm.compression import segments, wire
 
 chain, error_feedback = compression.chain, compression.error_feedback
 top_k, random_k = compression.top_k, compression.random_k
@@ -36,6 +36,13 @@ COMPRESSORS = {
   "select + top_k + cast": lambda n: chain(
     thirds(n), top_k(1 / 4), cast(jnp.float16)
   ),
+  "top_k_of_each + uniform": lambda n: chain(
+    segments.top_k_of_each(
+      (n // 3, n // 3, n - 2 * (n // 3)), (1 / 4, 1 / 4, 1.0)
+    ),
+    uniform(4),
+  ),
+  "at": lambda n: segments.at(np.arange(n) % 3 == 0, -(-n // 3)),
   "feedback of cast": lambda n: error_feedback(cast(jnp.bfloat16)),
   "feedback of a chain": lambda n: error_feedback(
     chain(top_k(1 / 4), uniform(2))

@@ -2,21 +2,28 @@
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", 2017; Reddi et al., "Adaptive Federated Optimization",
-2021. The method is the choice of the two optimizers:
+2021 (arXiv 2003.00295). The method is the choice of the two optimizers:
 
   FedAvg      server `optax.sgd(1.0)`
-  FedAvgM     server `optax.sgd(rate, momentum=0.9)`
-  FedAdam     server `optax.adam(rate, b2=0.99, eps=1e-3)`
-  FedYogi     server `optax.yogi(rate, b2=0.99, eps=1e-3)`
-  FedAdagrad  server `optax.adagrad(rate, initial_accumulator_value=1e-6)`
+  FedIT       the same of LoRA's factors, `a` and `b` each averaged by itself,
+              weighted by examples (Zhang et al., 2023, the code "Shepherd")
+  FedAvgM     server `fed_avg_m(rate)`
+  FedAdam     server `fed_adam(rate)`
+  FedYogi     server `fed_yogi(rate)`
+  FedAdagrad  server `fed_adagrad(rate)`
   FedProx     client `optax.chain(clients.proximal(mu), optax.sgd(rate))`
 
-optax's adaptive optimizers differ in details from the second paper's: adam and
-yogi correct the bias of their moments, adagrad adds epsilon under the root.
+Any other optimizer of optax's does as well. The adaptive ones here are the
+second paper's Algorithm 2, which optax's are not: no moment is corrected for
+its bias, tau is added to the root and not under it, and the second moment
+starts at tau squared.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from fedjax_llm.federated import clients, rounds
@@ -39,3 +46,110 @@ def fed_avg(
   """
   local_update = clients.local_update(loss_fn, client_optimizer)
   return rounds.federated_round(local_update, server_optimizer, **parts)
+
+
+def fed_avg_m(
+  learning_rate: optax.ScalarOrSchedule, *, momentum: float = 0.9
+) -> optax.GradientTransformation:
+  """The server of FedAvgM: momentum (Hsu et al., 2019, arXiv 1909.06335)."""
+  return optax.sgd(learning_rate, momentum=momentum)
+
+
+def fed_adagrad(
+  learning_rate: optax.ScalarOrSchedule, *, b1: float = 0.0, tau: float = 1e-3
+) -> optax.GradientTransformation:
+  """The server of FedAdagrad: v grows by the squared update.
+
+  Args:
+    learning_rate: of the server, or a schedule of it.
+    b1: decay of the first moment, in [0, 1); the paper's experiments use 0.
+    tau: degree of adaptivity, positive.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  return _adaptive(learning_rate, lambda v, square: v + square, b1, 0.0, tau)
+
+
+def fed_adam(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.99,
+  tau: float = 1e-3,
+) -> optax.GradientTransformation:
+  """The server of FedAdam: v is the moving mean of the squared update.
+
+  Args:
+    learning_rate: of the server, or a schedule of it.
+    b1: decay of the first moment, in [0, 1).
+    b2: decay of the second moment, in [0, 1).
+    tau: degree of adaptivity, positive.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  grow = lambda v, square: b2 * v + (1 - b2) * square
+  return _adaptive(learning_rate, grow, b1, b2, tau)
+
+
+def fed_yogi(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.99,
+  tau: float = 1e-3,
+) -> optax.GradientTransformation:
+  """The server of FedYogi: v follows the squared update by steps of its size.
+
+  Args:
+    learning_rate: of the server, or a schedule of it.
+    b1: decay of the first moment, in [0, 1).
+    b2: decay of the second moment, in [0, 1).
+    tau: degree of adaptivity, positive.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  grow = lambda v, square: v - (1 - b2) * square * jnp.sign(v - square)
+  return _adaptive(learning_rate, grow, b1, b2, tau)
+
+
+class AdaptiveState(NamedTuple):
+  """The two moments of the updates."""
+
+  first: Any
+  second: Any
+
+
+def _adaptive(
+  learning_rate: optax.ScalarOrSchedule,
+  grow: Callable[[Any, Any], Any],
+  b1: float,
+  b2: float,
+  tau: float,
+) -> optax.GradientTransformation:
+  """Algorithm 2; `grow` makes the next v of v and the squared update."""
+  if not (0 <= b1 < 1 and 0 <= b2 < 1 and tau > 0):
+    raise ValueError(
+      "an adaptive server expected b1 and b2 in [0, 1) and tau > 0, got"
+      f" {b1=}, {b2=}, {tau=}."
+    )
+
+  def init_fn(params):
+    full = lambda value: jax.tree.map(lambda x: jnp.full_like(x, value), params)
+    return AdaptiveState(full(0), full(tau**2))
+
+  def update_fn(updates, state, params=None):
+    del params
+    first = jax.tree.map(
+      lambda m, x: b1 * m + (1 - b1) * x, state.first, updates
+    )
+    second = jax.tree.map(lambda v, x: grow(v, x**2), state.second, updates)
+    steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), first, second)
+    return steps, AdaptiveState(first, second)
+
+  return optax.chain(
+    optax.GradientTransformation(init_fn, update_fn),
+    optax.scale_by_learning_rate(learning_rate),
+  )

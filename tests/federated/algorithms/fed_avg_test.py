@@ -3,6 +3,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 
 from fedjax_llm.federated.algorithms import fed_avg
 
@@ -89,18 +90,94 @@ def test_one_client_is_local_training(problem, oracle):
   assert rounds_differ(MOMENTUM) > 1e-3
 
 
-def test_fed_adam_is_adam_along_the_mean_update(problem, oracle):
-  cohorts = problem.cohorts(3)
+def np_adaptive(grow, rate, b1, tau):
+  """Algorithm 2 of Reddi et al.: (parameters, update) -> parameters."""
+  first, second = 0.0, tau**2
+
+  def step(flat, update):
+    nonlocal first, second
+    # The paper's delta is trained minus received: it ascends.
+    first = b1 * first + (1 - b1) * -update
+    second = grow(second, update**2)
+    return flat + rate * first / (np.sqrt(second) + tau)
+
+  return step
+
+
+def np_momentum(rate, momentum):
+  velocity = 0.0
+
+  def step(flat, update):
+    nonlocal velocity
+    velocity = momentum * velocity + update
+    return flat - rate * velocity
+
+  return step
+
+
+SERVERS = {
+  "FedAvgM": (
+    fed_avg.fed_avg_m(0.3, momentum=0.8),
+    lambda: np_momentum(0.3, 0.8),
+  ),
+  "FedAdam": (
+    fed_avg.fed_adam(0.1, b1=0.8, b2=0.95, tau=1e-2),
+    lambda: np_adaptive(lambda v, d: 0.95 * v + 0.05 * d, 0.1, 0.8, 1e-2),
+  ),
+  "FedYogi": (
+    fed_avg.fed_yogi(0.1, b1=0.8, b2=0.95, tau=1e-2),
+    lambda: np_adaptive(
+      lambda v, d: v - 0.05 * d * np.sign(v - d), 0.1, 0.8, 1e-2
+    ),
+  ),
+  "FedAdagrad": (
+    fed_avg.fed_adagrad(0.1, b1=0.3, tau=1e-2),
+    lambda: np_adaptive(lambda v, d: v + d, 0.1, 0.3, 1e-2),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers_step_as_the_paper_says_in_float64(problem, oracle, name):
+  # Laws of Algorithm 2: v starts at tau squared, no bias is corrected, tau is
+  # outside the root. Here along updates as of a run; the round gives them.
+  server, np_server = SERVERS[name][0], SERVERS[name][1]()
   flat = oracle.flatten(problem.trainable)
-  first = second = 0
+  rng = np.random.default_rng(1)
   with jax.enable_x64(True):
-    server = optax.adam(0.1, b1=0.9, b2=0.99, eps=1e-3)
+    got, step = flat, jax.jit(server.update)
+    state = server.init(got)
+    for scale in (1, 1e-3, 0, 1):
+      update = scale * rng.normal(size=flat.size)
+      moved, state = step(update, state, got)
+      got, flat = got + np.asarray(moved), np_server(flat, update)
+      np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
+
+
+def test_fed_adam_is_adam_along_the_mean_update(problem, oracle):
+  cohorts = problem.cohorts(4)
+  flat = oracle.flatten(problem.trainable)
+  server, np_server = SERVERS["FedAdam"][0], SERVERS["FedAdam"][1]()
+  with jax.enable_x64(True):
     trained, _ = run(problem, MOMENTUM, server, cohorts)
-  for steps, (cohort, got) in enumerate(zip(cohorts, trained, strict=True), 1):
-    update = np_mean_update(problem, oracle, flat, cohort)
-    first = 0.9 * first + 0.1 * update
-    second = 0.99 * second + 0.01 * update**2
-    mean, square = first / (1 - 0.9**steps), second / (1 - 0.99**steps)
-    flat = flat - 0.1 * mean / (np.sqrt(square) + 1e-3)
+  for cohort, got in zip(cohorts, trained, strict=True):
+    flat = np_server(flat, np_mean_update(problem, oracle, flat, cohort))
     got = oracle.flatten(got)
     np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
+
+
+def test_a_servers_rate_may_be_a_schedule():
+  server = fed_avg.fed_adam(optax.piecewise_constant_schedule(1.0, {1: 0.0}))
+  update, state = np.ones(3, np.float32), server.init(np.zeros(3, np.float32))
+  first, state = server.update(update, state)
+  second, _ = server.update(update, state)
+  assert (first < 0).all()
+  assert not second.any()
+
+
+@pytest.mark.parametrize(
+  "wrong", [{"b1": 1.0}, {"b2": -0.1}, {"tau": 0.0}], ids=str
+)
+def test_numbers_of_a_server_that_are_out_of_range_are_refused(wrong):
+  with pytest.raises(ValueError, match="adaptive server expected"):
+    fed_avg.fed_adam(0.1, **wrong)
