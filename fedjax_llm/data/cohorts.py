@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from scipy import special
 
 from fedjax_llm.data import batches
 from fedjax_llm.federated import clients
@@ -24,23 +25,32 @@ def cohort_sampler(
   local_epochs: int = 1,
   local_steps: int | None = None,
   weighting: Literal["uniform", "examples"] = "uniform",
+  sampling: Literal["fixed", "poisson"] = "fixed",
   seed: int,
 ) -> Callable[[int], clients.Cohort]:
-  """Samples clients uniformly without replacement, and shuffles their examples.
+  """Samples clients at random, and shuffles their examples.
 
   A client takes its examples in a new order every epoch and every round. The
   last batch of an epoch is kept, with the missing examples masked. A cohort's
   shapes fit the largest client of the population, so they never change.
 
+  Poisson cohorts differ in size, and may be empty. Their shapes have room for
+  so many that a larger one comes less than once in 1e9 rounds; it gets the room
+  it needs, and the round is compiled again. What is left is filled with other
+  clients, of weight zero and without examples: nobody comes twice.
+
   Args:
     population: the clients and their examples.
-    clients_per_round: how many meet.
+    clients_per_round: how many meet; with "poisson", how many are expected.
     batch_size: examples in a local step.
     local_epochs: passes of a client over its examples in a round.
     local_steps: at most so many steps in a round; None for all of the epochs.
     weighting: of the clients in the aggregate: "uniform" weighs each 1,
       "examples" by the number of examples it owns, seen within `local_steps`
       or not.
+    sampling: "fixed" draws `clients_per_round` without replacement; "poisson"
+      draws each client by itself with probability clients_per_round /
+      population, which is what most accountants of privacy assume.
     seed: of all draws.
 
   Returns:
@@ -48,7 +58,7 @@ def cohort_sampler(
 
   Raises:
     ValueError: if a number is not positive, more clients are to meet than there
-      are, or `weighting` is neither of the two.
+      are, or `weighting` or `sampling` is none of its two.
   """
   owned = np.diff(population.starts)
   _check_positive(
@@ -66,6 +76,12 @@ def cohort_sampler(
     raise ValueError(
       f"expected weighting 'uniform' or 'examples', got {weighting=}."
     )
+  if sampling not in ("fixed", "poisson"):
+    raise ValueError(
+      f"expected sampling 'fixed' or 'poisson', got {sampling=}."
+    )
+  sampler = _fixed if sampling == "fixed" else _poisson
+  draw = sampler(owned.size, clients_per_round)
   steps_of_epoch = -(-owned // batch_size)
   steps = local_epochs * int(steps_of_epoch.max())
   steps = min(steps, local_steps or steps)
@@ -73,9 +89,9 @@ def cohort_sampler(
 
   def sample(round_number: int) -> clients.Cohort:
     rng = np.random.default_rng([seed, _CLIENTS, round_number])
-    chosen = rng.choice(owned.size, clients_per_round, replace=False)
+    chosen, count = draw(rng)
     rows = np.full((chosen.size, steps * batch_size), -1, np.int32)
-    for row, client in zip(rows, chosen, strict=True):
+    for row, client in zip(rows[:count], chosen[:count], strict=True):
       rng = np.random.default_rng([seed, _EXAMPLES, round_number, client])
       for epoch in range(local_epochs):
         start = epoch * steps_of_epoch[client] * batch_size
@@ -87,10 +103,35 @@ def cohort_sampler(
       clients=chosen.astype(np.int32),
       indices=np.maximum(rows, 0),
       mask=rows >= 0,
-      weights=weights[chosen].astype(np.float32),
+      weights=np.where(
+        np.arange(chosen.size) < count, weights[chosen], 0
+      ).astype(np.float32),
     )
 
   return sample
+
+
+def _fixed(population, clients_per_round):
+  """Makes `rng -> (clients, how many of them are there: the first ones)`."""
+  return lambda rng: (
+    rng.choice(population, clients_per_round, replace=False),
+    clients_per_round,
+  )
+
+
+def _poisson(population, clients_per_round):
+  """As `_fixed`, of which those that are not there fill the cohort up."""
+  probability = clients_per_round / population
+  sizes = np.arange(population + 1)
+  is_rare = special.bdtrc(sizes, population, probability) < 1e-9
+  room = int(np.argmax(is_rare))
+
+  def draw(rng):
+    is_there = rng.random(population) < probability
+    there, others = np.flatnonzero(is_there), np.flatnonzero(~is_there)
+    return np.append(there, others[: max(0, room - there.size)]), there.size
+
+  return draw
 
 
 def _check_positive(**values: int) -> None:

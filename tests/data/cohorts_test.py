@@ -1,3 +1,5 @@
+import math
+
 import hypothesis
 import numpy as np
 import pytest
@@ -137,6 +139,82 @@ def test_weights_are_uniform_or_the_examples_owned():
   np.testing.assert_array_equal(cohort.weights, sizes[cohort.clients])
 
 
+def poisson(sizes, clients_per_round, **options):
+  options = dict(batch_size=2, seed=0) | options
+  return cohorts.cohort_sampler(
+    population(sizes),
+    clients_per_round=clients_per_round,
+    sampling="poisson",
+    **options,
+  )
+
+
+def test_poisson_draws_each_client_by_itself():
+  size, expected, rounds = 12, 3, 2000
+  sample = poisson([1] * size, expected)
+  is_there = np.zeros((rounds, size))
+  for row, cohort in zip(is_there, map(sample, range(rounds)), strict=True):
+    row[cohort.clients[cohort.weights > 0]] = 1
+  q = expected / size
+  # Five standard deviations: of how often a client is there, and two are.
+  share = is_there.mean(0)
+  assert np.abs(share - q).max() < 5 * np.sqrt(q * (1 - q) / rounds)
+  pairs = (is_there.T @ is_there / rounds)[np.triu_indices(size, 1)]
+  assert np.abs(pairs - q**2).max() < 5 * np.sqrt(q**2 * (1 - q**2) / rounds)
+  # Some rounds are of nobody: with probability (1 - q)^12, about 0.03.
+  nobody, rare = (is_there.sum(1) == 0).mean(), (1 - q) ** size
+  assert abs(nobody - rare) < 5 * np.sqrt(rare * (1 - rare) / rounds)
+
+
+def test_poisson_fills_up_with_other_clients_that_do_nothing():
+  sample = poisson([3, 1, 4, 1, 5, 9, 2, 6] * 10, 4, weighting="examples")
+  sizes = np.array([3, 1, 4, 1, 5, 9, 2, 6] * 10)
+  for cohort in map(sample, range(20)):
+    assert np.unique(cohort.clients).size == cohort.clients.size
+    is_there = cohort.weights > 0
+    own = np.where(is_there, sizes[cohort.clients], 0)
+    np.testing.assert_array_equal(cohort.weights, own)
+    np.testing.assert_array_equal(cohort.mask.sum((1, 2)), own)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(30, 1), (200, 10), (9, 9)])
+def test_poisson_has_room_for_all_but_the_rarest_cohorts(size, expected):
+  sample = poisson([1] * size, expected)
+  shapes = {tuple(leaf.shape for leaf in sample(i)) for i in range(20)}
+  ((room,), *_) = shapes.pop()
+  assert not shapes
+  q = expected / size
+
+  def overflow(room):
+    sizes = range(room + 1, size + 1)
+    return sum(math.comb(size, k) * q**k * (1 - q) ** (size - k) for k in sizes)
+
+  assert overflow(room) < 1e-9
+  assert overflow(room - 1) >= 1e-9
+
+
+def test_a_cohort_larger_than_its_room_is_whole(monkeypatch):
+  whole = [poisson([2] * 20, 8)(i) for i in range(5)]
+  # As if all cohorts were too rare to have room for.
+  none = lambda sizes, *_: np.zeros(sizes.size)
+  monkeypatch.setattr(cohorts.special, "bdtrc", none)
+  for i, cohort in enumerate(whole):
+    is_there = cohort.weights > 0
+    assert_equal(poisson([2] * 20, 8)(i), [leaf[is_there] for leaf in cohort])
+
+
+def test_a_poisson_cohort_depends_on_seed_and_round_alone():
+  sample = poisson([9] * 20, 5, seed=1)
+  forwards = [sample(i) for i in range(3)]
+  for i in (2, 0):
+    assert_equal(poisson([9] * 20, 5, seed=1)(i), forwards[i])
+  others = (*forwards[1:], poisson([9] * 20, 5, seed=2)(0))
+  for other in others:
+    assert not np.array_equal(other.weights, forwards[0].weights) or (
+      not np.array_equal(other.clients, forwards[0].clients)
+    )
+
+
 @pytest.mark.parametrize(
   "options, message",
   [
@@ -146,6 +224,7 @@ def test_weights_are_uniform_or_the_examples_owned():
     ({"local_epochs": 0}, "local_epochs=0"),
     ({"local_steps": 0}, "local_steps=0"),
     ({"weighting": "size"}, "'uniform' or 'examples', got weighting='size'"),
+    ({"sampling": "all"}, "'fixed' or 'poisson', got sampling='all'"),
   ],
 )
 def test_bad_values_are_named(options, message):
