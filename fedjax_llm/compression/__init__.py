@@ -7,6 +7,7 @@ from fedjax_llm.compression.base import identity as identity
 from fedjax_llm.compression.base import relative_to as relative_to
 from fedjax_llm.compression.base import transmit as transmit
 from fedjax_llm.compression.quantize import cast as cast
+from fedjax_llm.compression.quantize import lloyd_max as lloyd_max
 from fedjax_llm.compression.quantize import uniform as uniform
 from fedjax_llm.compression.sparse import random_k as random_k
 from fedjax_llm.compression.sparse import select as select

@@ -1,5 +1,7 @@
 """Quantizers: every entry of a vector, each in fewer bits."""
 
+import functools
+import statistics
 from typing import Any
 
 import jax
@@ -28,6 +30,27 @@ class Uniform:
       )
     wire.require(self.codes, np.uint8, -(-self.size * self.bits // 8), "codes")
     wire.require(self.scales, np.float32, -(-self.size // self.block), "scales")
+
+
+@wire.message(tag=8)
+class Nearest:
+  """Codes of `bits` bits, and the bfloat16 scale of each `block` of them."""
+
+  codes: Any
+  scales: Any
+  bits: int
+  block: int
+  size: int
+
+  def check(self) -> None:
+    """Raises a ValueError if codes and scales are not of one vector."""
+    if not (1 <= self.bits <= 8 and self.block > 0):
+      raise ValueError(
+        f"The message has codes of {self.bits} bits in blocks of {self.block}."
+      )
+    wire.require(self.codes, np.uint8, -(-self.size * self.bits // 8), "codes")
+    count = -(-self.size // self.block)
+    wire.require(self.scales, jnp.bfloat16, count, "scales")
 
 
 def cast(dtype: DTypeLike) -> base.Compressor:
@@ -96,6 +119,79 @@ def uniform(bits: int, *, block: int = 256) -> base.Compressor:
     return (blocks * payload.scales[:, None]).ravel()[: payload.size]
 
   return base.stateless(encode, decode)
+
+
+def lloyd_max(bits: int, *, block: int = 256) -> base.Compressor:
+  """Rounds entries to the nearest of the levels that suit a Gaussian best.
+
+  The levels are Lloyd's and Max's ("Quantizing for minimum distortion", 1960;
+  Lloyd, 1982), those of least squared error for a normal variable, in units of
+  a block's root mean square; then each block is scaled so that its own squared
+  error is least. The error is far below that of `uniform`, above all at one and
+  two bits, but it is not zero on average: send updates by it under
+  `error_feedback`.
+
+  Args:
+    bits: of each entry, in [1, 6].
+    block: the number of entries that share a bfloat16 scale.
+
+  Returns:
+    A `Compressor` whose payload is a `Nearest`.
+
+  Raises:
+    ValueError: if `bits` is not in [1, 6] or `block` is not positive.
+  """
+  if not (1 <= bits <= 6 and block > 0):
+    raise ValueError(
+      f"lloyd_max expected bits in [1, 6] and block > 0, got {bits=}, {block=}."
+    )
+  levels = gaussian_levels(bits)
+  borders = jnp.asarray((levels[1:] + levels[:-1]) / 2)
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    blocks = _blocks(vector.astype(jnp.float32), block)
+    # Divided first, or else the squares of what is small would be zero.
+    largest = jnp.max(jnp.abs(blocks), axis=1)
+    blocks = blocks / jnp.where(largest > 0, largest, 1)[:, None]
+    is_real = np.arange(blocks.size).reshape(blocks.shape) < vector.size
+    unit = jnp.sqrt(jnp.sum(blocks**2, axis=1) / is_real.sum(axis=1))
+    unit = jnp.where(unit > 0, unit, 1)[:, None]
+    codes = jnp.searchsorted(borders, blocks / unit)
+    rounded = jnp.asarray(levels)[codes] * is_real
+    scales = (blocks * rounded).sum(axis=1) / (rounded**2).sum(axis=1)
+    scales = scales * largest
+    packed = wire.pack_bits(codes.ravel()[: vector.size], bits)
+    scales = scales.astype(jnp.bfloat16)
+    return Nearest(packed, scales, bits, block, vector.size)
+
+  def decode(payload):
+    codes = wire.unpack_bits(payload.codes, payload.size, payload.bits)
+    levels = jnp.asarray(gaussian_levels(payload.bits))
+    blocks = _blocks(levels[codes], payload.block)
+    scales = jnp.asarray(payload.scales, jnp.float32)
+    return (blocks * scales[:, None]).ravel()[: payload.size]
+
+  return base.stateless(encode, decode)
+
+
+@functools.cache
+def gaussian_levels(bits: int) -> np.ndarray:
+  """The 2**bits levels of least squared error for a standard normal variable.
+
+  By Lloyd's iteration: each level is the mean of what is rounded to it.
+  """
+  distribution = statistics.NormalDist()
+  count = 2**bits
+  levels = np.array(
+    [distribution.inv_cdf((i + 0.5) / count) for i in range(count)]
+  )
+  for _ in range(100 * count):
+    borders = (levels[1:] + levels[:-1]) / 2
+    density = np.array([0.0, *map(distribution.pdf, borders), 0.0])
+    below = np.array([0.0, *map(distribution.cdf, borders), 1.0])
+    levels = (density[:-1] - density[1:]) / (below[1:] - below[:-1])
+  return levels.astype(np.float32)
 
 
 def _blocks(vector: jax.Array, block: int) -> jax.Array:

@@ -75,18 +75,19 @@ def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
 
 
 def newsgroups(
-  path: str | os.PathLike, split: str = "train"
+  path: str | os.PathLike, split: str = "train", *, subject: bool = False
 ) -> datasets.Dataset:
   """20 Newsgroups, "bydate", without headers and e-mail addresses.
 
-  All lines up to the first that is blank are left out. In the body `<address>`
-  stands for `user@host`, with what is attached to it, and UUCP's `host!user`.
-  The names that people sign with, or call each other by, stay.
+  All lines up to the first that is blank are left out. In what is left
+  `<address>` stands for `user@host`, with what is attached to it, and UUCP's
+  `host!user`. The names that people sign with, or call each other by, stay.
 
   Args:
     path: of `20news-bydate.tar.gz`, whose members are
       `20news-bydate-SPLIT/GROUP/NUMBER`; http://qwone.com/~jason/20Newsgroups.
     split: "train" or "test".
+    subject: whether a post begins with its subject, the one header to stay.
 
   Returns:
     Columns `text` and `label`, whose names are the sorted groups, in the order
@@ -108,7 +109,8 @@ def newsgroups(
       if folder == f"20news-bydate-{split}" and member.isfile():
         group, _, number = name.partition("/")
         content: Any = archive.extractfile(member)
-        posts[group, number] = _body(content.read().decode("latin-1"))
+        post = content.read().decode("latin-1")
+        posts[group, number] = _text(post, subject)
   if not posts:
     raise ValueError(
       f"newsgroups expected split 'train' or 'test', got {split=}, of which"
@@ -268,7 +270,10 @@ def _choose(
   return datasets.concatenate_datasets(chosen) if chosen[1:] else chosen[0]
 
 
-def _body(post: str) -> str:
-  """A post without its headers and without addresses."""
-  _, _, body = post.replace("\r\n", "\n").partition("\n\n")
-  return _ADDRESS.sub("<address>", body).strip()
+def _text(post: str, subject: bool) -> str:
+  """A post without its headers, but the subject if asked, and addresses."""
+  headers, _, text = post.replace("\r\n", "\n").partition("\n\n")
+  if subject:
+    lines = [x for x in headers.splitlines() if x.startswith("Subject:")]
+    text = "\n".join([*lines[:1], text])
+  return _ADDRESS.sub("<address>", text).strip()

@@ -94,3 +94,12 @@ def test_error_feedback_loses_nothing_in_the_long_run(compressor):
   np.testing.assert_allclose(
     received.sum(0) + residual, sent.sum(0), rtol=0, atol=20 * 2.0**-19
   )
+
+
+def test_what_both_ends_know_is_not_sent():
+  known = jnp.array([5.0, -3.0, 2.0, 1.0])
+  compressor = compression.relative_to(known, compression.top_k(0.25))
+  moved = known.at[3].add(0.5)
+  payload, _ = compressor.encode(moved, compressor.init(moved), KEY)
+  np.testing.assert_array_equal(payload.values, [0.5])
+  np.testing.assert_array_equal(compressor.decode(payload), moved)

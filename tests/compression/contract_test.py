@@ -29,6 +29,14 @@ COMPRESSORS = {
   "cast(bfloat16)": lambda n: cast(jnp.bfloat16),
   "cast(float16)": lambda n: cast(jnp.float16),
   **{f"uniform({b})": lambda n, b=b: uniform(b) for b in range(1, 9)},
+  **{
+    f"lloyd_max({b})": lambda n, b=b: compression.lloyd_max(b, block=50)
+    for b in range(1, 5)
+  },
+  "top_k + lloyd_max": lambda n: chain(top_k(1 / 4), compression.lloyd_max(2)),
+  "relative_to": lambda n: compression.relative_to(
+    jnp.linspace(-1, 1, n), compression.identity()
+  ),
   "uniform, block of 5": lambda n: uniform(4, block=5),
   "top_k + uniform": lambda n: chain(top_k(1 / 4), uniform(4)),
   "top_k + cast": lambda n: chain(top_k(1 / 4), cast(jnp.bfloat16)),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
+from fedjax_llm.compression import quantize
 
 KEY = jax.random.key(0)
 transmit = jax.jit(compression.transmit, static_argnums=0)
@@ -78,6 +79,48 @@ def test_cast_is_off_by_half_a_unit_in_the_last_place(dtype, bits):
   assert (error <= 2.0**-bits * np.abs(vector)).all()
 
 
+def test_gaussian_levels_are_those_of_max():
+  # Max (1960), Table I.
+  tables = {
+    1: [0.7980],
+    2: [0.4528, 1.510],
+    3: [0.2451, 0.7560, 1.344, 2.152],
+    4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
+  }
+  for bits, positive in tables.items():
+    levels = quantize.gaussian_levels(bits)
+    np.testing.assert_allclose(levels[2 ** (bits - 1) :], positive, atol=6e-4)
+    np.testing.assert_allclose(levels, -levels[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("bits", "distortion"),
+  [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)],
+)
+def test_lloyd_max_has_the_published_error(bits, distortion):
+  # Max (1960), Table I; the mean of n squares is off by sqrt(2 / n) or so.
+  vector = np.random.default_rng(1).normal(size=100_000).astype(np.float32)
+  compressor = compression.lloyd_max(bits, block=10_000)
+  error = transmit(compressor, vector, (), KEY).received - vector
+  got = np.mean(np.square(error)) / np.mean(vector**2)
+  np.testing.assert_allclose(got, distortion, rtol=0.03)
+
+
+def test_lloyd_max_sends_each_block_in_its_own_units():
+  vector = np.random.default_rng(2).normal(size=21).astype(np.float32)
+  scaled = vector * np.repeat(np.float32([1, 1e-20, 2.0**40]), 8)[:21]
+  compressor = compression.lloyd_max(3, block=8)
+  received = [
+    transmit(compressor, x, (), KEY).received for x in (vector, scaled)
+  ]
+  # Scales travel as bfloat16, which rounds each by up to a 256th.
+  expected = received[0] * np.repeat(np.float32([1, 1e-20, 2.0**40]), 8)[:21]
+  np.testing.assert_allclose(received[1], expected, rtol=1 / 100)
+  # A scale of least error leaves nothing of the vector in the error.
+  rounded, block = received[0][:8], vector[:8]
+  np.testing.assert_allclose(rounded @ block, rounded @ rounded, rtol=1 / 100)
+
+
 def test_what_a_quantizer_cannot_do_is_refused():
   with pytest.raises(ValueError, match="bits=0"):
     compression.uniform(0)
@@ -85,5 +128,7 @@ def test_what_a_quantizer_cannot_do_is_refused():
     compression.uniform(9)
   with pytest.raises(ValueError, match="block=0"):
     compression.uniform(4, block=0)
+  with pytest.raises(ValueError, match="lloyd_max expected bits in .*bits=7"):
+    compression.lloyd_max(7)
   with pytest.raises(ValueError, match="cast expected bfloat16 or float16"):
     compression.cast(jnp.float32)

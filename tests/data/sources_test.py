@@ -210,6 +210,9 @@ def test_newsgroups_lose_headers_and_addresses(tmp_path):
   ]
   (test,) = sources.newsgroups(path, "test").to_list()
   assert test["text"] == "Text\nhere"
+  titled = sources.newsgroups(path, subject=True)["text"]
+  assert titled[0] == "Subject: x\n<address> <address> ..."
+  assert sources.newsgroups(path, "test", subject=True)[0] == test
   with pytest.raises(ValueError, match="'train' or 'test', got split='dev'"):
     sources.newsgroups(path, "dev")
   with pytest.raises(ValueError, match="which is not a file. Download"):
