@@ -11,7 +11,7 @@ import pytest
 
 from fedjax_llm import compression
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import channels, clients
+from fedjax_llm.federated import channels, clients, private_aggregation
 from fedjax_llm.federated.algorithms import (
   fed_avg,
   federated_select,
@@ -47,6 +47,17 @@ FEEDBACK = channels.Channel(
   ),
 )
 
+PRIVATE = private_aggregation.private_mean(
+  clip_norm=1.0, noise_multiplier=0.05, clients=3
+)
+ADAPTIVE = private_aggregation.adaptive_private_mean(
+  initial_clip_norm=1.0,
+  quantile=0.5,
+  noise_multiplier=0.05,
+  count_noise=0.15,
+  clients=3,
+)
+
 # Each makes an algorithm from a loss and the placement of clients.
 ALGORITHMS = {
   "FedAvg": avg(),
@@ -70,6 +81,8 @@ ALGORITHMS = {
   "SparseAdapter": sparse_method(pruning.sparse_adapter, density=0.5),
   "Adapter-LTH": sparse_method(pruning.adapter_lth, density=FALLING),
   "error feedback": avg(channel=FEEDBACK, population=7),
+  "private mean": avg(aggregate=PRIVATE),
+  "adaptive private mean": avg(aggregate=ADAPTIVE),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
