@@ -5,15 +5,19 @@ algorithm = flasc.flasc(task.loss_fn, optax.sgd(0.1), ...)
 experiment = finetuning.federated(task, algorithm, rounds=20, ...)
 """
 
-from collections.abc import Mapping
+import math
 from typing import Any, Literal
 
 import jax
 import numpy as np
+import tqdm
 
 from fedjax_llm import experiment, tasks
 from fedjax_llm.data import cohorts
+from fedjax_llm.federated import network as networks
+from fedjax_llm.federated import privacy as guarantees
 from fedjax_llm.federated import rounds
+from fedjax_llm.models import lora
 
 
 def federated(
@@ -26,6 +30,9 @@ def federated(
   local_epochs: int = 1,
   local_steps: int | None = None,
   weighting: Literal["uniform", "examples"] = "uniform",
+  sampling: Literal["fixed", "poisson"] = "fixed",
+  network: networks.Network | None = None,
+  privacy: guarantees.Guarantee | None = None,
   evaluate_every: int = 5,
   checkpoint_every: int = 5,
 ) -> experiment.Experiment:
@@ -40,6 +47,12 @@ def federated(
     local_epochs: passes of a client over its rows in a round.
     local_steps: at most so many local steps in a round; None for no limit.
     weighting: of the clients, see `data.cohorts.cohort_sampler`.
+    sampling: of the clients, see `data.cohorts.cohort_sampler`.
+    network: the clients' links and how reliable these are; None if everybody
+      answers, at once.
+    privacy: what `algorithm` guarantees. Its epsilon is a metric of each
+      evaluation, unless it is infinite, and what it says of the run is printed
+      and exported as `privacy.txt`.
     evaluate_every: rounds between evaluations.
     checkpoint_every: rounds between checkpoints.
 
@@ -47,55 +60,69 @@ def federated(
     An experiment. Its `loss` and the PEFT folder `adapter` that it exports are
     of the model as clients receive it, which for FLASC is the masked one;
     `server_loss` is that of the parameters the server keeps. Bytes are of all
-    clients of the round together, and of the one with the largest message.
+    messages that were sent in a round together, and of the largest one;
+    `entries` are the numbers in them, and a message with fewer of these than
+    there are `trainable` is a sparse one. With a network there are too the
+    clients `selected` and `answered`, and the round's `simulated_seconds`.
+    `train_loss` and `tokens` are of those that answered; a round of nobody has
+    no `train_loss`.
+
+  Raises:
+    ValueError: if more clients are to be selected than there are, or they are
+      not sampled as `privacy` is accounted for.
   """
+  links = network or networks.IDEAL
+  _check(task, links, privacy, sampling, clients_per_round, local_epochs)
   sample = cohorts.cohort_sampler(
     task.population,
-    clients_per_round=clients_per_round,
+    clients_per_round=links.selected(clients_per_round),
     batch_size=batch_size,
     local_epochs=local_epochs,
     local_steps=local_steps,
     weighting=weighting,
+    sampling=sampling,
     seed=task.seed,
   )
   key = jax.random.key(task.seed)
   placement = tasks.replicated(task.mesh)
   examples = jax.device_put(task.population.examples, placement)
-  advance = jax.jit(
+  compiled = jax.jit(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)
   )
-  received = jax.jit(algorithm.received)
+  evaluate, export = _results(task, algorithm, privacy, key)
 
   def init():
     return jax.device_put(algorithm.init(task.trainable), placement)
 
+  def advance(state, cohort):
+    state, metrics = compiled(state, task.frozen, examples, cohort, key)
+    return state, jax.device_get(metrics)
+
   def round_fn(state, number):
     cohort = sample(number)
-    state, metrics = advance(state, task.frozen, examples, cohort, key)
-    metrics = jax.device_get(metrics)
-    if not metrics["finite"].all():
-      diverged = cohort.clients[~metrics["finite"]]
-      names = ", ".join(task.population.names[client] for client in diverged)
-      raise FloatingPointError(
-        f"round {number + 1}: the update of {names} is not finite and was not"
-        " sent. Lower client_learning_rate; the last checkpoint is kept."
+    # Of a Poisson sample all are wanted, however many they are.
+    wanted = len(cohort.clients) if sampling == "poisson" else clients_per_round
+    state, metrics, outcome, seconds = links.round(
+      advance, state, cohort, round_number=number, wanted=wanted
+    )
+    diverged = outcome.answered & ~metrics["finite"]
+    _check_finite(task, number, cohort.clients[diverged])
+    line = outcome.sent(metrics, _trained_entries(state))
+    line["tokens"] = metrics["tokens"]
+    if outcome.answered.any():
+      line["train_loss"] = metrics["train_loss"]
+    else:
+      # A private mean must not show it, so the server steps on the noise.
+      is_noisy = isinstance(privacy, guarantees.ClientLevel)
+      tqdm.tqdm.write(
+        f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
+        f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
       )
-    return state, {
-      "train_loss": metrics["train_loss"],
-      "tokens": metrics["tokens"],
-      **_bytes(metrics, "download_bytes"),
-      **_bytes(metrics, "upload_bytes"),
-    }
-
-  def evaluate(state):
-    sent, kept = received(state, key), state.trainable
-    result = task.evaluate(sent, task.frozen)
-    same = jax.tree.all(jax.tree.map(np.array_equal, sent, kept))
-    server = result if same else task.evaluate(kept, task.frozen)
-    return result | {f"server_{name}": x for name, x in server.items()}
-
-  def export(state, folder):
-    task.save_adapter(received(state, key), folder / "adapter")
+    if network:
+      line["selected"] = outcome.selected.sum()
+      line["answered"] = outcome.answered.sum()
+      line["simulated_seconds"] = seconds
+    return state, line
 
   return experiment.Experiment(
     rounds=rounds,
@@ -110,7 +137,69 @@ def federated(
   )
 
 
-def _bytes(metrics: Mapping[str, Any], name: str) -> dict[str, int]:
-  """Bytes of a direction: all clients together, and the largest message."""
-  sizes = metrics[name].astype(np.int64)
-  return {name: int(sizes.sum()), f"{name}_per_client": int(sizes.max())}
+def _check(task, links, privacy, sampling, clients_per_round, local_epochs):
+  """Refuses what cannot be sampled, or not as privacy is accounted for."""
+  population = len(task.population.names)
+  if links.over_selection > 1:
+    # Whose answer counts would depend on who else is there.
+    if sampling == "poisson" or isinstance(privacy, guarantees.ClientLevel):
+      raise ValueError(
+        "expected over_selection=1 with Poisson sampling or privacy of clients,"
+        f" got {links.over_selection}."
+      )
+    if (selected := links.selected(clients_per_round)) > population:
+      raise ValueError(
+        f"expected to select at most {population} clients, all there are, got"
+        f" {selected}: {clients_per_round=} over-selected"
+        f" {links.over_selection} times."
+      )
+  if privacy:
+    privacy.check(sampling, clients_per_round, population, local_epochs)
+
+
+def _check_finite(task, number, diverged):
+  if diverged.size:
+    names = ", ".join(task.population.names[client] for client in diverged)
+    raise FloatingPointError(
+      f"round {number + 1}: the update of {names} is not finite and was not"
+      " sent. Lower client_learning_rate; the last checkpoint is kept."
+    )
+
+
+def _trained_entries(state: Any) -> int:
+  """How many numbers are trained: of a method on a part of them, its part."""
+  while hasattr(state, "inner"):
+    state = state.inner
+  return sum(x.size for x in jax.tree.leaves(state.trainable))
+
+
+def _results(task, algorithm, privacy, key):
+  """What measures a state, and what exports it."""
+  received = jax.jit(algorithm.received)
+  residual_of = algorithm.residual or (lambda state: None)
+
+  def evaluate(state):
+    sent, kept = received(state, key), state.trainable
+    residual = residual_of(state)
+    frozen = (
+      task.frozen if residual is None else lora.add(task.frozen, residual)
+    )
+    result = task.evaluate(sent, frozen)
+    same = jax.tree.all(jax.tree.map(np.array_equal, sent, kept))
+    server = result if same else task.evaluate(kept, frozen)
+    result |= {f"server_{name}": x for name, x in server.items()}
+    done = int(state.round)
+    if privacy and done and math.isfinite(privacy.epsilon(done)):
+      result["epsilon"] = privacy.epsilon(done)
+    return result
+
+  def export(state, folder):
+    trained, residual = received(state, key), residual_of(state)
+    added = {} if residual is None else {"residual": residual}
+    task.save_adapter(trained, folder / "adapter", **added)
+    if privacy:
+      described = privacy.describe(int(state.round))
+      print(described)
+      (folder / "privacy.txt").write_text(described + "\n")
+
+  return evaluate, export
