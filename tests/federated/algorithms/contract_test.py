@@ -14,8 +14,11 @@ from fedjax_llm.compression import sparse
 from fedjax_llm.federated import channels, clients, private_aggregation
 from fedjax_llm.federated.algorithms import (
   fed_avg,
+  fed_sa,
+  fed_sb,
   federated_select,
   flasc,
+  partial,
   pruning,
 )
 
@@ -36,6 +39,13 @@ def sparse_method(make, **knobs):
   server = flasc.server_adamw(0.05)
   return lambda loss_fn, **parts: make(
     loss_fn, CLIENT, server, **knobs, **parts
+  )
+
+
+def averaging(make, **knobs):
+  """With a server that replaces what it has by the mean."""
+  return lambda loss_fn, **parts: make(
+    loss_fn, CLIENT, REPLACE, **knobs, **parts
   )
 
 
@@ -83,6 +93,11 @@ ALGORITHMS = {
   "error feedback": avg(channel=FEEDBACK, population=7),
   "private mean": avg(aggregate=PRIVATE),
   "adaptive private mean": avg(aggregate=ADAPTIVE),
+  "FFA-LoRA": averaging(partial.ffa_lora),
+  "linear probe": averaging(partial.linear_probe),
+  "RoLoRA": averaging(partial.ro_lora),
+  "FedSA-LoRA": averaging(fed_sa.fed_sa_lora, population=7),
+  "Fed-SB": averaging(fed_sb.fed_sb, bases=fed_sb.random_bases(KEY)),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -217,6 +232,8 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
     ("FLASC", 2, True),
     ("error feedback", 2, False),
     ("error feedback", 1, True),
+    ("FedSA-LoRA", 2, True),
+    ("FFA-LoRA", 1, True),
   ],
 )
 def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):

@@ -1,0 +1,208 @@
+"""Fed-SB: between fixed bases, only a square core of each pair is trained.
+
+Singhal, Ponkshe, Vartak, Varshney, Vepakomma, "Fed-SB: A Silver Bullet for
+Extreme Communication Efficiency and Performance in (Private) Federated LoRA
+Fine-Tuning", 2025 (arXiv 2502.15436). A layer computes `x @ a @ core @ b` with
+`a` [inputs, rank] and `b` [rank, outputs] fixed and alike at all clients, so
+that the mean of the cores is the mean of the products, and a message is rank^2
+numbers a layer whatever its size.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
+
+from fedjax_llm.federated import clients, partition, rounds
+from fedjax_llm.federated.algorithms import fed_avg
+
+Bases = Callable[[Any], Any]
+
+
+def fed_sb(
+  loss_fn: clients.LossFn,
+  client_optimizer: optax.GradientTransformation,
+  server_optimizer: optax.GradientTransformation,
+  *,
+  bases: Bases,
+  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
+  **parts: Any,
+) -> rounds.FederatedAlgorithm:
+  """Fed-SB. To the model it is LoRA with the factors `a @ core` and `b`.
+
+  A head is trained and sent whole beside the cores.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+    client_optimizer: of the clients.
+    server_optimizer: of the server; the paper averages: `optax.sgd(1.0)`.
+    bases: where `a`, `b` and the cores start, `gradient_bases(...)` or
+      `random_bases(key)`: from LoRA factors, of which the shapes count, to a
+      tree that has a `core` beside `a` and `b`.
+    make: what is done with the cores, such as `flasc.flasc`.
+    **parts: the other arguments of `make`.
+
+  Raises:
+    ValueError: from `init`, if a rank is larger than its layer.
+  """
+
+  def divide(trainable):
+    is_trained = lambda path: partition.factor(path) is None
+    return partition.split(bases(trainable), is_trained)
+
+  return partition.parametrised(
+    make,
+    loss_fn,
+    client_optimizer,
+    server_optimizer,
+    divide=divide,
+    join=_factors,
+    **parts,
+  )
+
+
+def _factors(cores, bases):
+  """The LoRA factors as the model takes them."""
+  multiply = lambda path, x: {"a": x["a"] @ x["core"], "b": x["b"]}
+  return _map_pairs(multiply, partition.combine(cores, bases))
+
+
+def random_bases(key: PRNGKeyArray) -> Bases:
+  """Random orthonormal bases, with cores of zero: the base model as it is.
+
+  Both ends draw them from the experiment's seed, so they are never sent.
+
+  Args:
+    key: of the draws; those of a layer do not depend on what others there are.
+  """
+
+  def pair(path, factors):
+    a, b = (jnp.asarray(factors[name]) for name in "ab")
+    rank = a.shape[-1]
+    if rank > min(a.shape[-2], b.shape[-1]):
+      raise ValueError(
+        f"Fed-SB expected a rank of {path or 'the layer'} of at most"
+        f" {min(a.shape[-2], b.shape[-1])}, its smaller side, got {rank}. Lower"
+        " LoRA's rank."
+      )
+    keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return {
+      "a": _columns(jax.random.normal(keys[0], a.shape, a.dtype)),
+      "b": _rows(jax.random.normal(keys[1], b.shape, b.dtype)),
+      "core": jnp.zeros((*a.shape[:-2], rank, rank), a.dtype),
+    }
+
+  return lambda trainable: _map_pairs(pair, trainable)
+
+
+def gradient_bases(
+  loss_fn: clients.LossFn,
+  frozen: Any,
+  examples: Any,
+  key: PRNGKeyArray,
+  *,
+  learning_rate: float,
+  iterations: int = 4,
+) -> Bases:
+  """The leading singular vectors of the gradient of each layer's kernel.
+
+  The start of the paper: `a @ core @ b` is the first step of full fine-tuning,
+  cut to the rank. The authors take the sign of the gradient, which is AdamW's
+  first step and needs gradients as large as the model; here it is the gradient
+  itself, SGD's first step, and only its products with bases are ever computed,
+  from those of the LoRA factors (a randomised SVD, Halko, Martinsson, Tropp,
+  2011). So kernels may be quantised.
+
+  The server does this before the first round, with examples that it has. The
+  bases have to be sent once to each client, as many numbers as LoRA's factors,
+  which the bytes of the rounds do not hold.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+    frozen: the base model's parameters.
+    examples: what the gradient is of: a batch of them, as `loss_fn` takes it.
+    key: of the first guess of the bases, and of `loss_fn`.
+    learning_rate: of the step of gradient descent on the cores, from zero,
+      where they start. That is a step with `learning_rate * scale**2` on the
+      kernels, of LoRA's scale. 0 to start at the base model.
+    iterations: passes of the power iteration, at least 1, two gradients each;
+      more are more exact where singular values are close.
+
+  Raises:
+    ValueError: if `iterations` is below 1.
+  """
+  if iterations < 1:
+    raise ValueError(f"gradient_bases expected {iterations=} to be >= 1.")
+  mask = jnp.ones(len(jax.tree.leaves(examples)[0]), bool)
+
+  @jax.jit
+  def slopes(tree, frozen, examples):
+    def mean_loss(factors):
+      total, count = loss_fn(factors, frozen, examples, mask, key)
+      return total / jnp.maximum(count, 1)
+
+    return jax.grad(mean_loss)(tree)
+
+  def without(name, tree):
+    """The factors, of which one is zero, so that their product is."""
+    blank = lambda path, x: {
+      "a": x["a"],
+      "b": x["b"],
+      name: jnp.zeros_like(x[name]),
+    }
+    return _map_pairs(blank, tree)
+
+  def rows(path, x, slope):
+    del path
+    return {**x, "b": _rows(slope["b"])}
+
+  def singular(path, x, slope):
+    del path
+    left, values, right = jnp.linalg.svd(slope["a"], full_matrices=False)
+    diagonal = values[..., None] * jnp.eye(values.shape[-1], dtype=values.dtype)
+    core = -learning_rate * diagonal
+    return {"a": left, "b": right @ x["b"], "core": core}
+
+  def bases(trainable):
+    tree = random_bases(key)(trainable)
+    for _ in range(iterations):
+      # Where `b` is zero, its gradient is that of the kernel, times `a`.
+      slope = slopes(without("b", tree), frozen, examples)
+      tree = _map_pairs(rows, tree, slope)
+      slope = slopes(without("a", tree), frozen, examples)
+      tree = _map_pairs(singular, tree, slope)
+    return tree
+
+  return bases
+
+
+def _columns(x):
+  """An orthonormal basis of the columns of [..., n, rank]."""
+  return jnp.linalg.qr(x)[0]
+
+
+def _rows(x):
+  """An orthonormal basis of the rows of [..., rank, n]."""
+  return _columns(x.mT).mT
+
+
+def _map_pairs(fn, tree, *others, path=""):
+  """The tree with `fn(path, pair, ...)` in the place of each pair of factors.
+
+  A pair is what a node has of `a`, `b` and `core`, a dictionary.
+  """
+  if not isinstance(tree, Mapping):
+    return tree
+  of_pair = lambda node: {
+    name: x for name, x in node.items() if name in ("a", "b", "core")
+  }
+  pair = of_pair(tree)
+  new = fn(path, pair, *map(of_pair, others)) if pair else {}
+  for name in tree.keys() - pair.keys():
+    inner = [other[name] for other in others]
+    new[name] = _map_pairs(fn, tree[name], *inner, path=f"{path}/{name}")
+  return new
