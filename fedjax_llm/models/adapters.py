@@ -31,6 +31,7 @@ def save(
   config: Any,
   base_model: str,
   head: heads.Classifier | None = None,
+  residual: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -41,7 +42,16 @@ def save(
     config: shape of the base model.
     base_model: folder or hub name of the base model, recorded for PEFT.
     head: what classifies a row, if the model is no language model.
+    residual: dense matrices that were added to the base kernels, see
+      `lora.add`. PEFT knows nothing but factors, so the adapter then has the
+      rank of these plus the largest `min(inputs, outputs)` of the matrices: it
+      is for use, too large to be trained on.
+
+  Raises:
+    ValueError: if `residual` is not of the same modules as `factors`.
   """
+  if residual is not None:
+    factors, adapter = _with_residual(factors, residual, adapter)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   names = families.of(config).layout
@@ -79,6 +89,41 @@ def save(
   if head is not None:
     text = json.dumps(dataclasses.asdict(head), indent=2)
     (folder / _CLASSIFIER).write_text(text + "\n")
+
+
+def _with_residual(factors, residual, adapter):
+  """Factors, and an adapter of their rank, that compute what both do.
+
+  `scale * a @ b + delta` is `scale * [a, I] @ [b; delta / scale]`, or with
+  delta and identity exchanged where that is smaller.
+  """
+  flat: Any = flax.traverse_util.flatten_dict(dict(factors))
+  deltas: Any = flax.traverse_util.flatten_dict(dict(residual))
+  modules = {path[:-1] for path in deltas}
+  if modules != {path[:-1] for path in flat if path[-1] == "a"}:
+    raise ValueError(
+      "expected a residual of the modules that have factors, got one of"
+      f" {sorted('/'.join(path) for path in modules)}."
+    )
+  extra = max(min(delta.shape[-2:]) for delta in deltas.values())
+  for (*module, _), delta in deltas.items():
+    delta = np.asarray(delta, np.float32) / np.float32(adapter.scale)
+    *layers, inputs, outputs = delta.shape
+    small = min(inputs, outputs)
+    identity = np.broadcast_to(
+      np.eye(small, dtype=np.float32), (*layers, small, small)
+    )
+    is_wide = inputs == small
+    a, b = (identity, delta) if is_wide else (delta, identity)
+    none, missing = [(0, 0)] * len(layers), (0, extra - small)
+    a = np.pad(a, [*none, (0, 0), missing])
+    b = np.pad(b, [*none, missing, (0, 0)])
+    for name, new, axis in (("a", a, -1), ("b", b, -2)):
+      old = flat[*module, name]
+      flat[*module, name] = np.concatenate([old, new], axis)
+  rank = adapter.rank + extra
+  scaled = dataclasses.replace(adapter, rank=rank, alpha=adapter.scale * rank)
+  return flax.traverse_util.unflatten_dict(flat), scaled
 
 
 def _task(config: Any, head: heads.Classifier | None) -> str | None:

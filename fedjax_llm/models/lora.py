@@ -228,10 +228,7 @@ def merge(params: Any, factors: Any, scale: float) -> Any:
     were quantised.
   """
   if "a" in factors:
-    kernel = quantized.dequantize(params["kernel"], jnp.float32)
-    merged = kernel + scale * factors["a"] @ factors["b"]
-    dtype = getattr(params["kernel"], "dtype", jnp.float32)
-    return {**params, "kernel": merged.astype(dtype)}
+    return _add_to_kernel(params, scale * factors["a"] @ factors["b"])
   merged = {
     name: merge(params.get(name, {}), inner, scale)
     if isinstance(inner, Mapping)
@@ -239,3 +236,28 @@ def merge(params: Any, factors: Any, scale: float) -> Any:
     for name, inner in factors.items()
   }
   return {**params, **merged}
+
+
+def add(params: Any, residual: Any) -> Any:
+  """Adds dense matrices to kernels, as methods that change the base model do.
+
+  Args:
+    params: the base model's parameters.
+    residual: a subtree of the same layout with `delta` [..., inputs, outputs]
+      in place of `kernel`.
+
+  Returns:
+    `params` with the sums, in the types that `merge` returns. A quantised
+    kernel becomes dense: such a method needs the memory of what it adapts.
+  """
+  if "delta" in residual:
+    return _add_to_kernel(params, residual["delta"])
+  added = {name: add(params[name], inner) for name, inner in residual.items()}
+  return {**params, **added}
+
+
+def _add_to_kernel(params, delta):
+  wide = jnp.promote_types(delta.dtype, jnp.float32)
+  added = quantized.dequantize(params["kernel"], wide) + delta
+  dtype = getattr(params["kernel"], "dtype", wide)
+  return {**params, "kernel": added.astype(dtype)}

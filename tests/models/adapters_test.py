@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,6 +264,70 @@ def test_ranks_and_scales_of_their_own_are_loaded_and_trained_on(
   adapters.save(ours, trained, settings, config=config, base_model="tiny")
   again = peft.PeftModel.from_pretrained(adapted.unload(), ours)
   same_logits(again, model, params, trained, tokens)
+
+
+@pytest.fixture
+def residual(factors):
+  """Dense matrices of all modules with factors, those of full rank."""
+  generator = np.random.default_rng(3)
+  draw = lambda *shape: 0.2 * generator.standard_normal(shape, np.float32)
+  return jax.tree.map(
+    lambda x: {"delta": draw(*x["a"].shape[:-1], x["b"].shape[-1])},
+    factors,
+    is_leaf=lambda x: "a" in x,
+  )
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of peft.
+def test_what_was_added_to_the_base_is_in_the_adapter(
+  reference, config, base_params, factors, residual, tokens, tmp_path
+):
+  base, peft = reference
+  adapters.save(
+    tmp_path,
+    factors,
+    SETTINGS,
+    config=config,
+    base_model="tiny",
+    residual=residual,
+  )
+  settings, loaded = adapters.load(tmp_path, config)
+  # The smaller sides are 24, 12 and 24.
+  assert settings.rank == 3 + 24
+  assert settings.scale == SETTINGS.scale
+  params = lora.add(base_params(config), residual)
+  same_logits(
+    peft.PeftModel.from_pretrained(base, tmp_path),
+    decoder.Decoder(config, SETTINGS),
+    params,
+    factors,
+    tokens,
+  )
+  # Of wide and tall modules and a padded one, the products themselves.
+  flat = flax.traverse_util.flatten_dict(residual)
+  theirs = flax.traverse_util.flatten_dict(loaded)
+  ours = flax.traverse_util.flatten_dict(factors)
+  for (*module, _), delta in flat.items():
+    product = lambda x, m=module: settings.scale * x[*m, "a"] @ x[*m, "b"]
+    np.testing.assert_allclose(
+      product(theirs), product(ours) + delta, atol=1e-6
+    )
+
+
+def test_a_residual_of_other_modules_is_refused(
+  factors, residual, config, tmp_path
+):
+  del residual["layers"]["mlp"]
+  with pytest.raises(ValueError, match="of the modules that have factors"):
+    adapters.save(
+      tmp_path,
+      factors,
+      SETTINGS,
+      config=config,
+      base_model="tiny",
+      residual=residual,
+    )
 
 
 @pytest.mark.oracle

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.models import decoder, language, lora, pretrained
+from fedjax_llm.models import decoder, language, lora, pretrained, quantized
 
 ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
 
@@ -182,6 +182,33 @@ def test_merging_keeps_the_type_and_what_has_no_factors(config, base_params):
   changed = jax.tree.map(lambda x, y: bool((x != y).any()), params, merged)
   names = [path for path, x in jax.tree.leaves_with_path(changed) if x]
   assert [path[-2].key for path in names] == ["q_proj"]
+
+
+def test_adding_the_products_is_merging_the_factors(
+  config, base_params, lora_factors
+):
+  params = base_params(config)
+  factors = lora_factors(decoder.Decoder(config, ALL))
+  is_pair = lambda x: "a" in x
+  residual = jax.tree.map(
+    lambda x: {"delta": 2.0 * x["a"] @ x["b"]}, factors, is_leaf=is_pair
+  )
+  for dtype in (jnp.float32, jnp.bfloat16):
+    base = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      lora.add(base, residual),
+      lora.merge(base, factors, 2.0),
+    )
+
+
+def test_adding_to_a_quantised_kernel_makes_it_dense():
+  kernel = jax.random.normal(jax.random.key(0), (6, 4))
+  params = {"up_proj": {"kernel": quantized.quantize(kernel, "int8")}}
+  residual = {"up_proj": {"delta": jnp.ones((6, 4))}}
+  got = lora.add(params, residual)["up_proj"]["kernel"]
+  dense = quantized.dequantize(params["up_proj"]["kernel"], jnp.float32)
+  np.testing.assert_array_equal(got, dense + 1)
 
 
 def test_factors_that_fit_pass(config):
