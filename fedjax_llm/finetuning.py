@@ -107,7 +107,7 @@ def federated(
     )
     diverged = outcome.answered & ~metrics["finite"]
     _check_finite(task, number, cohort.clients[diverged])
-    line = outcome.sent(metrics, _trained_entries(state))
+    line: dict[str, Any] = outcome.sent(metrics, _trained_entries(state))
     line["tokens"] = metrics["tokens"]
     if outcome.answered.any():
       line["train_loss"] = metrics["train_loss"]
@@ -195,8 +195,7 @@ def _results(task, algorithm, privacy, key):
 
   def export(state, folder):
     trained, residual = received(state, key), residual_of(state)
-    added = {} if residual is None else {"residual": residual}
-    task.save_adapter(trained, folder / "adapter", **added)
+    task.save_adapter(trained, folder / "adapter", residual=residual)
     if privacy:
       described = privacy.describe(int(state.round))
       print(described)

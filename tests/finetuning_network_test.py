@@ -12,7 +12,7 @@ import pytest
 from fedjax_llm import experiment, finetuning, tasks
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches, cohorts
-from fedjax_llm.federated import channels, network, privacy, rounds
+from fedjax_llm.federated import channels, network, partition, privacy, rounds
 from fedjax_llm.federated.algorithms import fed_avg
 
 
@@ -44,7 +44,9 @@ def toy():
 
   def loss_fn(trainable, frozen, examples, mask, key):
     del key  # Deterministic.
-    errors = examples["x"] @ (trainable["w"] + frozen["w"]) - examples["y"]
+    errors = (
+      examples["x"] @ (trainable["w"] + frozen["w"]["kernel"]) - examples["y"]
+    )
     return jnp.where(mask, errors**2, 0).sum(), mask.sum()
 
   def evaluate(trainable, frozen):
@@ -53,14 +55,14 @@ def toy():
     return {"loss": float(total / count)}
 
   def save_adapter(trainable, folder, residual=None):
-    del residual
     folder.mkdir(exist_ok=True)
-    np.save(folder / "w.npy", trainable["w"])
+    moved = 0 if residual is None else residual["w"]["delta"]
+    np.save(folder / "w.npy", trainable["w"] + moved)
 
   task = tasks.Task(
     loss_fn=loss_fn,
     trainable={"w": jnp.zeros(8)},
-    frozen={"w": jnp.ones(8)},
+    frozen={"w": {"kernel": jnp.ones(8)}},
     population=batches.Population(tuple("abcdef"), examples, starts),
     evaluate=evaluate,
     save_adapter=save_adapter,
@@ -270,6 +272,45 @@ def test_only_who_is_there_pays_in_a_poisson_round(toy, sizes):
     assert line["upload_bytes"] == there * sizes[1]
     counts.append(there)
   assert len(set(counts)) > 1
+
+
+def test_messages_of_all_that_a_method_trains_are_not_sparse(toy):
+  trainable = {**toy.task.trainable, "fixed": jnp.zeros(3)}
+  algorithm = partition.partial(
+    fed_avg.fed_avg,
+    toy.task.loss_fn,
+    optax.sgd(0.1),
+    optax.sgd(1.0),
+    is_trained=lambda path: path == "w",
+    mesh=toy.task.mesh,
+  )
+  task = dataclasses.replace(toy.task, trainable=trainable)
+  made = Toy(task, algorithm).experiment()
+  _, line = made.round(made.init(), 0)
+  assert (line["trainable"], line["sparse_messages"]) == (8, 0)
+  assert line["download_entries"] == line["upload_entries"] == 4 * 8
+  made = toy.experiment()
+  _, line = made.round(made.init(), 0)
+  # Half of an update is.
+  assert (line["sparse_messages"], line["sparse_entries"]) == (4, 4 * 4)
+
+
+def test_what_a_method_adds_to_the_base_model_is_evaluated_and_exported(
+  toy, tmp_path
+):
+  delta = jnp.arange(8) / 8
+  residual = lambda state: {"w": {"delta": delta}}
+  adds = toy._replace(algorithm=toy.algorithm._replace(residual=residual))
+  adds, plain = adds.experiment(), toy.experiment()
+  state, _ = plain.round(plain.init(), 0)
+  moved = state._replace(trainable={"w": state.trainable["w"] + delta})
+  expected = plain.evaluate(moved)["loss"]
+  assert adds.evaluate(state)["loss"] == pytest.approx(expected, rel=1e-6)
+  assert plain.evaluate(state)["loss"] != pytest.approx(expected, rel=1e-3)
+  adds.export(state, tmp_path)
+  np.testing.assert_array_equal(
+    np.load(tmp_path / "adapter" / "w.npy"), moved.trainable["w"]
+  )
 
 
 class Guarantee(NamedTuple):
