@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from fedjax_llm import data_report, report
+from fedjax_llm import data_report, report, studies
 from fedjax_llm import experiment as experiments
 
 
@@ -123,7 +123,8 @@ def compare(
   """Compare finished runs: a table and a plot of utility against bytes.
 
   Args:
-    runs: run folders, or folders of run folders.
+    runs: run folders, or folders of run folders; or a study, a file of JSON
+      lines, whose runs are summed up by mean and deviation over seeds.
     out: where to draw the plot.
     target_loss: adds the bytes and simulated seconds until it was first seen
       that the held-out loss was at most so much.
@@ -132,6 +133,11 @@ def compare(
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
+  if studies.is_study(runs[0]):
+    entries = [entry for path in runs for entry in studies.load(path)]
+    studies.plot(entries, out)
+    print(f"{studies.table(entries)}\n\nPlot: {out}")
+    return
   loaded = [run for folder in runs for run in report.load(folder)]
   report.plot(loaded, out)
   given = {"loss": target_loss, "accuracy": target_accuracy}

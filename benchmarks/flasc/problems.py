@@ -1,0 +1,129 @@
+"""What the study trains on: three tasks, each with rows to tune on and to test.
+
+shakespeare   stories260k, a Llama of 260,032 parameters that knows children's
+              stories, learns the language of 105 speakers, next-token loss
+newsgroups    the shipped Llama of 1.4 M parameters, which knows Python, learns
+              to tell 20 newsgroups apart by the subject and first words of a
+              post, 350 clients rich in some groups
+library       the shipped Llama on the modules of the standard library that its
+              own training left out: little is left to learn
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fedjax_llm import tasks
+from fedjax_llm.data import (
+  batches,
+  corpora,
+  partition,
+  records,
+  sources,
+  templates,
+)
+from fedjax_llm.models import decoder, lora, pretrained
+
+DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
+NEWSGROUPS = DATA / "20news_bydate" / "20news-bydate.tar.gz"
+CLIENTS_PER_ROUND = 10
+EVALUATIONS = 10
+
+
+def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
+  """The task of a cell."""
+  rank = cell.rank
+  adapter = lora.LoRA(rank, float(rank), 0.0, decoder.LINEAR)
+  return TASKS[cell.task](cell, knobs, adapter)
+
+
+def shakespeare(cell, knobs, adapter):
+  corpus = corpora.shakespeare(DATA / "tinyshakespeare" / "input.txt")
+  return tasks.language_model(
+    _side(records.streams(corpus, 8), cell.validation),
+    model=DATA / "stories260k",
+    adapter=adapter,
+    sequence_length=64,
+    seed=cell.seed,
+  )
+
+
+def library(cell, knobs, adapter):
+  return tasks.language_model(
+    _side(records.streams(corpora.standard_library(), 8), cell.validation),
+    adapter=adapter,
+    sequence_length=64,
+    seed=cell.seed,
+  )
+
+
+def newsgroups(cell, knobs, adapter):
+  """Test posts are later than all others; validation posts are not."""
+  posts = sources.newsgroups(NEWSGROUPS, "train", subject=True)
+  posts = posts.train_test_split(test_size=0.1, seed=0)
+  held_out = (
+    posts["test"]
+    if cell.validation
+    else sources.newsgroups(NEWSGROUPS, "test", subject=True).shuffle(seed=0)
+  )
+  source = records.classified(
+    posts["train"],
+    templates.plain("text"),
+    partition.dirichlet_by_client(
+      clients=350, alpha=knobs.get("dirichlet_alpha", 0.1), seed=cell.seed
+    ),
+    held_out=held_out,
+    held_out_rows=1000,
+    seed=cell.seed,
+  )
+  return tasks.classifier(
+    source,
+    model=pretrained.SHIPPED,
+    adapter=adapter,
+    sequence_length=32,
+    pooling="mean",
+    seed=cell.seed,
+  )
+
+
+TASKS = {
+  "shakespeare": shakespeare,
+  "newsgroups": newsgroups,
+  "library": library,
+}
+
+
+def training(cell: Any, knobs: dict[str, Any]) -> dict[str, Any]:
+  """How clients train in a round, for `finetuning.federated`."""
+  del knobs
+  size = {"newsgroups": 16}.get(cell.task, 4)
+  steps = {"newsgroups": 2}.get(cell.task, 4)
+  return dict(
+    clients_per_round=CLIENTS_PER_ROUND, batch_size=size, local_steps=steps
+  )
+
+
+def _side(source: records.RowSource, validation: bool) -> records.RowSource:
+  """Every other held-out row is for tuning, the rest for testing."""
+
+  def rows(tokenizer, sequence_length):
+    split = source(tokenizer, sequence_length)
+    starts = np.asarray(split.held_out.starts)
+    parts = [
+      np.arange(first, end)[0 if validation else 1 :: 2]
+      for first, end in zip(starts[:-1], starts[1:], strict=True)
+    ]
+    chosen = np.concatenate(parts)
+    examples = split.held_out.examples
+    held_out = batches.Population(
+      names=split.held_out.names,
+      examples=type(examples)(
+        *(None if x is None else x[chosen] for x in examples)
+      ),
+      starts=np.cumsum([0, *map(len, parts)]),
+    )
+    return split._replace(held_out=held_out)
+
+  return rows

@@ -1,0 +1,196 @@
+"""Cells of a study: one method, density, rank and seed each, run and recorded.
+
+A figure is a program that lists cells. `run` computes those that its result
+file does not hold yet, some at a time, each in a process with one core, and
+appends a line of JSON for each, so that an interrupted study goes on where it
+stopped. `fedjax-llm compare FILE` makes the tables and plots.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results" / "flasc"
+ROUNDS = 60
+_SUMMED = {
+  "download_bytes",
+  "upload_bytes",
+  "download_entries",
+  "upload_entries",
+  "sparse_messages",
+  "sparse_entries",
+  "simulated_seconds",
+  "selected",
+  "answered",
+}
+_PACKAGES = ("fedjax-llm", "jax", "jaxlib", "flax", "optax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of a study.
+
+  Attributes:
+    task: a name in `problems.TASKS`.
+    method: a name in `methods.METHODS`.
+    density: share of entries that is sent, for methods that have one.
+    rank: of the LoRA factors; the scale of their product is 1.
+    seed: of everything random.
+    client_rate: of the clients' SGD with momentum 0.9.
+    server_rate: of the server's optimizer.
+    rounds: how many.
+    validation: whether held-out validation rows are evaluated, on which rates
+      are chosen, or the test rows.
+    knobs: of the task and the method, pairs of names and values.
+  """
+
+  task: str
+  method: str
+  density: float
+  rank: int
+  seed: int
+  client_rate: float
+  server_rate: float
+  rounds: int
+  validation: bool = False
+  knobs: tuple[tuple[str, Any], ...] = ()
+
+  def key(self) -> str:
+    """What tells the cell from others."""
+    return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+  """The command line of a figure's program."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("task", nargs="?", default="shakespeare")
+  parser.add_argument("--processes", type=int, default=os.cpu_count())
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--rounds", type=int)
+  parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+  return parser.parse_args()
+
+
+def run(
+  cells: Sequence[Cell], path: pathlib.Path, *, processes: int
+) -> list[dict[str, Any]]:
+  """Computes the cells that `path` lacks; returns the records of all.
+
+  Args:
+    cells: what to compute, in this order.
+    path: the result file; made if absent.
+    processes: how many cells at a time.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  done = {_key(record): record for record in _read(path)}
+  missing = [cell for cell in cells if cell.key() not in done]
+  print(f"{path.name}: {len(missing)} of {len(cells)} cells to compute")
+  # Spawned, because JAX's threads do not survive a fork.
+  pool = concurrent.futures.ProcessPoolExecutor(
+    processes, multiprocessing.get_context("spawn"), _one_core
+  )
+  with pool:
+    futures = [pool.submit(_compute, cell) for cell in missing]
+    for future in concurrent.futures.as_completed(futures):
+      record = future.result()
+      done[_key(record)] = record
+      with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+      last = record["lines"][-1]
+      print(
+        f"{record['cell']['method']:28} density {record['cell']['density']:<9.3g}"
+        f" rank {record['cell']['rank']:<3} seed {record['cell']['seed']}"
+        f"  loss {last['loss']:.3f}  accuracy {last['accuracy']:.1%}"
+        f"  {record['seconds']:5.0f} s",
+        flush=True,
+      )
+  return [done[cell.key()] for cell in cells]
+
+
+def _read(path):
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def _key(record):
+  return json.dumps(record["cell"], sort_keys=True)
+
+
+def _one_core():
+  """Settings of a worker, before it imports JAX."""
+  os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+  )
+  os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _compute(cell: Cell) -> dict[str, Any]:
+  import jax
+  import methods
+  import problems
+
+  from fedjax_llm import finetuning
+
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
+  cache = pathlib.Path(cache).expanduser() / "programs"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  knobs = dict(cell.knobs)
+  task = problems.make(cell, knobs)
+  algorithm = methods.make(cell, task, knobs)
+  experiment = finetuning.federated(
+    task,
+    algorithm,
+    rounds=cell.rounds,
+    **problems.training(cell, knobs),
+    **methods.options(cell, knobs),
+  )
+  start = time.perf_counter()
+  lines = _lines(experiment, cell.rounds, problems.EVALUATIONS)
+  return {
+    "cell": dataclasses.asdict(cell),
+    "lines": lines,
+    "seconds": time.perf_counter() - start,
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "platform": f"{platform.system()} {platform.machine()}",
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "data": dict(task.data),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+  }
+
+
+def _lines(experiment: Any, rounds: int, evaluations: int) -> list[Any]:
+  """Lines as of `metrics.jsonl`, but one for all rounds up to an evaluation."""
+  state = experiment.init()
+  lines: list[dict[str, Any]] = [{"round": 0, **_evaluate(experiment, state)}]
+  line: dict[str, Any] = {}
+  every = max(1, rounds // evaluations)
+  for number in range(rounds):
+    state, metrics = experiment.round(state, number)
+    for name in _SUMMED & metrics.keys():
+      line[name] = line.get(name, 0) + np.asarray(metrics[name]).item()
+    line["trainable"] = metrics["trainable"]
+    if (number + 1) % every == 0 or number + 1 == rounds:
+      lines.append(
+        {"round": number + 1, **line, **_evaluate(experiment, state)}
+      )
+      line = {}
+  return lines
+
+
+def _evaluate(experiment, state):
+  return {name: float(x) for name, x in experiment.evaluate(state).items()}

@@ -1,0 +1,231 @@
+"""Studies: runs over methods and seeds, summed up by mean and deviation.
+
+A study is a file of JSON lines, one a run: `cell`, what tells the run from
+others, and `lines`, those of its `metrics.jsonl`, where one may stand for all
+rounds up to an evaluation. Runs that differ in their seed alone are one entry
+of the tables and plots.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import tabulate
+
+from fedjax_llm import report
+
+_MEGA = 1e6
+REFERENCE = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """The runs of one method and its settings, one for each seed.
+
+  Attributes:
+    method: its name.
+    cell: the settings without the seed.
+    runs: of all seeds, evaluated after the same rounds.
+  """
+
+  method: str
+  cell: dict[str, Any]
+  runs: tuple[report.Run, ...]
+
+  def label(self, shown: Sequence[str]) -> str:
+    """The method, with the settings `shown`."""
+    settings = [f"{name} {_short(self.cell[name])}" for name in shown]
+    return ", ".join([self.method, *settings])
+
+  def final(self, metric: str) -> np.ndarray:
+    """The metric at the end, of every seed."""
+    return np.array([run.evaluated[-1][metric] for run in self.runs])
+
+  def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Megabytes sent by each evaluation after the first, and the mean metric."""
+    lines = [run.evaluated[1:] for run in self.runs]
+    sent = [
+      [run.megabytes(line["round"]) for line in evaluated]
+      for run, evaluated in zip(self.runs, lines, strict=True)
+    ]
+    values = [[line[metric] for line in evaluated] for evaluated in lines]
+    return np.mean(sent, axis=0), np.mean(values, axis=0)
+
+  def megabytes(self) -> float:
+    """Megabytes sent in a run, both directions, mean of the seeds."""
+    return float(np.mean([run.megabytes() for run in self.runs]))
+
+  def as_papers_count(self) -> dict[str, float]:
+    """Megabytes by each of `report.conventions`, mean of the seeds."""
+    counted = [report.conventions(run) for run in self.runs]
+    names = counted[0]
+    return {x: float(np.mean([c[x] for c in counted])) / _MEGA for x in names}
+
+
+def is_study(path: str | os.PathLike) -> bool:
+  """Whether a path is of a study, and not of a run."""
+  return pathlib.Path(path).suffix == ".jsonl"
+
+
+def load(path: str | os.PathLike) -> list[Entry]:
+  """The entries of a study, in the order of their first runs.
+
+  Raises:
+    ValueError: if there is no run in it.
+  """
+  path = pathlib.Path(path)
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  if not records:
+    raise ValueError(f"expected runs in {path}, found none.")
+  entries: dict[str, list[tuple[int, dict[str, Any], report.Run]]] = {}
+  for record in records:
+    cell = dict(record["cell"])
+    seed = cell.pop("seed")
+    cell |= dict(cell.pop("knobs", ()))
+    run = report.Run(cell["method"], path, record, record["lines"])
+    entries.setdefault(json.dumps(cell), []).append((seed, cell, run))
+  found = []
+  for several in entries.values():
+    several.sort(key=lambda x: x[0])
+    _, cell, _ = several[0]
+    found.append(Entry(cell["method"], cell, tuple(x[2] for x in several)))
+  return found
+
+
+def table(entries: Sequence[Entry]) -> str:
+  """A Markdown table: utility, bytes, and both against the dense reference.
+
+  "To dense" is when the mean over seeds was first seen to be within one
+  standard deviation of the end of the reference, the dense entry of the same
+  task and the highest rank; ratios are bytes of the reference, by when it was
+  there itself, over those of the entry.
+  """
+  rows = []
+  for entry in entries:
+    metric, higher = metric_of(entry)
+    reference = reference_of(entry, entries)
+    final = entry.final(metric)
+    form = ".1%" if higher else ".3f"
+    row = {name: _short(entry.cell[name]) for name in shown(entries)}
+    row["seeds"] = len(final)
+    row[metric] = f"{final.mean():{form}} ± {_deviation(final):{form}}"
+    row["MB"] = f"{entry.megabytes():.2f}"
+    if reference is not None:
+      row |= _against(entry, reference, metric, higher)
+    rows.append({"method": entry.method, **row})
+  return tabulate.tabulate(rows, headers="keys", tablefmt="github")
+
+
+def _against(entry, reference, metric, higher):
+  target = target_of(reference, metric, higher)
+  own, theirs = (
+    megabytes_to(x, target, metric, higher) for x in (entry, reference)
+  )
+  papers, dense = entry.as_papers_count(), reference.as_papers_count()
+  columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
+  for name in papers:
+    columns[f"× fewer, {name}"] = f"{dense[name] / papers[name]:.1f}"
+  met = own is not None and theirs is not None
+  columns["MB to dense"] = f"{own:.2f}" if own is not None else "not met"
+  columns["× fewer to dense"] = f"{theirs / own:.1f}" if met else ""
+  return columns
+
+
+def metric_of(entry: Entry) -> tuple[str, bool]:
+  """The metric that tells the utility of a task, and whether more is better."""
+  last = entry.runs[0].evaluated[-1]
+  return ("loss", False) if "perplexity" in last else ("accuracy", True)
+
+
+def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+  """The dense entry of the same task and the highest rank."""
+  ignored = {"method", "density", "rank", "client_rate", "server_rate"}
+  of = lambda cell: {x: cell[x] for x in cell if x not in ignored}
+  alike = [
+    x
+    for x in entries
+    if x.method == REFERENCE and of(x.cell).items() <= of(entry.cell).items()
+  ]
+  return max(alike, key=lambda x: x.cell["rank"], default=None)
+
+
+def target_of(reference: Entry, metric: str, higher: bool) -> float:
+  """The utility that is one standard deviation worse than the reference's."""
+  final = reference.final(metric)
+  return final.mean() - (1 if higher else -1) * _deviation(final)
+
+
+def megabytes_to(
+  entry: Entry, target: float, metric: str, higher: bool
+) -> float | None:
+  """Megabytes by the first evaluation whose mean meets a target, or None."""
+  sent, values = entry.curve(metric)
+  met = np.flatnonzero(values >= target if higher else values <= target)
+  return float(sent[met[0]]) if met.size else None
+
+
+def shown(entries: Sequence[Entry]) -> list[str]:
+  """The settings in which the entries differ, for labels and columns."""
+  names = dict.fromkeys(name for entry in entries for name in entry.cell)
+  hidden = {"method", "client_rate", "server_rate", "rounds", "validation"}
+  differs = lambda name: len({str(x.cell.get(name)) for x in entries}) > 1
+  return [name for name in names if name not in hidden and differs(name)]
+
+
+def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
+  """Draws utility at the end against megabytes, a line a method and rank.
+
+  Points of a line are densities; bars are one standard deviation over seeds;
+  the band is the dense reference.
+  """
+  figure = matplotlib.figure.Figure(figsize=(7.5, 5), layout="constrained")
+  axes = figure.subplots()
+  metric, higher = metric_of(entries[0])
+  lines: dict[str, list[Entry]] = {}
+  of_line = [name for name in shown(entries) if name not in ("density", "task")]
+  for entry in entries:
+    lines.setdefault(entry.label(of_line), []).append(entry)
+  for number, (label, points) in enumerate(lines.items()):
+    points = sorted(points, key=Entry.megabytes)
+    finals = [point.final(metric) for point in points]
+    axes.errorbar(
+      [point.megabytes() for point in points],
+      [final.mean() for final in finals],
+      yerr=[_deviation(final) for final in finals],
+      marker="osD^vP*Xhd<>"[number % 12],
+      capsize=2,
+      linewidth=1,
+      label=label,
+    )
+  reference = reference_of(entries[0], entries)
+  if reference is not None:
+    final = reference.final(metric)
+    low, high = (
+      final.mean() - _deviation(final),
+      final.mean() + _deviation(final),
+    )
+    axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
+  axes.set_xscale("log")
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.set_xlabel("megabytes sent, both directions, all clients")
+  axes.set_ylabel("held-out accuracy" if higher else "held-out loss (nats)")
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize="small")
+  figure.savefig(path, dpi=150)
+
+
+def _deviation(values: np.ndarray) -> float:
+  """The standard deviation over seeds, by n - 1; 0 of one seed."""
+  return float(values.std(ddof=1)) if values.size > 1 else 0.0
+
+
+def _short(value: Any) -> str:
+  """A density such as 1/16 as that."""
+  if isinstance(value, float) and 0 < value < 1 and (1 / value).is_integer():
+    return f"1/{round(1 / value)}"
+  return f"{value:g}" if isinstance(value, float) else str(value)
