@@ -72,8 +72,8 @@ def top_groups(
     raise ValueError(
       f"expected from 1 to all groups of each row, got {counts=} of {sizes=}."
     )
-  sent = np.sum([x * row[0] for x, row in zip(counts, rows, strict=True)])
-  count = int(sent) + np.count_nonzero(owners < 0)
+  sent = [x * row[0] for x, row in zip(counts, rows, strict=True)]
+  count = int(sum(sent) + np.count_nonzero(owners < 0))
 
   def encode(vector, key):
     # What is of no group is added up behind the others.

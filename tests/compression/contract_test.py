@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.compression import segments, wire
+from fedjax_llm.compression import groups, segments, wire
 
 chain, error_feedback = compression.chain, compression.error_feedback
 top_k, random_k = compression.top_k, compression.random_k
@@ -48,6 +48,11 @@ COMPRESSORS = {
     segments.top_k_of_each(
       (n // 3, n // 3, n - 2 * (n // 3)), (1 / 4, 1 / 4, 1.0)
     ),
+    uniform(4),
+  ),
+  "top_groups + uniform": lambda n: chain(
+    # Sixty-four groups of four entries, and one of none.
+    groups.top_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
     uniform(4),
   ),
   "at": lambda n: segments.at(np.arange(n) % 3 == 0, -(-n // 3)),

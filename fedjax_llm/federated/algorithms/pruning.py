@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.compression import base, sparse, supports
+from fedjax_llm.compression import base, segments, sparse, wire
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -126,15 +126,11 @@ def _first_top_k(density: float) -> base.Compressor:
 
   def encode(vector, state, key):
     is_chosen, mask = state
-    payload = jax.eval_shape(top_k.encode, vector, (), key)[0]
+    count = wire.entries(jax.eval_shape(top_k.encode, vector, (), key)[0])
     mask = jax.lax.cond(
-      is_chosen,
-      lambda: mask,
-      lambda: sparse.top_k_mask(vector, payload.values.size),
+      is_chosen, lambda: mask, lambda: sparse.top_k_mask(vector, count)
     )
-    (indices,) = jnp.nonzero(mask, size=payload.values.size)
-    support = supports.pack(indices, vector.size)
-    payload = sparse.Sparse(vector[indices], support, vector.size)
+    payload, _ = segments.at(mask, count).encode(vector, (), key)
     return payload, (jnp.bool(True), mask)
 
   return base.Compressor(init, encode, top_k.decode)

@@ -1,0 +1,104 @@
+"""FLASC-Search: which rank and which density, found by few runs.
+
+Kuo, Raje, Rajesh, Smith, 2024 (arXiv 2406.05233). This is our reading of an
+abstract, which says that one starts from a small rank and density, and keeps
+comparing one configuration of larger rank to one of larger density. Here the
+two are larger by one factor, so that they send about as many numbers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Trial(NamedTuple):
+  """A configuration and what it gave.
+
+  Attributes:
+    rank: of the adapters.
+    density: of the messages.
+    utility: the larger the better.
+    nbytes: what the run sent.
+  """
+
+  rank: int
+  density: float
+  utility: float
+  nbytes: int
+
+
+class Search(NamedTuple):
+  """What a search found.
+
+  Attributes:
+    best: the trial of the highest utility that was within the bounds.
+    trials: all of them, in order.
+  """
+
+  best: Trial
+  trials: tuple[Trial, ...]
+
+
+def search(
+  measure: Callable[[int, float], tuple[float, int]],
+  *,
+  rank: int,
+  density: float,
+  max_rank: int,
+  most_bytes: float = float("inf"),
+  factor: int = 4,
+) -> Search:
+  """Grows rank or density, whichever buys more utility for a byte.
+
+  Each step measures `(factor * rank, density)` and `(rank, factor * density)`,
+  as far as they are within the bounds, and goes on from the better: that which
+  gained more over the last for each byte that it sent more, or, if neither
+  gained, lost less. Their bytes are nearly equal; measured, they differ by
+  supports and by what has no rank.
+
+  Args:
+    measure: runs a configuration: (rank, density) -> (utility, bytes sent).
+    rank: to start from, in [1, `max_rank`].
+    density: to start from, in (0, 1].
+    max_rank: no configuration has a larger rank.
+    most_bytes: configurations that send more are neither kept nor gone on from.
+    factor: by which rank or density grows, at least 2.
+
+  Raises:
+    ValueError: if an argument is out of range, or the first configuration sends
+      more than `most_bytes`.
+  """
+  if not 1 <= rank <= max_rank or not 0 < density <= 1 or factor < 2:
+    raise ValueError(
+      "search expected rank in [1, max_rank], density in (0, 1] and factor >="
+      f" 2, got {rank=}, {max_rank=}, {density=}, {factor=}."
+    )
+  trials = [Trial(rank, density, *measure(rank, density))]
+  if trials[0].nbytes > most_bytes:
+    raise ValueError(
+      f"search started from a run of {trials[0].nbytes} bytes, which is over"
+      f" {most_bytes=}. Start from a smaller rank or density."
+    )
+  kept = [trials[0]]
+  while True:
+    last = kept[-1]
+    pair = [
+      (last.rank * factor, last.density),
+      (last.rank, last.density * factor),
+    ]
+    within = [x for x in pair if x[0] <= max_rank and x[1] <= 1]
+    tried = [Trial(*x, *measure(*x)) for x in within]
+    trials += tried
+    affordable = [x for x in tried if x.nbytes <= most_bytes]
+    if not affordable:
+      break
+    kept.append(max(affordable, key=lambda x, last=last: _worth(x, last)))
+  fitting = [x for x in trials if x.nbytes <= most_bytes]
+  best = max(fitting, key=lambda x: (x.utility, -x.nbytes))
+  return Search(best, tuple(trials))
+
+
+def _worth(trial, last):
+  """What is gained for a byte more; what is lost, if nothing is gained."""
+  gain = trial.utility - last.utility
+  more = max(1, trial.nbytes - last.nbytes)
+  return gain / more if gain > 0 else gain
