@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import sparse, supports, wire
-from fedjax_llm.federated import aggregators
+from fedjax_llm.federated import aggregators, densities
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 
 KEY = jax.random.key(4)
@@ -20,25 +20,35 @@ ADAMW = flasc.server_adamw(0.1)
 
 @functools.cache
 def compose(loss_fn, client, server, download, upload):
-  algorithm = flasc.flasc(
+  return compile_round(
+    flasc.flasc,
     loss_fn,
     client,
     server,
     download_density=download,
     upload_density=upload,
-    clients_per_step=1,
   )
+
+
+def compile_round(make, *arguments, **knobs):
+  algorithm = make(*arguments, clients_per_step=1, **knobs)
   return algorithm, jax.jit(algorithm.round)
 
 
 def run(problem, client, server, download, upload, cohorts):
   """The last state, and the last metrics."""
-  algorithm, step = compose(problem.loss_fn, client, server, download, upload)
+  program = compose(problem.loss_fn, client, server, download, upload)
+  *_, (state, metrics) = play(problem, program, cohorts)
+  return state, metrics
+
+
+def play(problem, program, cohorts):
+  """The state and the metrics after each round."""
+  algorithm, step = program
   state = algorithm.init(problem.trainable)
-  metrics = None
   for cohort in cohorts:
     state, metrics = step(state, problem.frozen, problem.examples, cohort, KEY)
-  return state, metrics
+    yield state, jax.device_get(metrics)
 
 
 @functools.cache
@@ -63,23 +73,104 @@ def flat(tree):
   return np.asarray(ravel_pytree(tree)[0])
 
 
+def np_flasc(problem, oracle, cohorts, densities_of):
+  """The server's parameters; densities are of (round, client)."""
+  flat = oracle.flatten(problem.trainable)
+  server = oracle.adamw(0.1)
+  for number, cohort in enumerate(cohorts):
+    update = np.zeros_like(flat)
+    for client, indices, mask, _ in zip(*cohort, strict=True):
+      down, up = densities_of(number, client)
+      start = oracle.top_k(flat, down)
+      trained = oracle.local_sgd(problem, start, indices, mask, 0.05, 0.9)
+      update += oracle.top_k(start - trained, up)
+    flat = server(flat, update / len(cohort.clients))
+  return flat
+
+
+def assert_close_in_float64(state, expected, oracle):
+  got = oracle.flatten(state.trainable)
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_flasc_is_its_oracle_in_float64(problem, oracle):
   # Law 20: masks both ways, unequal clients that count alike, AdamW.
   cohorts = problem.cohorts(4)
-  expected = oracle.flatten(problem.trainable)
-  server = oracle.adamw(0.1)
-  for cohort in cohorts:
-    start = oracle.top_k(expected, 0.6)
-    update = np.zeros_like(start)
-    for indices, mask in zip(cohort.indices, cohort.mask, strict=True):
-      trained = oracle.local_sgd(problem, start, indices, mask, 0.05, 0.9)
-      update += oracle.top_k(start - trained, 0.3)
-    expected = server(expected, update / len(cohort.clients))
+  expected = np_flasc(problem, oracle, cohorts, lambda *_: (0.6, 0.3))
   with jax.enable_x64(True):
     state, _ = run(problem, SGD, ADAMW, 0.6, 0.3, cohorts)
-    got = flat(state.trainable)
-  assert got.dtype == np.float64
-  np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+  assert_close_in_float64(state, expected, oracle)
+
+
+def test_densities_by_round_are_their_oracle_in_float64(problem, oracle):
+  # Laws 18 and 20: each direction by its own rounds; and 17, their bytes.
+  cohorts = problem.cohorts(4)
+  of = lambda number, client: (0.5 if number < 2 else 0.25, 0.8**number)
+  expected = np_flasc(problem, oracle, cohorts, of)
+  falling = densities.decaying(1.0, 0.8, every=1, rounds=4)
+  program = compile_round(
+    flasc.flasc,
+    problem.loss_fn,
+    SGD,
+    ADAMW,
+    download_density={0: 0.5, 2: 0.25},
+    upload_density=falling,
+  )
+  with jax.enable_x64(True):
+    history = list(play(problem, program, cohorts))
+  assert_close_in_float64(history[-1][0], expected, oracle)
+  for number, (_, metrics) in enumerate(history):
+    down, up = of(number, 0)
+    assert metrics["download_entries"].tolist() == [int(24 * down)] * 3
+    assert metrics["upload_entries"].tolist() == [int(24 * up)] * 3
+
+
+def test_tiers_are_their_oracle_in_float64(problem, oracle):
+  # Law 20: dealt out in turn, and one mean over all.
+  cohorts = problem.cohorts(4)
+  tiers = ((0.25, 0.125), (0.5, 0.75), (1.0, 1.0))
+  of = lambda number, client: tiers[client % 3]
+  expected = np_flasc(problem, oracle, cohorts, of)
+  make = functools.partial(flasc.flasc_tiers, tiers=tiers)
+  program = compile_round(make, problem.loss_fn, SGD, ADAMW)
+  with jax.enable_x64(True):
+    *_, (state, _) = play(problem, program, cohorts)
+  assert_close_in_float64(state, expected, oracle)
+
+
+def test_one_tier_is_flasc_bit_for_bit(problem):
+  # Law 13, in its sense for densities.
+  cohorts = problem.cohorts(2)
+  make = functools.partial(flasc.flasc_tiers, tiers=((0.6, 0.3),))
+  program = compile_round(make, problem.loss_fn, SGD, ADAMW)
+  *_, (got, _) = play(problem, program, cohorts)
+  expected, _ = run(problem, SGD, ADAMW, 0.6, 0.3, cohorts)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_clients_are_of_the_tiers_they_are_said_to_be_of(problem):
+  make = functools.partial(
+    flasc.flasc_tiers,
+    tiers=((0.25, 0.5), (0.75, 0.5)),
+    of_client=lambda client: (client > 3).astype(np.int32),
+  )
+  program = compile_round(make, problem.loss_fn, SGD, ADAMW)
+  *_, (_, metrics) = play(problem, program, [problem.cohort(2, 5, 3)])
+  assert metrics["download_entries"].tolist() == [6, 18, 6]
+
+
+def test_a_constant_schedule_is_a_constant_bit_for_bit(problem):
+  # Law 18.
+  cohorts = problem.cohorts(2)
+  constant = densities.decaying(0.6, 1.0, every=1, rounds=9)
+  make = functools.partial(
+    flasc.flasc, download_density=constant, upload_density=0.3
+  )
+  program = compile_round(make, problem.loss_fn, SGD, ADAMW)
+  *_, (got, _) = play(problem, program, cohorts)
+  expected, _ = run(problem, SGD, ADAMW, 0.6, 0.3, cohorts)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
@@ -175,7 +266,7 @@ def test_who_learns_at_rate_zero_leaves_the_server_its_decay(problem, oracle):
 
 
 def test_the_download_does_not_depend_on_the_upload_density(problem):
-  # Law 18. Densities are constant here: its schedule of rate 1 is all there is.
+  # Law 18.
   few, many = received(problem, 0.5, 0.1), received(problem, 0.5, 1.0)
   jax.tree.map(np.testing.assert_array_equal, few, many)
 
