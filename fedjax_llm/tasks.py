@@ -7,23 +7,20 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
 
+from fedjax_llm import objectives
 from fedjax_llm.data import batches, records
-from fedjax_llm.evaluation import classification as classification_metrics
-from fedjax_llm.evaluation import likelihood
 from fedjax_llm.models import (
   adapters,
-  classification,
   families,
   heads,
   hub_config,
-  language,
   lora,
   pretrained,
   quantized,
@@ -39,15 +36,19 @@ class Task:
 
   Attributes:
     loss_fn: for `federated.clients.local_update`.
-    trainable: the LoRA factors to start from, with the head of a classifier.
-    frozen: the base model's parameters.
+    trainable: the LoRA factors to start from, with the head of a classifier;
+      or in full fine-tuning all parameters, in float32.
+    frozen: the base model's parameters; nothing in full fine-tuning.
     population: the clients and their training rows.
     evaluate: (trainable, frozen) -> `loss`, `accuracy` and more on held-out
       rows.
-    save_adapter: (trainable, folder) -> None; writes a PEFT adapter.
+    save_adapter: (trainable, folder, residual=None) -> None; writes a PEFT
+      adapter, with what a method has added to the base model if it has, see
+      `rounds.FederatedAlgorithm`. In full fine-tuning, a model folder.
     mesh: the devices that clients are shared out over.
     seed: of everything random.
     data: what identifies the rows and the base model.
+    adapter: the LoRA that the factors are of; None in full fine-tuning.
   """
 
   loss_fn: Callable[..., Any]
@@ -55,41 +56,35 @@ class Task:
   frozen: Any
   population: batches.Population
   evaluate: Callable[[Any, Any], dict[str, float]]
-  save_adapter: Callable[[Any, pathlib.Path], None]
+  save_adapter: Callable[..., None]
   mesh: jax.sharding.Mesh
   seed: int
   data: Mapping[str, str]
-
-
-class _Measures(NamedTuple):
-  """How a kind of model is trained and evaluated."""
-
-  loss_fn: Callable[..., Any]
-  score_fn: Callable[..., Any]
-  evaluator: Callable[..., Any]
+  adapter: lora.LoRA | None = None
 
 
 def language_model(
   data: records.RowSource,
   *,
   model: str | os.PathLike = pretrained.SHIPPED,
-  adapter: lora.LoRA | str | os.PathLike,
+  adapter: lora.LoRA | str | os.PathLike | None,
   sequence_length: int,
   dtype: Dtype = "float32",
   quantize: Quantize | None = None,
   remat: bool = False,
   seed: int = 0,
 ) -> Task:
-  """LoRA fine-tuning of a causal language model on federated texts.
+  """Fine-tuning of a causal language model on federated texts.
 
   Args:
     data: the clients' rows, such as `records.streams(corpus)` or
       `records.instructions(...)`.
     model: Hugging Face folder or hub name; the shipped Llama if not given.
     adapter: which layers get LoRA factors, and how; or the folder or hub name
-      of a PEFT adapter, to go on training from.
+      of a PEFT adapter, to go on training from. None for full fine-tuning:
+      all parameters are trained and sent.
     sequence_length: tokens predicted a row, at most the model's context.
-    dtype: what the base model is kept and computed in. Factors, their
+    dtype: what the base model is kept and computed in. What is trained, its
       gradients and optimizers are float32 always.
     quantize: keep the kernels of the base model's layers in 8 or about 4.5
       bits a weight instead (QLoRA, Dettmers et al., 2023).
@@ -97,24 +92,21 @@ def language_model(
     seed: of the factors, the cohorts, the dropout and the compressors.
 
   Raises:
-    ValueError: if the model or adapter cannot be loaded, or a row does not fit.
+    ValueError: if the model or adapter cannot be loaded, a row does not fit, or
+      quantised kernels were to be trained.
   """
-  measures = _Measures(
-    language.loss_fn, language.score_fn, likelihood.evaluator
-  )
   folder = pretrained.resolve(model)
   families.check_predicts(families.read_config(folder))
   rows = _rows(data, folder, sequence_length)
-  return _task(
-    rows, model, adapter, None, measures, dtype, quantize, remat, seed
-  )
+  kind = objectives.LANGUAGE
+  return _task(rows, model, adapter, None, kind, dtype, quantize, remat, seed)
 
 
 def classifier(
   data: records.RowSource,
   *,
   model: str | os.PathLike,
-  adapter: lora.LoRA | str | os.PathLike,
+  adapter: lora.LoRA | str | os.PathLike | None,
   sequence_length: int,
   pooling: Literal["last", "first", "mean"] | None = None,
   dtype: Dtype = "float32",
@@ -122,9 +114,9 @@ def classifier(
   remat: bool = False,
   seed: int = 0,
 ) -> Task:
-  """LoRA fine-tuning of a classifier on federated texts.
+  """Fine-tuning of a classifier on federated texts.
 
-  Its head is trained and sent with the factors. Arguments and errors are those
+  Its head is trained and sent with the rest. Arguments and errors are those
   of `language_model`, but for:
 
   Args:
@@ -139,11 +131,6 @@ def classifier(
     remat: as in `language_model`.
     seed: as in `language_model`.
   """
-  measures = _Measures(
-    classification.loss_fn,
-    classification.score_fn,
-    classification_metrics.evaluator,
-  )
   folder = pretrained.resolve(model)
   rows = _rows(data, folder, sequence_length)
   examples: Any = rows.train.examples
@@ -159,9 +146,8 @@ def classifier(
       f"the head in {folder} scores {stored}, the data number their labels as"
       f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
     )
-  return _task(
-    rows, model, adapter, head, measures, dtype, quantize, remat, seed
-  )
+  kind = objectives.CLASSIFICATION
+  return _task(rows, model, adapter, head, kind, dtype, quantize, remat, seed)
 
 
 def _rows(
@@ -188,21 +174,26 @@ def _rows(
 def _task(
   rows: records.Split,
   model: str | os.PathLike,
-  adapter: lora.LoRA | str | os.PathLike,
+  adapter: lora.LoRA | str | os.PathLike | None,
   head: heads.Classifier | None,
-  measures: _Measures,
+  kind: objectives.Objective,
   dtype: Dtype,
   quantize: Quantize | None,
   remat: bool,
   seed: int,
 ) -> Task:
   """Loads what is fine-tuned; see `language_model`."""
-  folder = pretrained.resolve(model)
-  mesh = device_mesh()
+  is_full = adapter is None
+  if is_full and quantize:
+    raise ValueError(
+      f"full fine-tuning trains the kernels, got {quantize=}. Leave it out, or"
+      " give an adapter."
+    )
+  folder, mesh = pretrained.resolve(model), device_mesh()
   config, frozen = pretrained.load(
     folder,
     head=head,
-    dtype=jnp.dtype(dtype),
+    dtype=jnp.dtype("float32" if is_full else dtype),
     quantize=quantize,
     sharding=replicated(mesh),
   )
@@ -212,38 +203,49 @@ def _task(
     "base_model": pathlib.Path(model).name,
     "base_model_fingerprint": pretrained.fingerprint(folder),
   }
-  if not isinstance(adapter, lora.LoRA):
+  if isinstance(adapter, (str, os.PathLike)):
     start = pretrained.resolve(adapter)
     data["adapter_fingerprint"] = pretrained.fingerprint(start)
     adapter, trainable = adapters.load(start, config)
   network = families.model(
     config, adapter, head, dtype=jnp.dtype(dtype), remat=remat
   )
-  if trainable is None:
+  if is_full:
+    shapes = lora.abstract_variables(network)["params"]
+    params = heads.complete(frozen, shapes, jax.random.key(seed))
+    trainable, frozen, kind = params, {}, kind.of_all_parameters()
+  elif trainable is None:
     trainable = lora.init(network, jax.random.key(seed), frozen)
   else:
     lora.check(network, trainable)
-  evaluate = measures.evaluator(
-    measures.score_fn(network), rows.held_out.examples
-  )
   return Task(
-    loss_fn=measures.loss_fn(network),
+    loss_fn=kind.loss_fn(network),
     trainable=trainable,
     frozen=frozen,
     population=rows.train,
-    evaluate=evaluate,
-    save_adapter=lambda trained, folder: adapters.save(
-      folder,
-      trained,
-      adapter,
-      config=config,
-      base_model=str(model),
-      head=head,
-    ),
+    evaluate=kind.evaluator(kind.score_fn(network), rows.held_out.examples),
+    save_adapter=_saver(adapter, config, str(model), head),
     mesh=mesh,
     seed=seed,
     data=data,
+    adapter=adapter,
   )
+
+
+def _saver(adapter, config, model, head):
+  """Makes what writes a PEFT adapter, or a model if there is no adapter."""
+
+  def save(trained, folder, residual=None):
+    if adapter is not None:
+      named = dict(config=config, base_model=model, head=head)
+      adapters.save(folder, trained, adapter, residual=residual, **named)
+      return
+    like = pretrained.resolve(model)
+    pretrained.save(
+      folder, config, trained, head=head, dtype=jnp.float32, like=like
+    )
+
+  return save
 
 
 def load_tokenizer(

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import transformers
 
 from fedjax_llm import cli, finetuning, tasks
 from fedjax_llm.data import partition, records, templates
+from fedjax_llm.federated import clients
 from fedjax_llm.federated.algorithms import fed_avg
 from fedjax_llm.models import (
   adapters,
@@ -269,3 +271,97 @@ def test_images_are_not_read_yet(tmp_path):
     tasks.classifier(
       numbers(str), model=tmp_path, adapter=lora.LoRA(), sequence_length=4
     )
+
+
+def test_full_fine_tuning_trains_all_parameters_in_float32(toy_model):
+  full = language_model(toy_model, adapter=None, dtype="bfloat16")
+  _, params = pretrained.load(toy_model)
+  assert full.adapter is None and full.frozen == {}
+  jax.tree.map(np.testing.assert_array_equal, full.trainable, params)
+  adapted = language_model(toy_model, dtype="bfloat16")
+  # Factors change nothing at the start.
+  got = full.evaluate(full.trainable, full.frozen)["loss"]
+  expected = adapted.evaluate(adapted.trainable, adapted.frozen)["loss"]
+  assert got == pytest.approx(expected, rel=1e-3)  # Of bfloat16.
+
+
+def test_quantised_kernels_are_not_trained(toy_model):
+  with pytest.raises(ValueError, match="quantize='int8'. Leave it out, or"):
+    language_model(toy_model, adapter=None, quantize="int8")
+
+
+def test_a_classifier_that_is_fine_tuned_whole_is_loaded_whole(
+  toy_model, tmp_path
+):
+  source = numbers(lambda odd: ["even", "odd"][odd])
+  settings = {"model": toy_model, "sequence_length": 12, "seed": 3}
+  full = tasks.classifier(source, adapter=None, **settings)
+  adapted = tasks.classifier(source, adapter=lora.LoRA(rank=2), **settings)
+  # Both start from the same new head.
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    full.trainable["score"],
+    adapted.trainable["score"],
+  )
+  moved = jax.tree.map(lambda x: x + 0.01, full.trainable)
+  full.save_adapter(moved, tmp_path / "model")
+  again = tasks.classifier(
+    source, adapter=None, **settings | {"model": tmp_path / "model"}
+  )
+  jax.tree.map(np.testing.assert_array_equal, again.trainable, moved)
+
+
+@pytest.mark.oracle
+def test_full_fine_tuning_is_federated_averaging_of_transformers_models(
+  toy_model, tmp_path
+):
+  # A round of two clients, two steps of SGD each, done by torch: the model that
+  # is exported has the mean of the parameters.
+  torch = pytest.importorskip("torch")
+  task = language_model(toy_model, adapter=None)
+  algorithm = fed_avg.fed_avg(task.loss_fn, optax.sgd(0.5), optax.sgd(1.0))
+  cohort = clients.Cohort(
+    np.array([0, 1], np.int32),
+    np.arange(8, dtype=np.int32).reshape(2, 2, 2),
+    np.ones((2, 2, 2), bool),
+    np.array([1, 3], np.float32),
+  )
+  examples = task.population.examples
+  state, metrics = jax.jit(algorithm.round)(
+    algorithm.init(task.trainable), {}, examples, cohort, jax.random.key(0)
+  )
+  task.save_adapter(state.trainable, tmp_path)
+  assert metrics["upload_entries"][0] == sum(
+    x.size for x in jax.tree.leaves(task.trainable)
+  )
+
+  def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32
+    )
+
+  def trained(indices):
+    model = load(toy_model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for rows in indices:
+      tokens = torch.tensor(examples.tokens[rows]).long()
+      mask = torch.tensor(examples.mask[rows])
+      logits = model(tokens[:, :-1]).logits
+      losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+      )
+      optimizer.zero_grad()
+      ((losses * mask).sum() / mask.sum()).backward()
+      optimizer.step()
+    return dict(model.named_parameters())
+
+  first, second = (trained(indices) for indices in cohort.indices)
+  start = dict(load(toy_model).named_parameters())
+  got = dict(load(tmp_path).named_parameters())
+  assert got.keys() == start.keys()
+  for name, parameter in got.items():
+    step = (first[name] + 3 * second[name]) / 4 - start[name]
+    assert step.abs().max() > 1e-5, name
+    # Float32 of numbers up to one, rounded twice.
+    error = (parameter - start[name] - step).abs().max()
+    assert error < 1e-3 * step.abs().max() + 2e-7, name

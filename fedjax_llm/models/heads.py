@@ -5,9 +5,12 @@ they are trained, compressed and sent together (`modules_to_save` in PEFT).
 """
 
 import dataclasses
+import zlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -110,3 +113,23 @@ class Head(nn.Module):
 def draw(key: Any, shape: tuple[int, ...]) -> Float[Array, "d labels"]:
   """The kernel of a new head: normal, of standard deviation 0.02."""
   return 0.02 * jax.random.normal(key, shape)
+
+
+def complete(
+  params: Mapping[str, Any], shapes: Mapping[str, Any], key: Any
+) -> dict[str, Any]:
+  """The parameters of a finished model, with a new head if they lack one.
+
+  Args:
+    params: of a base model, with a head or without.
+    shapes: of all parameters of the model, its head among them.
+    key: of the draw; the head is that of `lora.init`.
+  """
+  flat: Any = flax.traverse_util.flatten_dict(dict(params))
+  expected: Any = flax.traverse_util.flatten_dict(dict(shapes))
+  for path in expected.keys() - flat.keys():
+    name_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+    shape = expected[path].shape
+    is_bias = path[-1] == "bias"
+    flat[path] = jnp.zeros(shape) if is_bias else draw(name_key, shape)
+  return flax.traverse_util.unflatten_dict(flat)

@@ -163,8 +163,8 @@ def gradient_bases(
   def singular(path, x, slope):
     del path
     left, values, right = jnp.linalg.svd(slope["a"], full_matrices=False)
-    diagonal = values[..., None] * jnp.eye(values.shape[-1], dtype=values.dtype)
-    core = -learning_rate * diagonal
+    diagonal = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")
+    core = diagonal(-learning_rate * values)
     return {"a": left, "b": right @ x["b"], "core": core}
 
   def bases(trainable):

@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from fedjax_llm.compression import base, wire
+from fedjax_llm.data import batches
 from fedjax_llm.federated.algorithms import fed_sb
+from fedjax_llm.models import decoder, language, lora
 
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -153,6 +155,50 @@ def test_gradient_bases_are_the_singular_vectors_of_the_kernel_s(
   # The power iteration has not wholly converged.
   np.testing.assert_allclose(step, expected, atol=1e-6)
   np.testing.assert_array_equal(start["head"], head)
+
+
+def test_gradient_bases_of_a_decoder_start_at_a_step_on_its_kernels():
+  # The kernels' own gradients, by differentiating a model without an adapter.
+  config = decoder.DecoderConfig(
+    vocab_size=30,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    max_position_embeddings=8,
+  )
+  whole = decoder.Decoder(config)
+  tokens = np.random.default_rng(0).integers(0, 30, (3, 6))
+  params = jax.jit(whole.init)(KEY, tokens)["params"]
+  rows = batches.Examples(np.int32(tokens), np.ones((3, 5), bool))
+  settings = lora.LoRA(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))
+  model = decoder.Decoder(config, settings)
+  everything = np.ones(3, bool)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    loss = language.loss_fn(whole)
+    total, count = loss({}, params, rows, everything, KEY)
+    return total / count
+
+  bases = fed_sb.gradient_bases(
+    language.loss_fn(model), params, rows, KEY, learning_rate=0.1, iterations=30
+  )
+  layers = bases(lora.init(model, KEY))["layers"]
+  slopes = gradient(params)["layers"]
+  for group, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+    pair = layers[group][name]
+    kernel = np.float64(slopes[group][name]["kernel"])
+    left, values, right = np.linalg.svd(kernel, full_matrices=False)
+    leading = left[..., :2] * values[:, None, :2] @ right[:, :2]
+    step = settings.scale * pair["a"] @ pair["core"] @ pair["b"]
+    expected = -0.1 * settings.scale**2 * leading
+    # The power iteration has not wholly converged.
+    error = abs(step - expected).max()
+    assert error < 1e-2 * abs(expected).max()
 
 
 def test_a_rank_above_a_side_of_the_layer_is_refused(problem):
