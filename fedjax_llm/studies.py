@@ -47,7 +47,7 @@ class Entry:
     return np.array([run.evaluated[-1][metric] for run in self.runs])
 
   def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Megabytes sent by each evaluation after the first, and the mean metric."""
+    """Megabytes sent by each evaluation but the first, and the mean metric."""
     lines = [run.evaluated[1:] for run in self.runs]
     sent = [
       [run.megabytes(line["round"]) for line in evaluated]

@@ -29,7 +29,8 @@ def make(
     cell,
     task,
     optax.sgd(cell.client_rate, momentum=0.9),
-    flasc.server_adamw(cell.server_rate),
+    # In the state, so that cells of other rates share one compiled round.
+    optax.inject_hyperparams(flasc.server_adamw)(cell.server_rate),
     knobs,
     parts,
   )

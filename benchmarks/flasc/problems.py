@@ -29,7 +29,8 @@ from fedjax_llm.models import decoder, lora, pretrained
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 NEWSGROUPS = DATA / "20news_bydate" / "20news-bydate.tar.gz"
 CLIENTS_PER_ROUND = 10
-EVALUATIONS = 10
+ROUNDS = {"shakespeare": 40, "newsgroups": 50, "library": 20}
+EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5}
 
 
 def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
@@ -42,7 +43,7 @@ def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
 def shakespeare(cell, knobs, adapter):
   corpus = corpora.shakespeare(DATA / "tinyshakespeare" / "input.txt")
   return tasks.language_model(
-    _side(records.streams(corpus, 8), cell.validation),
+    _side(records.streams(corpus, 4), cell.validation),
     model=DATA / "stories260k",
     adapter=adapter,
     sequence_length=64,
@@ -82,7 +83,7 @@ def newsgroups(cell, knobs, adapter):
     source,
     model=pretrained.SHIPPED,
     adapter=adapter,
-    sequence_length=32,
+    sequence_length=24,
     pooling="mean",
     seed=cell.seed,
   )

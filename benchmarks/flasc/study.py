@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "flasc"
-ROUNDS = 60
 _SUMMED = {
   "download_bytes",
   "upload_bytes",
@@ -112,13 +111,18 @@ def run(
         file.write(json.dumps(record) + "\n")
       last = record["lines"][-1]
       print(
-        f"{record['cell']['method']:28} density {record['cell']['density']:<9.3g}"
-        f" rank {record['cell']['rank']:<3} seed {record['cell']['seed']}"
+        f"{_describe(record['cell'])}"
         f"  loss {last['loss']:.3f}  accuracy {last['accuracy']:.1%}"
         f"  {record['seconds']:5.0f} s",
         flush=True,
       )
   return [done[cell.key()] for cell in cells]
+
+
+def _describe(cell):
+  of = lambda name: f"{name} {cell[name]:<8.3g}"
+  settings = map(of, ("density", "rank", "seed", "client_rate", "server_rate"))
+  return f"{cell['task']} {cell['method']:28} {' '.join(settings)}"
 
 
 def _read(path):
@@ -160,7 +164,7 @@ def _compute(cell: Cell) -> dict[str, Any]:
     **methods.options(cell, knobs),
   )
   start = time.perf_counter()
-  lines = _lines(experiment, cell.rounds, problems.EVALUATIONS)
+  lines = _lines(experiment, cell.rounds, problems.EVALUATIONS[cell.task])
   return {
     "cell": dataclasses.asdict(cell),
     "lines": lines,

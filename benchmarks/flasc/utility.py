@@ -8,18 +8,19 @@ TASK is shakespeare, newsgroups or library; `rates.py TASK` comes first.
 
 import itertools
 
+import problems
 import rates
 import study
 
-RANKS = (16, 4)
 DENSITIES = (1 / 4, 1 / 16, 1 / 64)
 SPARSE = ("FLASC", "SparseAdapter", "Adapter-LTH", "Federated Select")
 
 
 def cells(given) -> list[study.Cell]:
   """Seeds first, so that an unfinished study has all methods of some seeds."""
-  settings = [(rank, "dense", 1.0) for rank in RANKS]
-  settings += itertools.product(RANKS, SPARSE, DENSITIES)
+  settings = [(16, "dense", 1.0), *itertools.product([16], SPARSE, DENSITIES)]
+  settings += [(4, "dense", 1.0)]
+  settings += itertools.product([4], ["FLASC"], DENSITIES)
   return [
     study.Cell(
       given.task,
@@ -28,7 +29,7 @@ def cells(given) -> list[study.Cell]:
       rank,
       seed,
       *rates.of(given.task, method, given.out),
-      rounds=given.rounds or study.ROUNDS,
+      rounds=given.rounds or problems.ROUNDS[given.task],
     )
     for seed in range(given.seeds)
     for rank, method, density in settings
