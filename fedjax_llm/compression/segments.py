@@ -98,14 +98,45 @@ def largest_of_each(
       f"expected {sum(sizes)} scores, as many as the segments have entries,"
       f" got {scores.shape}."
     )
-  masks, start = [], 0
-  # Equal segments that follow each other, such as stacked layers, are one
-  # vmapped program.
-  for (size, count), run in itertools.groupby(zip(sizes, counts, strict=True)):
-    rows = len(list(run))
-    grid = scores[start : start + rows * size].reshape(rows, size)
-    if size:
-      mask = jax.vmap(lambda row, k=count: sparse.top_k_mask(row, k))(grid)
-      masks.append(mask.ravel())
-    start += rows * size
+  number = jnp.asarray(counts, jnp.int32)
+  masks = [
+    jax.vmap(sparse.top_k_mask)(grid, number[rows]).ravel()
+    for rows, (grid,) in _runs(sizes, scores)
+  ]
   return jnp.concatenate(masks)
+
+
+def rescale_each(
+  kept: Float[Array, " n"], whole: Float[Array, " n"], sizes: Sequence[int]
+) -> Float[Array, " n"]:
+  """Scales each segment to the sum of magnitudes that it has in `whole`.
+
+  Args:
+    kept: what is scaled; a segment of zeros stays as it is.
+    whole: what it is scaled to.
+    sizes: of the segments.
+  """
+
+  def scaled(kept, whole):
+    left, total = (
+      jnp.sum(jnp.abs(x), axis=1, keepdims=True) for x in (kept, whole)
+    )
+    return kept * jnp.where(left > 0, total / jnp.where(left > 0, left, 1), 1)
+
+  runs = _runs(sizes, kept, whole)
+  return jnp.concatenate([scaled(*grids).ravel() for _, grids in runs])
+
+
+def _runs(sizes, *vectors):
+  """Equal segments that follow each other, such as stacked layers, as rows.
+
+  Yields which segments they are, and of each vector the grid of their entries.
+  """
+  row = start = 0
+  for size, run in itertools.groupby(sizes):
+    rows = len(list(run))
+    end = start + rows * size
+    if size:
+      grids = [x[start:end].reshape(rows, size) for x in vectors]
+      yield slice(row, row + rows), grids
+    row, start = row + rows, end

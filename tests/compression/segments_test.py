@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ KEY = jax.random.key(0)
 
 def send(compressor, vector):
   state = compressor.init(vector)
-  return compression.transmit(compressor, jnp.asarray(vector), state, KEY)
+  transmit = jax.jit(functools.partial(compression.transmit, compressor))
+  return transmit(jnp.asarray(vector), state, KEY)
 
 
 def test_each_segment_keeps_its_own_largest_entries():
@@ -44,6 +47,13 @@ def test_a_support_that_only_the_sender_knows_travels():
   message = send(segments.at(mask, 4), vector)
   np.testing.assert_array_equal(message.received, np.where(mask, vector, 0))
   assert message.payload.support.size == supports.nbytes(64, 4)
+
+
+def test_what_is_kept_is_scaled_to_the_magnitudes_of_the_whole():
+  whole = np.array([1, -3, 2, 2, 5, 0, 0], np.float32)
+  kept = np.array([0, -3, 2, 0, 0, 0, 0], np.float32)
+  got = segments.rescale_each(kept, whole, (2, 2, 1, 0, 2))
+  np.testing.assert_allclose(got, [0, -4, 4, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("densities", [(0.5,), (0.5, 0.0), (0.5, 1.5)])

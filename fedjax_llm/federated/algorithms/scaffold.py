@@ -64,7 +64,7 @@ def scaffold(
     client_learning_rate: of the clients' plain SGD, positive: c_i is measured
       from the update, which is this times a sum of gradients.
     server_optimizer: steps on the mean update; the paper's is
-      `optax.sgd(eta_g)`, with eta_g 1 in its experiments.
+      `optax.sgd(eta_g)`.
     population: number of clients.
     channel: what compresses the messages of both kinds; None for nothing.
     clients_per_step: see `clients.map_clients`.
