@@ -76,9 +76,11 @@ def top_groups(
   count = int(sum(sent) + np.count_nonzero(owners < 0))
 
   def encode(vector, key):
-    # What is of no group is added up behind the others.
     squares = jax.ops.segment_sum(
-      vector**2, np.where(owners < 0, groups, owners), groups + 1
+      vector**2,
+      _at_the_end(owners, groups),
+      groups + 1,
+      mode="promise_in_bounds",
     )
     kept = segments.largest_of_each(squares[:groups], sizes, counts)
     (indices,) = jnp.nonzero(kept, size=chosen)
@@ -104,4 +106,11 @@ def support(
 
 
 def _members(kept, owners):
-  return (owners < 0) | kept[np.maximum(owners, 0)]
+  owners = _at_the_end(owners, kept.size)
+  # Checked when the compressor was made.
+  return jnp.append(kept, True).at[owners].get(mode="promise_in_bounds")
+
+
+def _at_the_end(owners, groups):
+  """The owners, those of no group in one behind the others."""
+  return np.where(owners < 0, groups, owners)
