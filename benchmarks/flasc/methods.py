@@ -7,11 +7,23 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import compression
-from fedjax_llm.federated import aggregators, channels, densities, rounds
+from fedjax_llm.federated import (
+  aggregators,
+  channels,
+  densities,
+  network,
+  privacy,
+  private_aggregation,
+  rounds,
+)
 from fedjax_llm.federated.algorithms import (
   fed_avg,
   federated_select,
   flasc,
+  flex_lora,
+  het_lora,
+  incremental,
+  partial,
   pruning,
 )
 
@@ -38,8 +50,12 @@ def make(
 
 def options(cell: Any, knobs: dict[str, Any]) -> dict[str, Any]:
   """What `finetuning.federated` needs to know of a cell's method."""
-  del cell, knobs
-  return {}
+  options: dict[str, Any] = {}
+  if "network" in knobs:
+    options["network"] = network.Network(tiers=TIERS, seed=cell.seed)
+  if "epsilon" in knobs:
+    options["sampling"] = "poisson"
+  return options
 
 
 def dense(cell, task, client, server, knobs, parts):
@@ -97,29 +113,116 @@ def _federated_select(warm_up_rounds):
   return fn
 
 
-def _composed(compose):
-  """A mean of updates through the channel that `compose` makes."""
+def compact(cell, task, client, server, knobs, parts):
+  """Changes of the model down and updates up, all entries at one or two bits.
+
+  The cell's density says in what share of 32 bits downloads travel.
+  """
+  bits = round(32 * cell.density)
+  return incremental.incremental(
+    task.loss_fn,
+    client,
+    server,
+    download=compression.lloyd_max(bits),
+    upload=compression.lloyd_max(1),
+    **parts,
+  )
+
+
+def quantised(cell, task, client, server, knobs, parts):
+  """Every entry in `density` of 32 bits, both ways."""
+  start, _ = ravel_pytree(task.trainable)
+  bits = round(32 * cell.density)
+  return fed_avg.fed_avg(
+    task.loss_fn,
+    client,
+    server,
+    channel=channels.Channel(
+      compression.relative_to(start, compression.lloyd_max(bits)),
+      compression.lloyd_max(bits),
+    ),
+    aggregate=aggregators.uniform_mean(),
+    **parts,
+  )
+
+
+# Clients in turn: upload sixteen, eight and four times slower than download.
+TIERS = (
+  network.Tier(4, 0.25, 0.1, 0.2),
+  network.Tier(16, 2, 0.05, 0.1),
+  network.Tier(64, 16, 0.02, 0.05),
+)
+RANKS = (1, 4, 16)
+
+
+def flasc_tiers(cell, task, client, server, knobs, parts):
+  each = [(rank / RANKS[-1], rank / RANKS[-1]) for rank in RANKS]
+  return flasc.flasc_tiers(task.loss_fn, client, server, tiers=each, **parts)
+
+
+def zero_padded(cell, task, client, server, knobs, parts):
+  return het_lora.zero_padded(
+    task.loss_fn, client, server, ranks=RANKS, **parts
+  )
+
+
+def select_ranks(cell, task, client, server, knobs, parts):
+  return federated_select.federated_select_ranks(
+    task.loss_fn, client, server, ranks=RANKS, **parts
+  )
+
+
+def het(cell, task, client, server, knobs, parts):
+  del server  # The method has none.
+  return het_lora.het_lora(
+    task.loss_fn, client, optax.identity(), ranks=RANKS, **parts
+  )
+
+
+def flex(cell, task, client, server, knobs, parts):
+  del server  # The method has none.
+  return flex_lora.flex_lora(task.loss_fn, client, ranks=RANKS, **parts)
+
+
+def _private(make):
+  """Under client-level privacy, as if there were `cohort_factor` times more.
+
+  As FLASC's authors do, a larger population is simulated by less noise: the
+  noise of a cohort that is so many times larger is divided among its clients.
+  """
 
   def fn(cell, task, client, server, knobs, parts):
-    start, _ = ravel_pytree(task.trainable)
-    return fed_avg.fed_avg(
-      task.loss_fn,
-      client,
-      server,
-      channel=compose(cell, start),
-      aggregate=aggregators.uniform_mean(),
-      **parts,
+    factor, cohort = knobs["cohort_factor"], knobs["clients_per_round"]
+    guarantee = privacy.ClientLevel(
+      noise_multiplier=1.0,
+      delta=knobs["delta"],
+      sampling="poisson",
+      population=factor * len(task.population.names),
+      clients_per_round=factor * cohort,
+    )
+    noise = privacy.noise_multiplier_for(
+      knobs["epsilon"], cell.rounds, guarantee
+    )
+    aggregate = private_aggregation.adaptive_private_mean(
+      initial_clip_norm=1.0,
+      quantile=0.5,
+      noise_multiplier=noise / factor,
+      count_noise=max(cohort / 20, noise / factor),
+      clients=cohort,
+    )
+    return make(
+      cell, task, client, server, knobs, {**parts, "aggregate": aggregate}
     )
 
   return fn
 
 
-def quantised(cell, start):
-  """Every entry, in `density` of 32 bits, both ways."""
-  del start
-  bits = round(32 * cell.density)
-  return channels.Channel(
-    compression.uniform(bits, block=64), compression.uniform(bits, block=64)
+def ffa(cell, task, client, server, knobs, parts):
+  return partial.ffa_lora(
+    task.loss_fn,
+    client,
+    server,
+    **{"aggregate": aggregators.uniform_mean()} | parts,
   )
 
 
@@ -132,5 +235,15 @@ METHODS = {
   "Adapter-LTH": adapter_lth,
   "Federated Select": _federated_select(1),
   "Federated Select, no warm-up": _federated_select(0),
-  "quantised": _composed(quantised),
+  "quantised": quantised,
+  "compact": compact,
+  "FFA-LoRA": ffa,
+  "FLASC tiers": flasc_tiers,
+  "zero-padded ranks": zero_padded,
+  "HetLoRA": het,
+  "FlexLoRA": flex,
+  "Federated Select, ranks": select_ranks,
+  "dense, private": _private(dense),
+  "FLASC, private": _private(_flasc()),
+  "FFA-LoRA, private": _private(ffa),
 }

@@ -1,0 +1,48 @@
+"""Client-level differential privacy: dense LoRA, FLASC and FFA-LoRA.
+
+  FEDJAX_LLM_DATA=folder python benchmarks/flasc/private.py TASK [--seeds 3]
+  fedjax-llm compare benchmarks/results/flasc/TASK_private.jsonl
+
+Poisson cohorts, adaptive clipping at the median, PLD accountant, delta below
+one in the population. As in FLASC's paper a larger population is simulated: the
+noise is that of a hundred times as many clients, divided among them.
+"""
+
+import problems
+import rates
+import study
+
+EPSILONS = (2.0, 8.0)
+METHODS = {"dense": 1.0, "FLASC": 1 / 4, "FFA-LoRA": 1.0}
+FACTOR = 100
+
+
+def cells(given) -> list[study.Cell]:
+  """Every method at every epsilon, seed by seed."""
+  rounds = given.rounds or problems.ROUNDS[given.task]
+  return [
+    study.Cell(
+      given.task,
+      f"{method}, private",
+      density,
+      4,
+      seed,
+      *rates.of(given.task, "FLASC" if density < 1 else "dense", given.out),
+      rounds=rounds,
+      knobs=(
+        ("epsilon", epsilon),
+        ("delta", 1e-5),
+        ("cohort_factor", FACTOR),
+        ("clients_per_round", problems.CLIENTS_PER_ROUND),
+      ),
+    )
+    for seed in range(given.seeds)
+    for epsilon in EPSILONS
+    for method, density in METHODS.items()
+  ]
+
+
+if __name__ == "__main__":
+  given = study.arguments(__doc__)
+  path = given.out / f"{given.task}_private.jsonl"
+  study.run(cells(given), path, processes=given.processes)

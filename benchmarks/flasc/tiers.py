@@ -1,0 +1,47 @@
+"""Heterogeneous clients: three tiers, of ranks 1, 4 and 16 or as dense as that.
+
+  FEDJAX_LLM_DATA=folder python benchmarks/flasc/tiers.py TASK [--seeds 3]
+  fedjax-llm compare benchmarks/results/flasc/TASK_tiers.jsonl
+
+A third of the clients can hold or send a sixteenth, a third a quarter, a third
+everything. Their links (`methods.TIERS`) turn a run into simulated seconds.
+HetLoRA and FlexLoRA replace the server's factors and have no server rate.
+"""
+
+import problems
+import rates
+import study
+
+# Each with the method whose rates it takes.
+METHODS = {
+  "dense": "dense",
+  "FLASC tiers": "FLASC",
+  "zero-padded ranks": "dense",
+  "Federated Select, ranks": "Federated Select",
+  "HetLoRA": "dense",
+  "FlexLoRA": "dense",
+}
+
+
+def cells(given) -> list[study.Cell]:
+  """Every method, seed by seed."""
+  return [
+    study.Cell(
+      given.task,
+      method,
+      1.0,
+      16,
+      seed,
+      *rates.of(given.task, like, given.out),
+      rounds=given.rounds or problems.ROUNDS[given.task],
+      knobs=(("network", "three tiers"),),
+    )
+    for seed in range(given.seeds)
+    for method, like in METHODS.items()
+  ]
+
+
+if __name__ == "__main__":
+  given = study.arguments(__doc__)
+  path = given.out / f"{given.task}_tiers.jsonl"
+  study.run(cells(given), path, processes=given.processes)
