@@ -73,6 +73,46 @@ def top_k(density: float) -> base.Compressor:
   return base.stateless(encode, decode)
 
 
+def top_k_apart(
+  owners: Int[np.ndarray, " n"], density: float
+) -> base.Compressor:
+  """Keeps the largest entries of every group, its own `int(density * size)`.
+
+  For vectors of parts that are not of one scale: LoRA's `b`, which starts at
+  zero, has no place in one Top-K with `a` for long.
+
+  Args:
+    owners: the group of each entry, from 0; both ends know them.
+    density: fraction of the entries of each group to keep, in (0, 1]; at least
+      one.
+
+  Returns:
+    A `Compressor` whose payload is a `Sparse`.
+
+  Raises:
+    ValueError: if `density` is not in (0, 1].
+  """
+  _require_density("top_k_apart", density)
+  owners = np.asarray(owners)
+  groups = [owners == group for group in np.unique(owners)]
+  counts = [_count(density, np.count_nonzero(group)) for group in groups]
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    masks = [
+      _largest(jnp.where(group, _magnitudes(vector) + 1, 0), count)
+      for group, count in zip(groups, counts, strict=True)
+    ]
+    indices = _where(jnp.stack(masks).any(axis=0), sum(counts))
+    return Sparse(
+      _gather(vector, indices),
+      supports.pack(indices, vector.size),
+      vector.size,
+    )
+
+  return base.stateless(encode, top_k(density).decode)
+
+
 def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
   """Keeps `int(density * n)` entries at random, the same for every magnitude.
 
@@ -172,11 +212,16 @@ def top_k_mask(
   Returns:
     A mask with `k` entries set; of equal magnitudes the first ones.
   """
+  return _largest(_magnitudes(vector), k)
+
+
+def _magnitudes(vector: Float[Array, " n"]) -> UInt[Array, " n"]:
+  """Even keys in the order of the magnitudes."""
   width = 8 * vector.dtype.itemsize
   bits = lax.bitcast_convert_type(vector, jnp.dtype(f"uint{width}"))
   # Without the sign bit, floats are in the order of their bit patterns: -0 is
   # 0, denormals are not flushed to it, and NaN is larger than infinity.
-  return _largest(bits << 1, k)
+  return bits << 1
 
 
 def _largest(

@@ -24,6 +24,7 @@ COMPRESSORS = {
   "top_k(1)": lambda n: top_k(1.0),
   "top_k(1/4)": lambda n: top_k(1 / 4),
   "top_k(1/64)": lambda n: top_k(1 / 64),
+  "top_k_apart": lambda n: compression.top_k_apart(np.arange(n) % 3, 0.3),
   "random_k": lambda n: random_k(0.3),
   "select": thirds,
   "cast(bfloat16)": lambda n: cast(jnp.bfloat16),

@@ -199,3 +199,21 @@ def test_a_density_outside_its_range_is_refused(density):
     compression.top_k(density)
   with pytest.raises(ValueError, match="random_k expected density in"):
     compression.random_k(density)
+
+
+def test_top_k_apart_is_a_top_k_of_every_group():
+  rng = np.random.default_rng(3)
+  owners = rng.integers(0, 3, 100)
+  vector = np.where(owners == 1, 1e-6, 1.0) * rng.normal(size=100)
+  vector = np.where(owners == 2, 0, vector).astype(np.float32)
+  compressor = compression.top_k_apart(owners, 0.25)
+  payload, _ = jax.jit(compressor.encode)(vector, (), KEY)
+  held = np.asarray(sparse.support(payload))
+  for group in range(3):
+    own = np.flatnonzero(owners == group)
+    largest = sorted(own, key=lambda i: (-abs(vector[i]), i))
+    # Zeros of one group are never taken for those of another.
+    assert set(largest[: len(own) // 4]) == set(own[held[own]])
+  np.testing.assert_array_equal(
+    compressor.decode(payload), np.where(held, vector, 0)
+  )
