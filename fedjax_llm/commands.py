@@ -133,7 +133,7 @@ def compare(
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
-  if studies.is_study(runs[0]):
+  if all(map(studies.is_study, runs)):
     entries = [entry for path in runs for entry in studies.load(path)]
     studies.plot(entries, out)
     print(f"{studies.table(entries)}\n\nPlot: {out}")

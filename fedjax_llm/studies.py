@@ -39,7 +39,9 @@ class Entry:
 
   def label(self, shown: Sequence[str]) -> str:
     """The method, with the settings `shown`."""
-    settings = [f"{name} {_short(self.cell[name])}" for name in shown]
+    settings = [
+      f"{name} {_short(self.cell[name])}" for name in shown if name in self.cell
+    ]
     return ", ".join([self.method, *settings])
 
   def final(self, metric: str) -> np.ndarray:
@@ -111,8 +113,8 @@ def table(entries: Sequence[Entry]) -> str:
     reference = reference_of(entry, entries)
     final = entry.final(metric)
     form = ".1%" if higher else ".3f"
-    row = {name: _short(entry.cell[name]) for name in shown(entries)}
-    row["seeds"] = len(final)
+    row = {name: _short(entry.cell.get(name, "")) for name in shown(entries)}
+    row["seeds"] = str(len(final))
     row[metric] = f"{final.mean():{form}} ± {_deviation(final):{form}}"
     row["MB"] = f"{entry.megabytes():.2f}"
     if reference is not None:

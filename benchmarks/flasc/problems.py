@@ -13,11 +13,11 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from fedjax_llm import tasks
 from fedjax_llm.data import (
-  batches,
   corpora,
   partition,
   records,
@@ -63,19 +63,16 @@ def library(cell, knobs, adapter):
 def newsgroups(cell, knobs, adapter):
   """Test posts are later than all others; validation posts are not."""
   posts = sources.newsgroups(NEWSGROUPS, "train", subject=True)
-  posts = posts.train_test_split(test_size=0.1, seed=0)
-  held_out = (
-    posts["test"]
-    if cell.validation
-    else sources.newsgroups(NEWSGROUPS, "test", subject=True).shuffle(seed=0)
-  )
+  test = sources.newsgroups(NEWSGROUPS, "test", subject=True)
+  order = np.random.default_rng(0).permutation(len(posts))
+  validation = posts.select(order[: len(order) // 10])
   source = records.classified(
-    posts["train"],
+    posts.select(order[len(order) // 10 :]),
     templates.plain("text"),
     partition.dirichlet_by_client(
       clients=350, alpha=knobs.get("dirichlet_alpha", 0.1), seed=cell.seed
     ),
-    held_out=held_out,
+    held_out=validation if cell.validation else test.shuffle(seed=0),
     held_out_rows=1000,
     seed=cell.seed,
   )
@@ -117,14 +114,9 @@ def _side(source: records.RowSource, validation: bool) -> records.RowSource:
       for first, end in zip(starts[:-1], starts[1:], strict=True)
     ]
     chosen = np.concatenate(parts)
-    examples = split.held_out.examples
-    held_out = batches.Population(
-      names=split.held_out.names,
-      examples=type(examples)(
-        *(None if x is None else x[chosen] for x in examples)
-      ),
-      starts=np.cumsum([0, *map(len, parts)]),
-    )
+    examples = jax.tree.map(lambda x: x[chosen], split.held_out.examples)
+    starts = np.cumsum([0, *map(len, parts)])
+    held_out = split.held_out._replace(examples=examples, starts=starts)
     return split._replace(held_out=held_out)
 
   return rows

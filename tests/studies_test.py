@@ -1,0 +1,108 @@
+import json
+
+import numpy as np
+import pytest
+
+from fedjax_llm import commands, studies
+
+
+def record(method, seed, losses, *, density=1.0, rank=16, entries=100, **more):
+  """A run of 10 clients and 2 rounds between evaluations."""
+  cell = dict(task="toy", method=method, density=density, rank=rank, seed=seed)
+  cell |= dict(client_rate=0.1, server_rate=0.1, knobs=list(more.items()))
+  lines = [{"round": 0, "loss": 5.0, "perplexity": 1.0}]
+  lines += [
+    {
+      "round": 2 * i + 2,
+      "loss": loss,
+      "perplexity": 1.0,
+      "download_bytes": 10 * (4 * entries + 5),
+      "upload_bytes": 10 * (4 * entries + 5),
+      "download_entries": 10 * entries,
+      "upload_entries": 10 * entries,
+      "sparse_messages": 20 * (entries < 100),
+      "sparse_entries": 20 * entries * (entries < 100),
+      "trainable": 100,
+    }
+    for i, loss in enumerate(losses)
+  ]
+  return {"cell": cell, "lines": lines}
+
+
+DENSE = [record("dense", 1, [4.0, 3.0, 2.2]), record("dense", 0, [4.0, 3, 2])]
+SPARSE = [
+  record("FLASC", seed, [4.5, 3.5, 2.1 + seed / 10], density=1 / 16, entries=6)
+  for seed in range(3)
+]
+
+
+@pytest.fixture
+def study(tmp_path):
+  def write(records):
+    path = tmp_path / "toy.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in records))
+    return path
+
+  return write
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_entry(study):
+  dense, sparse = studies.load(study([*DENSE, *SPARSE]))
+  assert (dense.method, sparse.method) == ("dense", "FLASC")
+  np.testing.assert_array_equal(dense.final("loss"), [2.0, 2.2])  # By seed.
+  np.testing.assert_allclose(sparse.final("loss"), [2.1, 2.2, 2.3])
+  sent, losses = sparse.curve("loss")
+  np.testing.assert_allclose(sent, np.arange(1, 4) * 20 * 29 / 1e6)
+  np.testing.assert_allclose(losses, [4.5, 3.5, 2.2])
+
+
+def test_an_entry_is_measured_by_the_dense_one(study):
+  # The target is 2.1 + the deviation sqrt(2) / 10 of 2.0 and 2.2: 2.24. The
+  # mean of the sparse runs, 2.2, meets it with its last evaluation.
+  entries = studies.load(study([*DENSE, *SPARSE]))
+  header, _, dense, sparse = studies.table(entries).splitlines()
+  columns = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
+  dense, sparse = (
+    dict(zip(columns(header), columns(row), strict=True))
+    for row in (dense, sparse)
+  )
+  assert dense["loss"] == "2.100 ± 0.141"
+  assert sparse["loss"] == "2.200 ± 0.100"
+  assert (dense["density"], sparse["density"]) == ("1", "1/16")
+  assert (dense["seeds"], sparse["seeds"]) == ("2", "3")
+  assert dense["× fewer"] == "1"
+  ratio = 405 / 29
+  assert float(sparse["× fewer"]) == pytest.approx(ratio, abs=0.05)
+  assert float(sparse["× fewer to dense"]) == pytest.approx(ratio, abs=0.05)
+  # Values alone 24 bytes a message of 400; with 12.5 of bits; with positions.
+  assert float(sparse["× fewer, values"]) == pytest.approx(400 / 24, abs=0.05)
+  bitmap = 400 / (24 + 12.5)
+  assert float(sparse["× fewer, bitmap"]) == pytest.approx(bitmap, abs=0.05)
+  assert float(sparse["× fewer, COO"]) == pytest.approx(400 / 48, abs=0.05)
+
+
+def test_a_target_that_is_not_met_is_told(study):
+  slow = [record("FLASC", 0, [4.5, 3.5, 2.5], density=1 / 16, entries=6)]
+  *_, row = studies.table(studies.load(study([*DENSE, *slow]))).splitlines()
+  assert "not met" in row
+
+
+def test_knobs_tell_runs_apart(study):
+  runs = [record("dense", 0, [3.0], alpha=a) for a in (0.1, 1.0)]
+  entries = studies.load(study(runs))
+  assert [x.cell["alpha"] for x in entries] == [0.1, 1.0]
+  assert studies.shown(entries) == ["alpha"]
+  # Each is its own reference.
+  assert [studies.reference_of(x, entries) for x in entries] == entries
+
+
+def test_compare_sums_a_study_up(study, tmp_path, capsys):
+  out = tmp_path / "toy.png"
+  commands.compare((study([*DENSE, *SPARSE]),), out=out)
+  assert "FLASC" in capsys.readouterr().out
+  assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_study_is_refused(study):
+  with pytest.raises(ValueError, match="expected runs in .*toy.jsonl"):
+    studies.load(study([]))
