@@ -1,5 +1,6 @@
 """What the study compares: each method as it is composed from the library."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,11 +8,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import compression
+from fedjax_llm.compression import sparse
 from fedjax_llm.federated import (
   aggregators,
   channels,
   densities,
   network,
+  partition,
   privacy,
   private_aggregation,
   rounds,
@@ -22,7 +25,6 @@ from fedjax_llm.federated.algorithms import (
   flasc,
   flex_lora,
   het_lora,
-  incremental,
   partial,
   pruning,
 )
@@ -62,7 +64,7 @@ def dense(cell, task, client, server, knobs, parts):
   return _flasc(1.0, 1.0)(cell, task, client, server, knobs, parts)
 
 
-def _flasc(down=None, up=None):
+def _flasc(down=None, up=None, top_k=None):
   """FLASC with the cell's density in the directions that have none."""
 
   def fn(cell, task, client, server, knobs, parts):
@@ -72,60 +74,72 @@ def _flasc(down=None, up=None):
       server,
       download_density=down or cell.density,
       upload_density=up or cell.density,
+      top_k=top_k(task) if top_k else sparse.top_k,
       **parts,
     )
 
   return fn
 
 
-def sparse_adapter(cell, task, client, server, knobs, parts):
-  return pruning.sparse_adapter(
-    task.loss_fn, client, server, density=cell.density, **parts
-  )
+def _apart(task):
+  """The largest of `a`, of `b` and of a head, each a Top-K of its own."""
+  owners = partition.owners(task.trainable)
+  return functools.partial(sparse.top_k_apart, owners)
 
 
-def adapter_lth(cell, task, client, server, knobs, parts):
-  """Pruned in three steps, which are over after half of the rounds."""
-  every = math.ceil(cell.rounds / 6)
-  schedule = densities.decaying(
-    1.0,
-    cell.density ** (1 / 3),
-    every=every,
-    rounds=cell.rounds,
-    floor=cell.density,
-  )
-  return pruning.adapter_lth(
-    task.loss_fn, client, server, density=schedule, **parts
-  )
+def _moved(task):
+  """What has moved most since the start, which the seed draws at both ends."""
+  start, _ = ravel_pytree(task.trainable)
+  return lambda density: compression.relative_to(start, sparse.top_k(density))
 
 
-def _federated_select(warm_up_rounds):
+def _pruned(make, top_k=_apart, schedule=None, **options):
+  """A baseline that trains what it downloads."""
+
   def fn(cell, task, client, server, knobs, parts):
-    return federated_select.federated_select(
+    return make(
       task.loss_fn,
       client,
       server,
-      density=cell.density,
-      warm_up_rounds=warm_up_rounds,
+      density=schedule(cell) if schedule else cell.density,
+      top_k=top_k(task),
+      **options,
       **parts,
     )
 
   return fn
 
 
-def compact(cell, task, client, server, knobs, parts):
-  """Changes of the model down and updates up, all entries at one or two bits.
+def _global(task):
+  """One Top-K of everything, as FLASC's authors have the baselines."""
+  del task
+  return sparse.top_k
 
-  The cell's density says in what share of 32 bits downloads travel.
-  """
-  bits = round(32 * cell.density)
-  return incremental.incremental(
+
+def _thirds(cell):
+  """Pruned in three steps, which are over after half of the rounds."""
+  return densities.decaying(
+    1.0,
+    cell.density ** (1 / 3),
+    every=math.ceil(cell.rounds / 6),
+    rounds=cell.rounds,
+    floor=cell.density,
+  )
+
+
+def compact(cell, task, client, server, knobs, parts):
+  """Every entry: three bits of what moved down, the sign of the update up."""
+  del knobs
+  start, _ = ravel_pytree(task.trainable)
+  return fed_avg.fed_avg(
     task.loss_fn,
     client,
     server,
-    download=compression.lloyd_max(bits),
-    upload=compression.lloyd_max(1),
-    **parts,
+    channel=channels.Channel(
+      compression.relative_to(start, compression.lloyd_max(3)),
+      compression.lloyd_max(1),
+    ),
+    **{"aggregate": aggregators.uniform_mean()} | parts,
   )
 
 
@@ -231,10 +245,18 @@ METHODS = {
   "FLASC": _flasc(),
   "FLASC, download alone": _flasc(up=1.0),
   "FLASC, upload alone": _flasc(down=1.0),
-  "SparseAdapter": sparse_adapter,
-  "Adapter-LTH": adapter_lth,
-  "Federated Select": _federated_select(1),
-  "Federated Select, no warm-up": _federated_select(0),
+  "FLASC, factors apart": _flasc(top_k=_apart),
+  "FLASC, what moved": _flasc(top_k=_moved),
+  "SparseAdapter": _pruned(pruning.sparse_adapter),
+  "Adapter-LTH": _pruned(pruning.adapter_lth, schedule=_thirds),
+  "Federated Select": _pruned(federated_select.federated_select),
+  "SparseAdapter, one Top-K": _pruned(pruning.sparse_adapter, _global),
+  "Federated Select, one Top-K": _pruned(
+    federated_select.federated_select, _global
+  ),
+  "Federated Select, no warm-up": _pruned(
+    federated_select.federated_select, _global, warm_up_rounds=0
+  ),
   "quantised": quantised,
   "compact": compact,
   "FFA-LoRA": ffa,

@@ -1,5 +1,6 @@
 """Sparse messages: some entries of a vector, and which they are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,10 @@ class Seeded:
       raise ValueError(
         f"The message has {self.values.size} values of a vector of {self.size}."
       )
+
+
+# What makes a compressor of some entries, from the density of these.
+TopK = Callable[[float], base.Compressor]
 
 
 def top_k(density: float) -> base.Compressor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_llm.federated import clients, rounds
 
@@ -47,6 +48,15 @@ def factor(path: str) -> Literal["a", "b"] | None:
   """Which LoRA factor a leaf is, by its path; None for a head or its kin."""
   name = path.split("/")[-1]
   return name if name in ("a", "b") else None
+
+
+def owners(tree: Any) -> np.ndarray:
+  """Of each entry of a raveled tree: 0 if of `a`, 1 if of `b`, 2 if neither."""
+  number = lambda path: {"a": 0, "b": 1}.get(factor(path) or "", 2)
+  leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+  return np.concatenate(
+    [np.full(np.size(leaf), number(path), np.int8) for path, leaf in leaves]
+  )
 
 
 def paths(tree: Any) -> list[str]:

@@ -79,3 +79,12 @@ def test_a_method_that_trains_nothing_is_refused(problem):
   )
   with pytest.raises(ValueError, match="found none among a, b, head"):
     algorithm.init(problem.trainable)
+
+
+def test_every_entry_has_an_owner(problem):
+  tree = {"layers": {"q": {"a": np.ones((2, 3)), "b": np.ones((3, 1))}}}
+  got = partition.owners(tree)
+  assert got.tolist() == [0] * 6 + [1] * 3
+  assert partition.owners(problem.trainable).tolist() == (
+    [0] * 12 + [1] * 8 + [2] * 4
+  )

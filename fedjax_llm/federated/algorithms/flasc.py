@@ -30,6 +30,7 @@ def flasc(
   *,
   download_density: densities.Density,
   upload_density: densities.Density,
+  top_k: sparse.TopK = sparse.top_k,
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
@@ -41,6 +42,10 @@ def flasc(
     download_density: share of the parameters that is sent, in (0, 1]; or such
       shares by the round they begin with, as `densities.decaying` makes them.
     upload_density: share of an update that is sent, likewise.
+    top_k: from a density to what downloads the largest parameters. The paper's
+      is one Top-K of all, which leaves out `b` while it is smaller than `a`;
+      see `sparse.top_k_apart`, and `compression.relative_to` for the Top-K of
+      what has moved.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
       `clients_per_step`, `mesh` of `rounds.federated_round`.
 
@@ -55,7 +60,7 @@ def flasc(
         loss_fn,
         client_optimizer,
         server_optimizer,
-        channel=_channel(*shares),
+        channel=_channel(*shares, top_k),
         **parts,
       )
       for begin, shares in stages.items()
@@ -102,10 +107,8 @@ def flasc_tiers(
   )
 
 
-def _channel(download_density, upload_density):
-  return channels.Channel(
-    sparse.top_k(download_density), sparse.top_k(upload_density)
-  )
+def _channel(download_density, upload_density, top_k=sparse.top_k):
+  return channels.Channel(top_k(download_density), sparse.top_k(upload_density))
 
 
 def server_adamw(

@@ -31,6 +31,7 @@ def sparse_adapter(
   server_optimizer: optax.GradientTransformation,
   *,
   density: float,
+  top_k: sparse.TopK = sparse.top_k,
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """SparseAdapter (He et al., 2022, arXiv 2210.04284): pruned once, for ever.
@@ -47,6 +48,8 @@ def sparse_adapter(
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     density: share of the parameters that is kept, in (0, 1].
+    top_k: from a density to what sends the largest parameters; see
+      `federated_select`.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
       `clients_per_step`, `mesh` of `rounds.federated_round`.
 
@@ -54,7 +57,7 @@ def sparse_adapter(
     ValueError: if `density` is out of range.
   """
   parts = {"aggregate": aggregators.uniform_mean()} | parts
-  pruned = _first_top_k(density)
+  pruned = _first_top_k(top_k(density))
   # In the dense round nothing is chosen, but its state is that of the others.
   dense = base.Compressor(
     init=pruned.init,
@@ -98,8 +101,9 @@ def adapter_lth(
       `flasc.server_adamw`.
     density: shares of the parameters that are sent, in (0, 1], by the round
       they begin with.
-    **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+    **parts: `top_k` of `federated_select`; `aggregate` (the uniform mean unless
+      told otherwise), `population`, `clients_per_step`, `mesh` of
+      `rounds.federated_round`.
 
   Raises:
     ValueError: if a density is out of range.
@@ -114,21 +118,21 @@ def adapter_lth(
   )
 
 
-def _first_top_k(density: float) -> base.Compressor:
+def _first_top_k(top_k: base.Compressor) -> base.Compressor:
   """Sends the entries that are the Top-K of the first vector, of all vectors.
 
   Its state is whether they are chosen, and which they are.
   """
-  top_k = sparse.top_k(density)
 
   def init(vector):
     return jnp.bool(False), jnp.zeros(vector.shape, bool)
 
   def encode(vector, state, key):
     is_chosen, mask = state
-    count = wire.entries(jax.eval_shape(top_k.encode, vector, (), key)[0])
+    choose = lambda: top_k.encode(vector, (), key)[0]
+    count = wire.entries(jax.eval_shape(choose))
     mask = jax.lax.cond(
-      is_chosen, lambda: mask, lambda: sparse.top_k_mask(vector, count)
+      is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
     payload, _ = segments.at(mask, count).encode(vector, (), key)
     return payload, (jnp.bool(True), mask)

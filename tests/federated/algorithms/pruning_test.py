@@ -7,12 +7,13 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
-from fedjax_llm.federated import densities
+from fedjax_llm.federated import densities, partition
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
 REPLACE = optax.sgd(1.0)
+STILL = optax.sgd(0.0)
 ADAMW = flasc.server_adamw(0.1)
 
 
@@ -40,6 +41,10 @@ def run(problem, name, cohorts, server=ADAMW):
     states.append(state)
     history.append(jax.device_get(metrics))
   return states, history
+
+
+def place(state, trainable):
+  return state._replace(trainable=jax.tree.map(np.asarray, trainable))
 
 
 def flat(tree):
@@ -186,3 +191,31 @@ def test_a_density_out_of_range_is_refused(problem, density):
   for make in (pruning.sparse_adapter, pruning.adapter_lth):
     with pytest.raises(ValueError, match="density in"):
       make(problem.loss_fn, SGD, ADAMW, density=density)
+
+
+@pytest.mark.parametrize(
+  ("make", "knobs"),
+  [
+    (pruning.sparse_adapter, {"density": 1 / 6}),
+    (federated_select.federated_select, {"density": 1 / 6}),
+    (flasc.flasc, {"download_density": 1 / 6, "upload_density": 1.0}),
+  ],
+)
+def test_factors_are_received_apart_on_request(problem, make, knobs):
+  # A Top-K of a sixth is filled by `a`, a hundred times larger, unless apart.
+  scaled = {**problem.trainable, "a": 100 * problem.trainable["a"]}
+  apart = functools.partial(
+    sparse.top_k_apart, partition.owners(problem.trainable)
+  )
+  received = {}
+  for name, top_k in {"global": sparse.top_k, "apart": apart}.items():
+    algorithm = make(problem.loss_fn, STILL, ADAMW, top_k=top_k, **knobs)
+    state, step = algorithm.init(scaled), jax.jit(algorithm.round)
+    for cohort in problem.cohorts(2):
+      arguments = (problem.frozen, problem.examples, cohort, KEY)
+      state, _ = step(state, *arguments)
+    state = place(state, scaled)
+    received[name] = jax.device_get(jax.jit(algorithm.received)(state, KEY))
+  assert not received["global"]["head"].any()
+  assert np.count_nonzero(received["apart"]["a"]) == 2
+  assert np.count_nonzero(received["apart"]["head"]) == 1
