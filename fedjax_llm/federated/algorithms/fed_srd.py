@@ -1,0 +1,239 @@
+"""FedSRD: sparse updates up, their mean product, a sparse factor down.
+
+Yan et al., "FedSRD: Sparsify-Reconstruct-Decompose for Communication-Efficient
+Federated Large Language Models Fine-Tuning", 2025 (arXiv 2510.04601), by its
+abstract and, where that leaves a choice, by the code published with it
+(Youth-49/FedSRD_2025).
+
+Up travel of each matrix the entries that matter most to the product a b: an
+entry of the update of `a` counts by its magnitude times the norm of the row of
+the trained `b` that it meets, one of `b` times the norm of the column of the
+received `a`; what is sent is scaled to the sum of magnitudes that all had. The
+server takes the mean of the clients' products, the nearest product of the
+adapter's rank to it (the variant FedSRD-e leaves that out), and moves one
+factor, the other one the next round, to where the product comes nearest to
+that. This move travels down, random entries of it, scaled to be unbiased: the
+support is a seed.
+
+Chosen here: each matrix sends the same share, where the code prunes more the
+higher the kurtosis of the importances is; as many entries travel down in every
+round, where the code drops each with a probability; `b` moves first, because
+while `b` is zero, moving `a` changes nothing (the code begins with `a`, see
+`a_first`); what is in no pair, such as a head, travels both ways as one more
+matrix, and moves to its mean in all rounds; and a client that missed rounds
+fetches the moves of all of them, or the parameters if that is less, as it does
+when it comes for the first time.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.compression import base, segments, sparse, wire
+from fedjax_llm.federated import (
+  channels,
+  clients,
+  factors,
+  gathering,
+  partition,
+  rounds,
+)
+
+
+class FedSRDState(NamedTuple):
+  """What the server keeps between rounds.
+
+  Attributes:
+    round: int32, how many rounds are done.
+    trainable: the parameters, the same at every client that is up to date.
+    missed: int32 [population, 2], how many bytes and numbers each client has
+      yet to fetch to be so.
+  """
+
+  round: Any
+  trainable: Any
+  missed: Any
+
+
+def fed_srd(
+  loss_fn: clients.LossFn,
+  client_optimizer: optax.GradientTransformation,
+  *,
+  population: int,
+  upload_density: float,
+  download_density: float,
+  truncated: bool = True,
+  a_first: bool = False,
+  clients_per_step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> rounds.FederatedAlgorithm:
+  """FedSRD; clients are weighted by the cohort's weights.
+
+  There is no server optimizer: the server's step is to the mean product.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+    client_optimizer: starts afresh at every client in every round.
+    population: number of clients.
+    upload_density: share of the update of each matrix that is sent, in (0, 1].
+    download_density: share of the move of a factor that is sent, in (0, 1].
+    truncated: whether the mean product is brought to the adapter's rank before
+      a factor moves towards it; False for FedSRD-e.
+    a_first: whether `a` moves in even rounds and `b` in odd ones, as in the
+      authors' code; else the other way round.
+    clients_per_step: see `clients.map_clients`.
+    mesh: see `clients.map_clients`.
+
+  Raises:
+    ValueError: if a density is out of range; from `init`, if there are no
+      factors.
+  """
+  segments.counts_of_each([1], [upload_density])
+  download = sparse.random_k(download_density)
+  at_clients = gathering.gather(
+    clients.local_update(loss_fn, client_optimizer),
+    _answer(upload_density),
+    clients_per_step=clients_per_step,
+    mesh=mesh,
+  )
+
+  def init(trainable):
+    factors.pairs(trainable)
+    dense = jnp.broadcast_to(_dense(trainable), (population, 2))
+    # Copied, so that donating the state leaves the caller's arrays alone.
+    copy = jax.tree.map(jnp.array, trainable)
+    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), mesh)
+
+  def round_fn(state, frozen, examples, cohort, key):
+    answers = at_clients(
+      state.trainable,
+      state.round,
+      (state.trainable, frozen),
+      (),
+      examples,
+      cohort,
+      key,
+    )
+    weights = gathering.normalised(answers.weights)
+    mean = gathering.mean(answers.trained, weights)
+    targets = factors.stacks(answers.trained, weights)
+    pairs = factors.pairs(state.trainable)
+
+    def move(name):
+      """Sends where the factors of that name, and the rest, move."""
+      moved = {
+        path: _moved(pair, targets[path], name, truncated)
+        for path, pair in pairs.items()
+      }
+      other = {"a": "b", "b": "a"}[name]
+      travels = lambda path: partition.factor(path) != other
+      aim, _ = partition.split(factors.put(mean, moved), travels)
+      old, fixed = partition.split(state.trainable, travels)
+      start, unravel = ravel_pytree(old)
+      change = ravel_pytree(aim)[0] - start
+      server_key = rounds.stream(key, rounds.SERVER, state.round)
+      message = base.transmit(download, change, (), server_key)
+      new = partition.combine(unravel(start + message.received), fixed)
+      return new, _size(message.payload)
+
+    is_a = (state.round % 2 == 0) == a_first
+    trainable, size = jax.lax.cond(is_a, lambda: move("a"), lambda: move("b"))
+    old = state.missed[cohort.clients]
+    came = (answers.weights > 0)[:, None]
+    missed = state.missed.at[cohort.clients].set(jnp.where(came, 0, old))
+    missed = jnp.minimum(missed + size[None], _dense(trainable)[None])
+    after = FedSRDState(state.round + 1, trainable, missed)
+    after = rounds.unless_nobody(came.any(), after, state)
+    metrics = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
+    return rounds.replicate(after, mesh), answers.metrics | metrics
+
+  def received_fn(state, key):
+    del key  # Every client is brought up to date.
+    return state.trainable
+
+  return rounds.FederatedAlgorithm(init, round_fn, received_fn)
+
+
+def _moved(pair, target, name, truncated):
+  """The pair, one factor of which goes to where the product is nearest."""
+  if truncated:
+    target = factors.truncate(target, pair.a.shape[-1])
+  # The product of these is the distance, which is not formed.
+  far = jnp.concatenate([target.a, -pair.a], axis=-1)
+  away = jnp.concatenate([target.b, pair.b], axis=-2)
+  if name == "a":
+    return pair._replace(a=pair.a + far @ (away @ jnp.linalg.pinv(pair.b)))
+  return pair._replace(b=pair.b + (jnp.linalg.pinv(pair.a) @ far) @ away)
+
+
+def _answer(density):
+  """A client sends of each matrix what matters most to the products."""
+
+  def answer(shared, train, client, memory, key):
+    del client
+    trainable, frozen = shared
+    start, unravel = ravel_pytree(trainable)
+    training = train(start, frozen)
+    update = start - ravel_pytree(training.trainable)[0]
+    sizes = _matrices(trainable)
+    counts = segments.counts_of_each(sizes, [density] * len(sizes))
+    scores = jax.tree.map(
+      lambda x, weight: jnp.abs(x) * weight,
+      unravel(update),
+      _importance(trainable, training.trainable),
+    )
+    scores, _ = ravel_pytree(scores)
+    mask = segments.largest_of_each(scores, sizes, counts)
+    kept = jnp.where(mask, update, 0)
+    scaled = segments.rescale_each(kept, update, sizes)
+    sender = segments.at(mask, sum(counts))
+    message = base.transmit(sender, scaled, (), key)
+    nbytes, entries = _size(message.payload)
+    return (
+      start,
+      training,
+      channels.Message(message.received, memory, nbytes, entries),
+    )
+
+  return answer
+
+
+def _importance(received, trained):
+  """What an entry's magnitude counts by, a tree like that of parameters."""
+
+  def of(old, new):
+    of_a = jnp.linalg.norm(new.b, axis=-1)[..., None, :]
+    of_b = jnp.linalg.norm(old.a, axis=-2)[..., None]
+    return factors.Pair(
+      jnp.broadcast_to(of_a, old.a.shape), jnp.broadcast_to(of_b, old.b.shape)
+    )
+
+  new = factors.pairs(trained)
+  weights = {p: of(old, new[p]) for p, old in factors.pairs(received).items()}
+  return factors.put(jax.tree.map(jnp.ones_like, received), weights)
+
+
+def _matrices(trainable):
+  """The sizes of all matrices in the flat vector; of a head, all of a leaf."""
+  sizes = []
+  for path, leaf in zip(
+    partition.paths(trainable), jax.tree.leaves(trainable), strict=True
+  ):
+    shape = leaf.shape[-2:] if partition.factor(path) else leaf.shape
+    size = math.prod(shape)
+    sizes += [size] * (leaf.size // size)
+  return sizes
+
+
+def _size(payload):
+  return jnp.array([wire.nbytes(payload), wire.entries(payload)], jnp.int32)
+
+
+def _dense(trainable):
+  """The bytes and numbers of all parameters."""
+  vector, _ = ravel_pytree(trainable)
+  return _size(base.Dense(vector))
