@@ -128,18 +128,15 @@ def _thirds(cell):
 
 
 def compact(cell, task, client, server, knobs, parts):
-  """Every entry: three bits of what moved down, the sign of the update up."""
+  """Every entry: two bits of what has changed down, one of the update up."""
   del knobs
-  start, _ = ravel_pytree(task.trainable)
-  return fed_avg.fed_avg(
+  return incremental.incremental(
     task.loss_fn,
     client,
     server,
-    channel=channels.Channel(
-      compression.relative_to(start, compression.lloyd_max(3)),
-      compression.lloyd_max(1),
-    ),
-    **{"aggregate": aggregators.uniform_mean()} | parts,
+    download=compression.lloyd_max(2),
+    upload=compression.lloyd_max(1),
+    **parts,
   )
 
 
