@@ -25,6 +25,7 @@ from fedjax_llm.federated.algorithms import (
   flasc,
   flex_lora,
   het_lora,
+  incremental,
   partial,
   pruning,
 )
