@@ -154,3 +154,131 @@ def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
 def test_a_warm_up_of_less_than_nothing_is_refused(problem):
   with pytest.raises(ValueError, match="to be 0 or more"):
     compose(problem.loss_fn, 0.5, -1)
+
+
+@functools.cache
+def compose_ranks(loss_fn, ranks, client=SGD, server=ADAMW):
+  algorithm = federated_select.federated_select_ranks(
+    loss_fn, client, server, ranks=ranks, clients_per_step=1
+  )
+  return algorithm, jax.jit(algorithm.round)
+
+
+def run_ranks(problem, cohorts, *knobs):
+  """States before and after each round, and the metrics of each."""
+  algorithm, step = compose_ranks(problem.loss_fn, *knobs)
+  states, history = [algorithm.init(problem.trainable)], []
+  for cohort in cohorts:
+    arguments = (problem.frozen, problem.examples, cohort, KEY)
+    state, metrics = step(states[-1], *arguments)
+    states.append(state)
+    history.append(jax.device_get(metrics))
+  return states, history
+
+
+def largest_ranks(flat, count):
+  """Which entries are in the ranks of the largest joint norms, or the head."""
+  a, b, head = np.split(flat, [12, 20])
+  a, b = a.reshape(6, 2), b.reshape(2, 4)
+  norms = [sum(a[:, i] ** 2) + sum(b[i] ** 2) for i in range(2)]
+  kept = np.isin(np.arange(2), np.argsort(norms)[2 - count :])
+  in_a, in_b = np.tile(kept, 6), np.repeat(kept, 4)
+  return np.concatenate([in_a, in_b, np.ones(4, bool)])
+
+
+def test_selected_ranks_are_their_oracle_in_float64(problem, oracle):
+  # Law 20, with clients of one rank and of two.
+  cohorts = problem.cohorts(4)
+  expected = oracle.flatten(problem.trainable)
+  server = oracle.adamw(0.1)
+  with jax.enable_x64(True):
+    states, _ = run_ranks(problem, cohorts, (1, 2))
+  for cohort, state in zip(cohorts, states[1:], strict=True):
+    update = np.zeros_like(expected)
+    for client, indices, mask, _ in zip(*cohort, strict=True):
+      kept = largest_ranks(expected, 1 + client % 2)
+      start = np.where(kept, expected, 0)
+      trained = local_sgd_within(problem, oracle, start, kept, indices, mask)
+      update += start - trained
+    expected = server(expected, update / len(cohort.clients))
+    got = oracle.flatten(state.trainable)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_columns_and_rows_of_a_rank_are_chosen_together(problem):
+  # Where both factors for themselves would choose otherwise.
+  a = np.ones((6, 2)) * [1.0, 1.1]
+  b = np.ones((2, 4)) * [[2.0], [0.1]]
+  mine = problem._replace(trainable={**problem.trainable, "a": a, "b": b})
+  algorithm, _ = compose_ranks(problem.loss_fn, (1,))
+  state = algorithm.init(mine.trainable)
+  got = jax.jit(algorithm.received)(state, KEY)
+  np.testing.assert_array_equal(got["a"], np.float32(a * [1, 0]))
+  np.testing.assert_array_equal(got["b"], np.float32(b * [[1], [0]]))
+  np.testing.assert_array_equal(got["head"], state.trainable["head"])
+
+
+def test_lora_learns_from_the_first_round_with_the_ranks_it_has(problem):
+  # Law 11 does not concern ranks: `b` is among what is received, at zero.
+  states, _ = run_ranks(problem, problem.cohorts(1), (1,), SGD, REPLACE)
+  moved = [np.asarray(x.trainable["b"]).any(axis=1) for x in states]
+  assert [rows.tolist().count(True) for rows in moved] == [0, 1]
+  kept = largest_ranks(flat(problem.trainable), 1)
+  assert not (flat(states[1].trainable) != flat(states[0].trainable))[
+    ~kept
+  ].any()
+
+
+def test_every_layer_has_its_own_ranks():
+  rng = np.random.default_rng(3)
+  a, b = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 4, 2))
+  tree = {"layers": {"q": {"a": a, "b": b}}, "score": np.ones(2)}
+
+  def loss_fn(trainable, frozen, examples, mask, key):
+    return 0.0 * trainable["score"].sum(), mask.sum()
+
+  algorithm = federated_select.federated_select_ranks(
+    loss_fn, SGD, REPLACE, ranks=(1, 2)
+  )
+  got = jax.jit(algorithm.received)(algorithm.init(tree), KEY)
+  for layer in range(3):
+    norms = (a[layer] ** 2).sum(axis=0) + (b[layer] ** 2).sum(axis=1)
+    kept = np.isin(np.arange(4), np.argsort(norms)[-2:])
+    pair = got["layers"]["q"]
+    np.testing.assert_array_equal(pair["a"][layer], np.float32(a[layer] * kept))
+    expected = np.float32(b[layer] * kept[:, None])
+    np.testing.assert_array_equal(pair["b"][layer], expected)
+
+
+def test_tiers_pay_for_the_ranks_they_have(problem):
+  # Law 17: 4 of a head and 10 of each rank; which of two they are takes a byte.
+  cohort = problem.cohort(2, 5, 4)
+  _, (metrics,) = run_ranks(problem, [cohort], (1, 2))
+  entries = [14, 24, 14]
+  assert metrics["download_entries"].tolist() == entries
+  assert metrics["upload_entries"].tolist() == entries
+  up = [len(wire.dumps(base.Dense(np.zeros(k, np.float32)))) for k in entries]
+  assert metrics["upload_bytes"].tolist() == up
+  down = metrics["download_bytes"]
+  assert all(0 < x - 4 * k < 16 for x, k in zip(down, entries, strict=True))
+
+
+def test_all_ranks_are_dense_fed_avg(problem):
+  # Law 13, its second half; to rounding, because masks are in the program.
+  cohorts = problem.cohorts(2)
+  cohorts = [x._replace(weights=np.ones(3, np.float32)) for x in cohorts]
+  states, _ = run_ranks(problem, cohorts, (2,))
+  dense, _ = run(problem, cohorts, 1.0, 0)[-1]
+  np.testing.assert_allclose(
+    flat(states[-1].trainable), flat(dense.trainable), rtol=1e-4, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("ranks", [(0,), (3,)])
+def test_ranks_that_the_pairs_do_not_have_are_refused(problem, ranks):
+  algorithm = federated_select.federated_select_ranks(
+    problem.loss_fn, SGD, ADAMW, ranks=ranks
+  )
+  with pytest.raises(ValueError, match="from 1 to all groups"):
+    algorithm.init(problem.trainable)
