@@ -144,8 +144,8 @@ def federated_select_ranks(
     **parts: as of `federated_select`.
 
   Raises:
-    ValueError: if there is no tier; from `init`, if there are no LoRA pairs, or
-      a rank is not in [1, that of the pairs].
+    ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
+      if a rank is not in [1, that of the pairs].
   """
   tier = of_client or (lambda client: client % len(ranks))
   parts = {"aggregate": aggregators.uniform_mean()} | parts

@@ -275,10 +275,19 @@ def test_all_ranks_are_dense_fed_avg(problem):
   )
 
 
-@pytest.mark.parametrize("ranks", [(0,), (3,)])
-def test_ranks_that_the_pairs_do_not_have_are_refused(problem, ranks):
+@pytest.mark.parametrize(
+  ("ranks", "problem_is"),
+  [
+    ((0,), "from 1 to all groups"),
+    ((3,), "from 1 to all groups"),
+    ((), "at least one channel"),
+  ],
+)
+def test_ranks_that_the_pairs_do_not_have_are_refused(
+  problem, ranks, problem_is
+):
   algorithm = federated_select.federated_select_ranks(
     problem.loss_fn, SGD, ADAMW, ranks=ranks
   )
-  with pytest.raises(ValueError, match="from 1 to all groups"):
+  with pytest.raises(ValueError, match=problem_is):
     algorithm.init(problem.trainable)
