@@ -185,9 +185,9 @@ def select_ranks(cell, task, client, server, knobs, parts):
 
 
 def het(cell, task, client, server, knobs, parts):
-  del server  # The method has none.
+  del server  # The paper's replaces.
   return het_lora.het_lora(
-    task.loss_fn, client, optax.identity(), ranks=RANKS, **parts
+    task.loss_fn, client, optax.sgd(1.0), ranks=RANKS, **parts
   )
 
 

@@ -62,8 +62,8 @@ def library(cell, knobs, adapter):
 
 def newsgroups(cell, knobs, adapter):
   """Test posts are later than all others; validation posts are not."""
-  posts = sources.newsgroups(NEWSGROUPS, "train", subject=True)
-  test = sources.newsgroups(NEWSGROUPS, "test", subject=True)
+  posts: Any = sources.newsgroups(NEWSGROUPS, "train", subject=True)
+  test: Any = sources.newsgroups(NEWSGROUPS, "test", subject=True)
   order = np.random.default_rng(0).permutation(len(posts))
   validation = posts.select(order[: len(order) // 10])
   source = records.classified(

@@ -100,7 +100,7 @@ def top_k_apart(
   _require_density("top_k_apart", density)
   owners = np.asarray(owners)
   groups = [owners == group for group in np.unique(owners)]
-  counts = [_count(density, np.count_nonzero(group)) for group in groups]
+  counts = [_count(density, int(group.sum())) for group in groups]
 
   def encode(vector, key):
     del key  # Deterministic.

@@ -17,6 +17,7 @@ import pytest
 from fedjax_llm.federated import clients
 
 INPUTS, RANK, HIDDEN = 6, 2, 4
+SCALE = 1.5
 SIZES = (1, 3, 8, 5, 2, 7, 4)
 STARTS = np.cumsum((0, *SIZES))
 
@@ -35,6 +36,12 @@ def noisy_loss_fn(trainable, frozen, examples, mask, key):
   return total + noise @ trainable["head"], count
 
 
+def scaled_loss_fn(trainable, frozen, *batch):
+  """With a scale of the product, and `w` where a base kernel would be."""
+  scaled = {**trainable, "a": SCALE * trainable["a"]}
+  return loss_fn(scaled, {"w": frozen["kernel"]}, *batch)
+
+
 class Problem(NamedTuple):
   """Everything in float64 NumPy: JAX rounds it to float32 unless told."""
 
@@ -43,6 +50,8 @@ class Problem(NamedTuple):
   examples: Any
   loss_fn: Any = loss_fn
   noisy_loss_fn: Any = noisy_loss_fn
+  scaled_loss_fn: Any = scaled_loss_fn
+  scale: float = SCALE
   population: int = len(SIZES)
 
   def cohort(self, *chosen, order=0, steps=4, batch=2):
@@ -110,20 +119,20 @@ def flatten(tree):
   return np.concatenate([np.ravel(tree[name]) for name in ("a", "b", "head")])
 
 
-def gradient(flat, w, x, y):
-  """The gradient, by hand, of (tanh(x (w + a b)) head - y)^2."""
+def gradient(flat, w, x, y, scale=1.0):
+  """The gradient, by hand, of (tanh(x (w + scale a b)) head - y)^2."""
   split = INPUTS * RANK, (INPUTS + HIDDEN) * RANK
   a, b, head = np.split(flat, split)
   a, b = a.reshape(INPUTS, RANK), b.reshape(RANK, HIDDEN)
-  low = x @ a
+  low = scale * x @ a
   hidden = np.tanh(x @ w + low @ b)
   error = 2 * (hidden @ head - y)
   back = error * head * (1 - hidden**2)
-  parts = np.outer(x, b @ back), np.outer(low, back), error * hidden
+  parts = np.outer(x, scale * b @ back), np.outer(low, back), error * hidden
   return np.concatenate([part.ravel() for part in parts])
 
 
-def local_sgd(problem, flat, indices, mask, rate, momentum):
+def local_sgd(problem, flat, indices, mask, rate, momentum, scale=1.0):
   velocity = np.zeros_like(flat)
   for rows, real in zip(indices, mask, strict=True):
     own = rows[real]
@@ -132,7 +141,7 @@ def local_sgd(problem, flat, indices, mask, rate, momentum):
     total = np.zeros_like(flat)
     for row in own:
       x, y = problem.examples["x"][row], problem.examples["y"][row]
-      total += gradient(flat, problem.frozen["w"], x, y)
+      total += gradient(flat, problem.frozen["w"], x, y, scale)
     velocity = momentum * velocity + total / own.size
     flat = flat - rate * velocity
   return flat

@@ -60,10 +60,10 @@ def flasc(
         loss_fn,
         client_optimizer,
         server_optimizer,
-        channel=_channel(*shares, top_k),
+        channel=_channel(down, up, top_k),
         **parts,
       )
-      for begin, shares in stages.items()
+      for begin, (down, up) in stages.items()
     }
   )
 

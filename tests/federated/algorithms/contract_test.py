@@ -13,13 +13,21 @@ from fedjax_llm import compression
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import channels, clients, private_aggregation
 from fedjax_llm.federated.algorithms import (
+  eco_lora,
   fed_avg,
+  fed_ex,
   fed_sa,
   fed_sb,
+  fed_srd,
   federated_select,
   flasc,
+  flex_lora,
+  flora,
+  het_lora,
+  incremental,
   partial,
   pruning,
+  scaffold,
 )
 
 KEY = jax.random.key(9)
@@ -49,6 +57,41 @@ def averaging(make, **knobs):
   )
 
 
+EIGHT_BITS = compression.error_feedback(compression.uniform(8))
+
+
+def rank_method(make, *server, **knobs):
+  """Of clients of ranks 1 and 2."""
+  return lambda loss_fn, **parts: make(
+    loss_fn, CLIENT, *server, ranks=(1, 2), **knobs, **parts
+  )
+
+
+def residual_method(make, **knobs):
+  """With a kernel to add to, which the toy problem calls `w`."""
+
+  def algorithm(loss_fn, **parts):
+    def on_kernel(trainable, frozen, *batch):
+      return loss_fn(trainable, {"w": frozen["kernel"]}, *batch)
+
+    inner = make(
+      on_kernel,
+      CLIENT,
+      scale=1.0,
+      upload=EIGHT_BITS,
+      population=7,
+      **knobs,
+      **parts,
+    )
+
+    def round_fn(state, frozen, *rest):
+      return inner.round(state, {"kernel": frozen["w"]}, *rest)
+
+    return inner._replace(round=round_fn)
+
+  return algorithm
+
+
 # Random messages, with a memory of both kinds of senders.
 FEEDBACK = channels.Channel(
   compression.error_feedback(compression.uniform(8)),
@@ -71,11 +114,15 @@ ADAPTIVE = private_aggregation.adaptive_private_mean(
 # Each makes an algorithm from a loss and the placement of clients.
 ALGORITHMS = {
   "FedAvg": avg(),
-  "FedAvgM": avg(optax.sgd(0.3, momentum=0.9)),
-  "FedAdam": avg(optax.adam(0.05, b2=0.99, eps=1e-3)),
-  "FedYogi": avg(optax.yogi(0.05, b2=0.99, eps=1e-3)),
-  "FedAdagrad": avg(optax.adagrad(0.1, initial_accumulator_value=1e-6)),
+  "FedAvgM": avg(fed_avg.fed_avg_m(0.3)),
+  "FedAdam": avg(fed_avg.fed_adam(0.05)),
+  "FedYogi": avg(fed_avg.fed_yogi(0.05)),
+  "FedAdagrad": avg(fed_avg.fed_adagrad(0.1)),
+  "Adam of optax": avg(optax.adam(0.05, b2=0.99, eps=1e-3)),
   "FedProx": avg(client=optax.chain(clients.proximal(0.1), CLIENT)),
+  "SCAFFOLD": lambda loss_fn, **parts: scaffold.scaffold(
+    loss_fn, 0.05, REPLACE, channel=FEEDBACK, population=7, **parts
+  ),
   "FLASC": sparse_method(
     flasc.flasc, download_density=0.5, upload_density=0.25
   ),
@@ -88,8 +135,31 @@ ALGORITHMS = {
   "Federated Select": sparse_method(
     federated_select.federated_select, density=0.5
   ),
+  "Federated Select, ranks": sparse_method(
+    federated_select.federated_select_ranks, ranks=(1, 2)
+  ),
   "SparseAdapter": sparse_method(pruning.sparse_adapter, density=0.5),
   "Adapter-LTH": sparse_method(pruning.adapter_lth, density=FALLING),
+  "zero-padded HetLoRA": rank_method(het_lora.zero_padded, REPLACE),
+  "HetLoRA": rank_method(het_lora.het_lora, REPLACE, decay=0.5, population=7),
+  "FlexLoRA": rank_method(flex_lora.flex_lora),
+  "FLoRA": residual_method(flora.flora, ranks=(1, 2)),
+  "FedEx-LoRA": residual_method(fed_ex.fed_ex_lora),
+  "EcoLoRA": averaging(
+    eco_lora.eco_lora,
+    segment_count=2,
+    a_densities=(0.25, 0.5),
+    b_densities=(0.5, 1.0),
+    population=7,
+  ),
+  "FedSRD": lambda loss_fn, **parts: fed_srd.fed_srd(
+    loss_fn,
+    CLIENT,
+    upload_density=0.5,
+    download_density=0.75,
+    population=7,
+    **parts,
+  ),
   "error feedback": avg(channel=FEEDBACK, population=7),
   "private mean": avg(aggregate=PRIVATE),
   "adaptive private mean": avg(aggregate=ADAPTIVE),
@@ -98,6 +168,15 @@ ALGORITHMS = {
   "RoLoRA": averaging(partial.ro_lora),
   "FedSA-LoRA": averaging(fed_sa.fed_sa_lora, population=7),
   "Fed-SB": averaging(fed_sb.fed_sb, bases=fed_sb.random_bases(KEY)),
+  "incremental downloads": lambda loss_fn, **parts: incremental.incremental(
+    loss_fn,
+    CLIENT,
+    flasc.server_adamw(0.05),
+    download=compression.lloyd_max(3, block=8),
+    upload=compression.error_feedback(sparse.top_k(0.5)),
+    population=7,
+    **parts,
+  ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -130,9 +209,11 @@ def play(problem, name, cohorts, state=None, examples=None, **placement):
   return run
 
 
-def loss(problem, trainable):
+def loss(problem, trainable, residual=None):
   everyone = np.ones(len(problem.examples["y"]), bool)
-  arguments = (problem.frozen, problem.examples, everyone, KEY)
+  delta = 0 if residual is None else residual["delta"]
+  frozen = {"w": problem.frozen["w"] + delta}
+  arguments = (frozen, problem.examples, everyone, KEY)
   return float(problem.loss_fn(trainable, *arguments)[0])
 
 
@@ -217,12 +298,30 @@ def test_a_client_that_diverges_is_one_that_is_not_there(problem, name):
 
 
 @each_algorithm
+def test_a_round_of_nobody_changes_nothing_but_its_number(problem, name):
+  cohort = problem.cohort(2, 5, 4)
+  nobody = cohort._replace(weights=np.zeros(3, np.float32))
+  *_, before, after = play(problem, name, [cohort, nobody]).states
+  pairs = zip(
+    jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True
+  )
+  name_of = functools.partial(jax.tree_util.keystr, simple=True)
+  changed = [name_of(path[-1:]) for (path, x), y in pairs if (x != y).any()]
+  # Noise must not tell that nobody was there.
+  assert (changed == ["round"]) == ("private" not in name)
+
+
+@each_algorithm
 def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
   # Donating the state must not delete what it was made from.
   trainable = jax.tree.map(jnp.asarray, problem.trainable)
   mine = problem._replace(trainable=trainable)
   run = play(mine, name, problem.cohorts(15))
-  assert loss(problem, run.states[-1].trainable) < 0.8 * loss(mine, trainable)
+  algorithm, _ = program(name, problem.loss_fn)
+  last = run.states[-1]
+  residual = algorithm.residual and algorithm.residual(last)
+  trained = loss(problem, last.trainable, residual)
+  assert trained < 0.8 * loss(mine, trainable)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +331,12 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
     ("FLASC", 2, True),
     ("error feedback", 2, False),
     ("error feedback", 1, True),
+    ("SCAFFOLD", 2, True),
+    ("EcoLoRA", 2, False),
+    ("FedSRD", 2, True),
+    ("FLoRA", 2, True),
+    ("FlexLoRA", 2, True),
+    ("HetLoRA", None, False),
     ("FedSA-LoRA", 2, True),
     ("FFA-LoRA", 1, True),
   ],

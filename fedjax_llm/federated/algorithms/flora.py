@@ -1,0 +1,95 @@
+"""FLoRA: the clients' factors are stacked, and merged into the base model.
+
+Wang, Shen, He, Sun, Wang, Lyu, Li, "FLoRA: Federated Fine-Tuning Large Language
+Models with Heterogeneous Low-Rank Adaptations", 2024 (arXiv 2409.05976).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.compression import base, sparse
+from fedjax_llm.federated import (
+  clients,
+  factors,
+  gathering,
+  product_rounds,
+  rounds,
+)
+
+
+def flora(
+  loss_fn: clients.LossFn,
+  client_optimizer: optax.GradientTransformation,
+  *,
+  scale: float,
+  ranks: Sequence[int] | None = None,
+  of_client: Callable[[Any], Any] | None = None,
+  upload: base.Compressor | None = None,
+  population: int,
+  **placement: Any,
+) -> rounds.FederatedAlgorithm:
+  """FLoRA: `sum_k p_k a_k b_k` goes to the kernels, and the factors start anew.
+
+  Exact for clients of any ranks, as far as their uploads are; `p_k` are the
+  cohort's weights, and heads are averaged by them. There is no server
+  optimizer: what is merged is merged at rate 1.
+
+  Up travels the update of a client's factors; down the factors of all clients
+  of every round that the client missed, side by side as the method stacks them,
+  or the dense sum if that is smaller. The new factors, `a` random and `b` zero,
+  cost nothing: both ends draw them from the experiment's seed and the round. A
+  client keeps the merged model between its visits. The paper's clients take
+  part in every round.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+    client_optimizer: the paper's is AdamW.
+    scale: `LoRA.scale`, one for all ranks.
+    ranks: of tiers of clients, see `factors.tiers`; None for one of full rank.
+    of_client: numbers of clients -> numbers of their tiers.
+    upload: what compresses the updates; None for nothing.
+    population: number of clients.
+    **placement: `clients_per_step`, `mesh` of `rounds.federated_round`.
+
+  Raises:
+    ValueError: from `init`, if a rank is out of range.
+  """
+
+  def tiers_of(trainable):
+    own = ranks or [factors.rank(trainable)]
+    tiers = factors.tiers(trainable, own, of_client, upload)
+    vector, _ = ravel_pytree(trainable)
+    owners = factors.entry_ranks(trainable)
+    heads = sparse.select(owners < 0)
+
+    def with_known(channel, rank):
+      known = jnp.where((owners >= 0) & (owners < rank), vector, 0)
+      return channel._replace(download=base.relative_to(known, heads))
+
+    return tiers._replace(channels=[*map(with_known, tiers.channels, own)])
+
+  def combine(trainable, trained, weights, key):
+    present, weights = weights > 0, gathering.normalised(weights)
+    pairs = factors.pairs(trainable)
+    keys = dict(zip(pairs, jax.random.split(key, len(pairs)), strict=True))
+    anew = {path: factors.redraw(x, keys[path]) for path, x in pairs.items()}
+    return product_rounds.Combined(
+      trainable=factors.put(gathering.mean(trained, weights), anew),
+      added=factors.stacks(trained, weights),
+      forwarded=present,
+    )
+
+  return product_rounds.product_round(
+    clients.local_update(loss_fn, client_optimizer),
+    combine,
+    tiers_of,
+    ranks=ranks,
+    scale=scale,
+    population=population,
+    **placement,
+  )
