@@ -11,15 +11,52 @@ from fedjax_llm.compression import (
   chain,
   error_feedback,
   identity,
+  lloyd_max,
   random_k,
+  relative_to,
   select,
   top_k,
+  top_k_apart,
   transmit,
   uniform,
 )
-from fedjax_llm.federated.aggregators import uniform_mean, weighted_mean
-from fedjax_llm.federated.algorithms.fed_avg import fed_avg
-from fedjax_llm.federated.algorithms.flasc import flasc, server_adamw
+from fedjax_llm.federated.aggregators import (
+  mean_of_senders,
+  uniform_mean,
+  weighted_mean,
+)
+from fedjax_llm.federated.algorithms.eco_lora import eco_lora
+from fedjax_llm.federated.algorithms.fed_avg import (
+  fed_adagrad,
+  fed_adam,
+  fed_avg,
+  fed_avg_m,
+  fed_yogi,
+)
+from fedjax_llm.federated.algorithms.fed_ex import fed_ex_lora
+from fedjax_llm.federated.algorithms.fed_sa import fed_sa_lora
+from fedjax_llm.federated.algorithms.fed_sb import fed_sb
+from fedjax_llm.federated.algorithms.fed_srd import fed_srd
+from fedjax_llm.federated.algorithms.federated_select import (
+  federated_select,
+  federated_select_ranks,
+)
+from fedjax_llm.federated.algorithms.flasc import (
+  flasc,
+  flasc_tiers,
+  server_adamw,
+)
+from fedjax_llm.federated.algorithms.flex_lora import flex_lora
+from fedjax_llm.federated.algorithms.flora import flora
+from fedjax_llm.federated.algorithms.het_lora import het_lora, zero_padded
+from fedjax_llm.federated.algorithms.incremental import incremental
+from fedjax_llm.federated.algorithms.partial import (
+  ffa_lora,
+  linear_probe,
+  ro_lora,
+)
+from fedjax_llm.federated.algorithms.pruning import adapter_lth, sparse_adapter
+from fedjax_llm.federated.algorithms.scaffold import scaffold
 from fedjax_llm.federated.channels import Channel, Tiers
 from fedjax_llm.federated.clients import (
   Cohort,
@@ -27,11 +64,18 @@ from fedjax_llm.federated.clients import (
   map_clients,
   proximal,
 )
+from fedjax_llm.federated.network import Network, Tier
+from fedjax_llm.federated.privacy import ClientLevel, ExampleLevel
+from fedjax_llm.federated.private_aggregation import (
+  adaptive_private_mean,
+  private_mean,
+)
 from fedjax_llm.federated.rounds import (
   FederatedAlgorithm,
   ServerState,
   federated_round,
 )
+from fedjax_llm.federated.schedules import alternating, staged
 from fedjax_llm.models.decoder import Decoder, DecoderConfig
 from fedjax_llm.models.generation import generate
 from fedjax_llm.models.heads import Classifier

@@ -168,22 +168,23 @@ def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
     balanced: split singular values evenly, `a = U sqrt(S)`, `b = sqrt(S) V'`;
       else `a = U`, `b = S V'`.
   """
-  turn = lambda x: jnp.swapaxes(x, -1, -2)
+  if pair.a.ndim > 2:
+    # One by one. A QR of many, on a CPU, waits for threads of the pool that it
+    # runs in: two of them at once, on two cores, wait for ever (jaxlib 0.10).
+    return jax.lax.map(lambda x: truncate(x, rank, balanced=balanced), pair)
   left, upper = jnp.linalg.qr(pair.a)
-  right, lower = jnp.linalg.qr(turn(pair.b))
-  u, s, v = jnp.linalg.svd(upper @ turn(lower), full_matrices=False)
-  u, v = (left @ u)[..., :rank], (v @ turn(right))[..., :rank, :]
-  s = s[..., :rank]
-  largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-  sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1)
-  u, v = u * sign.astype(u.dtype), v * turn(sign).astype(v.dtype)
+  right, lower = jnp.linalg.qr(pair.b.T)
+  u, s, v = jnp.linalg.svd(upper @ lower.T, full_matrices=False)
+  u, s, v = (left @ u)[:, :rank], s[:rank], (v @ right.T)[:rank]
+  largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
+  sign = jnp.sign(jnp.take_along_axis(u, largest, axis=0))
+  u, v = u * sign, v * sign.T
   if balanced:
-    u, s = u * jnp.sqrt(s)[..., None, :], jnp.sqrt(s)
-  missing = (0, rank - s.shape[-1])
-  axes = [(0, 0)] * (u.ndim - 2)
+    u, s = u * jnp.sqrt(s)[None], jnp.sqrt(s)
+  missing = (0, rank - s.size)
   return Pair(
-    jnp.pad(u, [*axes, (0, 0), missing]),
-    jnp.pad(s[..., None] * v, [*axes, missing, (0, 0)]),
+    jnp.pad(u, [(0, 0), missing]),
+    jnp.pad(s[:, None] * v, [missing, (0, 0)]),
   )
 
 
