@@ -10,7 +10,7 @@ import problems
 import rates
 import study
 
-ALPHAS = (1.0, 0.1, 0.01)
+ALPHAS = (1.0, 0.01)
 METHODS = {"dense": 1.0, "FLASC": 1 / 16}
 
 

@@ -8,6 +8,7 @@ that the mean of the cores is the mean of the products, and a message is rank^2
 numbers a layer whatever its size.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -162,7 +163,8 @@ def gradient_bases(
 
   def singular(path, x, slope):
     del path
-    left, values, right = jnp.linalg.svd(slope["a"], full_matrices=False)
+    decompose = functools.partial(jnp.linalg.svd, full_matrices=False)
+    left, values, right = _one_by_one(decompose, slope["a"])
     diagonal = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")
     core = diagonal(-learning_rate * values)
     return {"a": left, "b": right @ x["b"], "core": core}
@@ -182,7 +184,14 @@ def gradient_bases(
 
 def _columns(x):
   """An orthonormal basis of the columns of [..., n, rank]."""
-  return jnp.linalg.qr(x)[0]
+  return _one_by_one(lambda each: jnp.linalg.qr(each)[0], x)
+
+
+def _one_by_one(fn, x):
+  """Of every matrix of a stack; for the reason see `factors.truncate`."""
+  if x.ndim == 2:
+    return fn(x)
+  return jax.lax.map(functools.partial(_one_by_one, fn), x)
 
 
 def _rows(x):
