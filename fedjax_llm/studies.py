@@ -58,9 +58,14 @@ class Entry:
     values = [[line[metric] for line in evaluated] for evaluated in lines]
     return np.mean(sent, axis=0), np.mean(values, axis=0)
 
-  def megabytes(self) -> float:
-    """Megabytes sent in a run, both directions, mean of the seeds."""
-    return float(np.mean([run.megabytes() for run in self.runs]))
+  def megabytes(self, rounds: int | None = None) -> float:
+    """Megabytes sent both ways in the first `rounds` rounds, or all."""
+    return float(np.mean([run.megabytes(rounds) for run in self.runs]))
+
+  def seconds(self, rounds: int | None = None) -> float:
+    """Simulated seconds of the first `rounds` rounds, or all; 0 if none."""
+    totals = [run.total("simulated_seconds", rounds) for run in self.runs]
+    return float(np.mean(totals))
 
   def as_papers_count(self) -> dict[str, float]:
     """Megabytes by each of `report.conventions`, mean of the seeds."""
@@ -117,6 +122,8 @@ def table(entries: Sequence[Entry]) -> str:
     row["seeds"] = str(len(final))
     row[metric] = f"{final.mean():{form}} ± {_deviation(final):{form}}"
     row["MB"] = f"{entry.megabytes():.2f}"
+    if entry.seconds():
+      row["simulated s"] = f"{entry.seconds():.0f}"
     if reference is not None:
       row |= _against(entry, reference, metric, higher)
     rows.append({"method": entry.method, **row})
@@ -126,15 +133,21 @@ def table(entries: Sequence[Entry]) -> str:
 def _against(entry, reference, metric, higher):
   target = target_of(reference, metric, higher)
   own, theirs = (
-    megabytes_to(x, target, metric, higher) for x in (entry, reference)
+    rounds_to(x, target, metric, higher) for x in (entry, reference)
   )
   papers, dense = entry.as_papers_count(), reference.as_papers_count()
   columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
   for name in papers:
     columns[f"× fewer, {name}"] = f"{dense[name] / papers[name]:.1f}"
-  met = own is not None and theirs is not None
-  columns["MB to dense"] = f"{own:.2f}" if own is not None else "not met"
-  columns["× fewer to dense"] = f"{theirs / own:.1f}" if met else ""
+  columns["MB to dense"] = columns["× fewer to dense"] = ""
+  if own is None:
+    columns["MB to dense"] = "not met"
+  else:
+    columns["MB to dense"] = f"{entry.megabytes(own):.2f}"
+    ratio = reference.megabytes(theirs) / entry.megabytes(own)
+    columns["× fewer to dense"] = f"{ratio:.1f}"
+    if entry.seconds():
+      columns["simulated s to dense"] = f"{entry.seconds(own):.0f}"
   return columns
 
 
@@ -146,7 +159,8 @@ def metric_of(entry: Entry) -> tuple[str, bool]:
 
 def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
   """The dense entry of the same task and the highest rank."""
-  ignored = {"method", "density", "rank", "client_rate", "server_rate"}
+  ignored = {"method", "density", "rank", "rounds"}
+  ignored |= {"client_rate", "server_rate"}
   of = lambda cell: {x: cell[x] for x in cell if x not in ignored}
   alike = [
     x
@@ -162,19 +176,20 @@ def target_of(reference: Entry, metric: str, higher: bool) -> float:
   return final.mean() - (1 if higher else -1) * _deviation(final)
 
 
-def megabytes_to(
+def rounds_to(
   entry: Entry, target: float, metric: str, higher: bool
-) -> float | None:
-  """Megabytes by the first evaluation whose mean meets a target, or None."""
-  sent, values = entry.curve(metric)
+) -> int | None:
+  """The round after which the mean was first seen to meet a target, or None."""
+  _, values = entry.curve(metric)
   met = np.flatnonzero(values >= target if higher else values <= target)
-  return float(sent[met[0]]) if met.size else None
+  evaluated = entry.runs[0].evaluated[1:]
+  return evaluated[met[0]]["round"] if met.size else None
 
 
 def shown(entries: Sequence[Entry]) -> list[str]:
   """The settings in which the entries differ, for labels and columns."""
   names = dict.fromkeys(name for entry in entries for name in entry.cell)
-  hidden = {"method", "client_rate", "server_rate", "rounds", "validation"}
+  hidden = {"method", "client_rate", "server_rate", "validation"}
   differs = lambda name: len({str(x.cell.get(name)) for x in entries}) > 1
   return [name for name in names if name not in hidden and differs(name)]
 

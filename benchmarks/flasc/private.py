@@ -4,8 +4,8 @@
   fedjax-llm compare benchmarks/results/flasc/TASK_private.jsonl
 
 Poisson cohorts, adaptive clipping at the median, PLD accountant, delta below
-one in the population. As in FLASC's paper a larger population is simulated: the
-noise is that of a hundred times as many clients, divided among them.
+one in the population. As FLASC's authors do, a larger population is simulated:
+the noise is that of a hundred times as many clients, divided among them.
 """
 
 import problems
@@ -18,28 +18,38 @@ FACTOR = 100
 
 
 def cells(given) -> list[study.Cell]:
-  """Every method at every epsilon, seed by seed."""
-  rounds = given.rounds or problems.ROUNDS[given.task]
+  """Every method at every epsilon, and dense LoRA without any, seed by seed."""
+  settings = [("dense", 1.0, None)]
+  settings += [
+    (f"{method}, private", density, epsilon)
+    for epsilon in EPSILONS
+    for method, density in METHODS.items()
+  ]
   return [
     study.Cell(
       given.task,
-      f"{method}, private",
+      method,
       density,
       4,
       seed,
       *rates.of(given.task, "FLASC" if density < 1 else "dense", given.out),
-      rounds=rounds,
-      knobs=(
-        ("epsilon", epsilon),
-        ("delta", 1e-5),
-        ("cohort_factor", FACTOR),
-        ("clients_per_round", problems.CLIENTS_PER_ROUND),
-      ),
+      rounds=given.rounds or problems.ROUNDS[given.task],
+      knobs=_knobs(epsilon),
     )
     for seed in range(given.seeds)
-    for epsilon in EPSILONS
-    for method, density in METHODS.items()
+    for method, density, epsilon in settings
   ]
+
+
+def _knobs(epsilon):
+  if epsilon is None:
+    return ()
+  return (
+    ("epsilon", epsilon),
+    ("delta", 1e-5),
+    ("cohort_factor", FACTOR),
+    ("clients_per_round", problems.CLIENTS_PER_ROUND),
+  )
 
 
 if __name__ == "__main__":
