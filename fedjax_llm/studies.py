@@ -67,9 +67,13 @@ class Entry:
     totals = [run.total("simulated_seconds", rounds) for run in self.runs]
     return float(np.mean(totals))
 
-  def as_papers_count(self) -> dict[str, float]:
+  def as_papers_count(self, rounds: int | None = None) -> dict[str, float]:
     """Megabytes by each of `report.conventions`, mean of the seeds."""
-    counted = [report.conventions(run) for run in self.runs]
+    lines = [[x for x in run.lines if _is_by(x, rounds)] for run in self.runs]
+    counted = [
+      report.conventions(dataclasses.replace(run, lines=kept))
+      for run, kept in zip(self.runs, lines, strict=True)
+    ]
     names = counted[0]
     return {x: float(np.mean([c[x] for c in counted])) / _MEGA for x in names}
 
@@ -139,13 +143,21 @@ def _against(entry, reference, metric, higher):
   columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
   for name in papers:
     columns[f"× fewer, {name}"] = f"{dense[name] / papers[name]:.1f}"
-  columns["MB to dense"] = columns["× fewer to dense"] = ""
+  to_dense = ("MB to dense", "× fewer to dense", "× fewer to dense, values")
+  columns |= dict.fromkeys(to_dense, "")
   if own is None:
     columns["MB to dense"] = "not met"
   else:
     columns["MB to dense"] = f"{entry.megabytes(own):.2f}"
     ratio = reference.megabytes(theirs) / entry.megabytes(own)
     columns["× fewer to dense"] = f"{ratio:.1f}"
+    papers, dense = (
+      entry.as_papers_count(own),
+      reference.as_papers_count(theirs),
+    )
+    if papers:
+      ratio = dense["values"] / papers["values"]
+      columns["× fewer to dense, values"] = f"{ratio:.1f}"
     if entry.seconds():
       columns["simulated s to dense"] = f"{entry.seconds(own):.0f}"
   return columns
@@ -234,6 +246,10 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
   axes.grid(alpha=0.3)
   axes.legend(fontsize="small")
   figure.savefig(path, dpi=150)
+
+
+def _is_by(line, rounds):
+  return rounds is None or line["round"] <= rounds
 
 
 def _deviation(values: np.ndarray) -> float:

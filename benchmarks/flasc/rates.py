@@ -31,6 +31,9 @@ METHODS = (
 )
 # Variants take the rates of their kind.
 LIKE = {
+  "FLASC, factors apart": "FLASC, what moved",
+  "FLASC, download alone": "FLASC",
+  "FLASC, upload alone": "dense",
   "quantised": "compact",
   "SparseAdapter, one Top-K": "SparseAdapter",
   "Federated Select, one Top-K": "Federated Select",

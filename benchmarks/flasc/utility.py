@@ -22,7 +22,9 @@ SETTINGS = {
     *itertools.product(["FLASC"], ALL, [16]),
     *itertools.product(SPARSE, ALL, [16]),
     *itertools.product(["FLASC, what moved"], MOST, [16]),
-    *itertools.product(["FLASC"], [1 / 16], [4]),
+    *itertools.product(["FLASC, factors apart"], MOST, [16]),
+    ("FLASC, download alone", 1 / 4, 16),
+    ("FLASC, upload alone", 1 / 16, 16),
     *itertools.product(["quantised"], [1 / 8, 1 / 16], [16]),
   ],
   "newsgroups": [
