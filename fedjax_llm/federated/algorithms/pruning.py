@@ -134,7 +134,9 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     mask = jax.lax.cond(
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
-    payload, _ = segments.at(mask, count).encode(vector, (), key)
-    return payload, (jnp.bool(True), mask)
+    send = lambda values: segments.at(mask, count).encode(values, (), key)[0]
+    # What arrives of zeros: `top_k` may send how much has moved since the seed.
+    known = top_k.decode(send(jnp.zeros_like(vector)))
+    return send(vector - known), (jnp.bool(True), mask)
 
   return base.Compressor(init, encode, top_k.decode)

@@ -219,3 +219,23 @@ def test_factors_are_received_apart_on_request(problem, make, knobs):
   assert not received["global"]["head"].any()
   assert np.count_nonzero(received["apart"]["a"]) == 2
   assert np.count_nonzero(received["apart"]["head"]) == 1
+
+
+@pytest.mark.parametrize(
+  "make", [pruning.sparse_adapter, federated_select.federated_select]
+)
+def test_what_has_moved_arrives_and_all_else_is_as_it_started(problem, make):
+  # `b` too is not zero at the start, so that an offset would show everywhere.
+  start = flat(problem.trainable) + np.float32(0.5)
+  _, unravel = ravel_pytree(problem.trainable)
+  mine = problem._replace(trainable=unravel(start))
+  moved = lambda share: base.relative_to(start, sparse.top_k(share))
+  algorithm = make(mine.loss_fn, SGD, REPLACE, density=0.25, top_k=moved)
+  state, step = algorithm.init(mine.trainable), jax.jit(algorithm.round)
+  for cohort in mine.cohorts(2):
+    state, _ = step(state, mine.frozen, mine.examples, cohort, KEY)
+  received = flat(jax.jit(algorithm.received)(state, KEY))
+  kept = ~np.isclose(received, start, rtol=0, atol=1e-6)
+  assert kept.sum() == 6
+  vector = flat(state.trainable)
+  np.testing.assert_allclose(received[kept], vector[kept], rtol=1e-5)
