@@ -110,7 +110,8 @@ def het_lora(
   received, the client is of rank `cut` from then on, and sends no more than
   that. The server replaces its factors by the mean of the clients', padded with
   zeros and weighted by `||a_k b_k||`, the Frobenius norm of all modules'
-  products together.
+  products together. So a rank that nobody in a round has becomes zero in both
+  factors, and is lost: no client can train it again.
 
   The paper is of one module; one rank and one weight for a client, over all of
   them, is how it is read here. So are heads averaged. If all products are zero,

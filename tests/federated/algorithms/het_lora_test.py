@@ -243,6 +243,64 @@ def test_clients_without_any_product_count_alike(problem):
   )
 
 
+def test_ranks_and_weights_are_of_all_modules_and_layers_together():
+  # What is last shrinks in `top`, but grows in `q` by more: nobody is pruned.
+  rng = np.random.default_rng(2)
+  draw = lambda *shape: rng.normal(size=shape)
+  tree = {
+    "layers": {"q": {"a": draw(2, 5, 4), "b": draw(2, 4, 3)}},
+    "top": {"a": 0.3 * draw(4, 4), "b": 0.3 * draw(4, 6)},
+  }
+
+  def loss_fn(trainable, frozen, examples, mask, key):
+    return -mask.sum() * jnp.sum(trainable["layers"]["q"]["a"] ** 2), mask.sum()
+
+  matrices = lambda tree: [
+    *zip(*tree["layers"]["q"].values(), strict=True),
+    tuple(tree["top"].values()),
+  ]
+  answers, norms = [], []
+  for rank, first in ((2, 1), (4, 2)):
+    answer, square = [], 0.0
+    for number, (a, b) in enumerate(matrices(tree)):
+      a, b = np.copy(a), np.copy(b)
+      a[:, rank:], b[rank:] = 0, 0
+      of_a, of_b = np.linalg.norm(a[:, first:]), np.linalg.norm(b[first:])
+      pull_a, pull_b = np.zeros_like(a), np.zeros_like(b)
+      pull_a[:, first:] = a[:, first:] * of_b / of_a
+      pull_b[first:] = b[first:] * of_a / of_b
+      slope = -2 * a if number < 2 else 0
+      a, b = a - 0.1 * (slope + PENALTY * pull_a), b - 0.1 * PENALTY * pull_b
+      answer.append((a, b))
+      square += np.sum((a @ b) ** 2)
+    answers.append(answer)
+    norms.append(np.sqrt(square))
+
+  algorithm = het_lora.het_lora(
+    loss_fn,
+    optax.sgd(0.1),
+    REPLACE,
+    ranks=(2, 4),
+    decay=0.5,
+    penalty=PENALTY,
+    population=2,
+  )
+  rows = np.zeros((2, 1, 1), np.int32)
+  cohort = clients.Cohort(
+    np.arange(2, dtype=np.int32), rows, rows == 0, np.ones(2, np.float32)
+  )
+  state, _ = jax.jit(algorithm.round)(
+    algorithm.init(tree), {}, {"x": np.zeros(1, np.float32)}, cohort, KEY
+  )
+  assert state.ranks.tolist() == [2, 4]
+  for got, small, large in zip(
+    matrices(state.trainable), *answers, strict=True
+  ):
+    for leaf, x, y in zip(got, small, large, strict=True):
+      expected = (norms[0] * x + norms[1] * y) / sum(norms)
+      np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("knob", [{"decay": 0.0}, {"penalty": -1.0}])
 def test_knobs_out_of_range_are_refused(problem, knob):
   with pytest.raises(ValueError, match="decay in"):
