@@ -5,6 +5,8 @@ import numpy as np
 import optax
 import pytest
 
+from fedjax_llm import compression
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg
 
 KEY = jax.random.key(2)
@@ -12,14 +14,16 @@ RATE = 0.05
 
 
 @functools.cache
-def compose(loss_fn, client, server):
-  algorithm = fed_avg.fed_avg(loss_fn, client, server, clients_per_step=1)
+def compose(loss_fn, client, server, **parts):
+  algorithm = fed_avg.fed_avg(
+    loss_fn, client, server, clients_per_step=1, **parts
+  )
   return algorithm, jax.jit(algorithm.round)
 
 
-def run(problem, client, server, cohorts):
+def run(problem, client, server, cohorts, **parts):
   """The parameters after each round, and the last state."""
-  algorithm, step = compose(problem.loss_fn, client, server)
+  algorithm, step = compose(problem.loss_fn, client, server, **parts)
   state = algorithm.init(problem.trainable)
   trained = []
   for cohort in cohorts:
@@ -53,6 +57,55 @@ def test_fed_avg_is_its_oracle_in_float64(problem, oracle):
     got = oracle.flatten(got)
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
+
+
+def test_top_k_with_error_feedback_is_its_oracle_in_float64(problem, oracle):
+  # Law 20: each client's own residual, which waits until it comes again.
+  cohorts = problem.cohorts(4)
+  assert np.bincount(np.ravel([x.clients for x in cohorts])).max() > 1
+  upload = compression.error_feedback(compression.top_k(0.3))
+  channel = channels.Channel(upload=upload)
+  with jax.enable_x64(True):
+    trained, _ = run(
+      problem, MOMENTUM, REPLACE, cohorts, channel=channel, population=7
+    )
+  flat, residuals = oracle.flatten(problem.trainable), np.zeros((7, 24))
+  for cohort, got in zip(cohorts, trained, strict=True):
+    total = np.zeros_like(flat)
+    for client, indices, mask, weight in zip(*cohort, strict=True):
+      after = oracle.local_sgd(problem, flat, indices, mask, RATE, 0.9)
+      target = flat - after + residuals[client]
+      sent = oracle.top_k(target, 0.3)
+      residuals[client] = target - sent
+      total += weight * sent
+    flat = flat - total / cohort.weights.sum()
+    np.testing.assert_allclose(
+      oracle.flatten(got), flat, rtol=1e-12, atol=1e-14
+    )
+
+
+def test_fed_prox_is_its_oracle_in_float64(problem, oracle):
+  # Law 20: pulled to what was received in this round, not at the start.
+  cohorts, mu = problem.cohorts(4), 0.5
+  client = optax.chain(clients.proximal(mu), PLAIN)
+  with jax.enable_x64(True):
+    trained, _ = run(problem, client, REPLACE, cohorts)
+  start = oracle.flatten(problem.trainable)
+  for cohort, got in zip(cohorts, trained, strict=True):
+    mean = np.zeros_like(start)
+    for _, indices, mask, weight in zip(*cohort, strict=True):
+      flat = start
+      for rows, real in zip(indices, mask, strict=True):
+        pull = RATE * mu * (flat - start) * real.any()
+        flat = (
+          oracle.local_sgd(problem, flat, rows[None], real[None], RATE, 0)
+          - pull
+        )
+      mean += weight / cohort.weights.sum(dtype=np.float64) * flat
+    start = mean
+    np.testing.assert_allclose(
+      oracle.flatten(got), start, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_a_server_that_replaces_has_the_mean_of_what_was_trained(problem):
