@@ -69,10 +69,11 @@ def federated(
 
   Raises:
     ValueError: if more clients are to be selected than there are, or they are
-      not sampled as `privacy` is accounted for.
+      not sampled as `privacy` is accounted for, or `algorithm` adds less noise.
   """
   links = network or networks.IDEAL
   _check(task, links, privacy, sampling, clients_per_round, local_epochs)
+  _check_noise(algorithm, privacy)
   sample = cohorts.cohort_sampler(
     task.population,
     clients_per_round=links.selected(clients_per_round),
@@ -113,7 +114,7 @@ def federated(
       line["train_loss"] = metrics["train_loss"]
     else:
       # A private mean must not show it, so the server steps on the noise.
-      is_noisy = isinstance(privacy, guarantees.ClientLevel)
+      is_noisy = algorithm.noise_multiplier is not None
       tqdm.tqdm.write(
         f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
         f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
@@ -155,6 +156,20 @@ def _check(task, links, privacy, sampling, clients_per_round, local_epochs):
       )
   if privacy:
     privacy.check(sampling, clients_per_round, population, local_epochs)
+
+
+def _check_noise(algorithm, privacy):
+  """Refuses privacy of clients that the algorithm does not provide."""
+  if not isinstance(privacy, guarantees.ClientLevel):
+    return
+  got = algorithm.noise_multiplier
+  if got is None or got < privacy.noise_multiplier:
+    raise ValueError(
+      f"expected an algorithm with noise_multiplier={privacy.noise_multiplier},"
+      f" for which its privacy is accounted, got {got}. Make it with such a"
+      " private_aggregation.private_mean as its `aggregate`, if it tells its"
+      " noise_multiplier."
+    )
 
 
 def _check_finite(task, number, diverged):

@@ -1,6 +1,7 @@
 """Federated experiments over a network and under privacy, at no cost."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,15 @@ import pytest
 from fedjax_llm import experiment, finetuning, tasks
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches, cohorts
-from fedjax_llm.federated import channels, network, partition, privacy, rounds
-from fedjax_llm.federated.algorithms import fed_avg
+from fedjax_llm.federated import (
+  channels,
+  network,
+  partition,
+  privacy,
+  private_aggregation,
+  rounds,
+)
+from fedjax_llm.federated.algorithms import fed_avg, flasc, incremental
 
 
 class Toy(NamedTuple):
@@ -345,6 +353,45 @@ def test_privacy_is_in_the_metrics_and_described_at_the_end(
 def test_sampling_that_privacy_is_not_accounted_for_is_refused(toy):
   with pytest.raises(ValueError, match="accounted otherwise"):
     toy.experiment(privacy=Guarantee(clients=3))
+
+
+def private(toy, make, noise_multiplier, **knobs):
+  """The toy, of an algorithm with a private mean."""
+  aggregate = private_aggregation.private_mean(
+    clip_norm=1.0, noise_multiplier=noise_multiplier, clients=4
+  )
+  optimizers = optax.sgd(0.1), optax.sgd(1.0)
+  algorithm = make(toy.task.loss_fn, *optimizers, aggregate=aggregate, **knobs)
+  return toy._replace(algorithm=algorithm)
+
+
+PRIVATE = (
+  (fed_avg.fed_avg, {}),
+  (flasc.flasc, {"download_density": {0: 0.5, 2: 1}, "upload_density": 0.5}),
+  (
+    functools.partial(partition.partial, fed_avg.fed_avg),
+    {"is_trained": lambda path: path == "w"},
+  ),
+  (incremental.incremental, {"population": 6}),
+)
+
+
+@pytest.mark.parametrize(("make", "knobs"), PRIVATE)
+def test_privacy_needs_an_algorithm_with_its_noise(toy, make, knobs):
+  guarantee = privacy.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
+  private(toy, make, 1.0, **knobs).experiment(privacy=guarantee)
+  for other in (private(toy, make, 0.5, **knobs), toy):
+    with pytest.raises(ValueError, match="noise_multiplier=1.0, .* got (0|No)"):
+      other.experiment(privacy=guarantee)
+
+
+def test_a_private_round_of_nobody_is_said_to_be_noise(toy, capsys):
+  links = network.Network(tiers=LINKS, dropout_before=1.0, seed=0)
+  made = private(toy, fed_avg.fed_avg, 1.0).experiment(network=links)
+  state, _ = made.round(made.init(), 0)
+  shown = capsys.readouterr()
+  assert "answered; there is only noise." in shown.out + shown.err
+  assert np.any(state.trainable["w"])
 
 
 def test_over_selection_is_refused_where_it_has_no_meaning(toy):

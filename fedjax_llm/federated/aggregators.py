@@ -24,12 +24,15 @@ class Aggregator(NamedTuple):
       was there, and the next state.
     always: whether the server steps in a round of nobody too, as privacy asks:
       that nobody was there must not show.
+    noise_multiplier: standard deviation of the noise in the sum, in clip norms;
+      None if updates are not clipped one by one, so that no privacy holds.
   """
 
   init: Callable[[], State]
   share: Callable[[Float[Array, " n"], Float[Array, ""], State], Any]
   finish: Callable[[Any, State, PRNGKeyArray], tuple[Float[Array, " n"], State]]
   always: bool = False
+  noise_multiplier: float | None = None
 
 
 def weighted_mean() -> Aggregator:

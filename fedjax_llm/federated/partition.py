@@ -150,7 +150,9 @@ def parametrised(
     return join(inner.received(state.inner, key), state.fixed)
 
   residual = inner.residual and (lambda state: inner.residual(state.inner))
-  return rounds.FederatedAlgorithm(init, round_fn, received, residual)
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received, residual, inner.noise_multiplier
+  )
 
 
 def partial(

@@ -59,7 +59,9 @@ def private_mean(
     total = add_noise(total, clip_norm, noise_multiplier, key)
     return total / clients / (clip_norm if normalize else 1), state
 
-  return aggregators.Aggregator(lambda: (), share, finish, always=True)
+  return aggregators.Aggregator(
+    lambda: (), share, finish, always=True, noise_multiplier=noise_multiplier
+  )
 
 
 def adaptive_private_mean(
@@ -126,7 +128,9 @@ def adaptive_private_mean(
     return update / clients, clip_norm * jnp.exp(-clip_learning_rate * excess)
 
   init = lambda: jnp.asarray(initial_clip_norm, float)
-  return aggregators.Aggregator(init, share, finish, always=True)
+  return aggregators.Aggregator(
+    init, share, finish, always=True, noise_multiplier=noise_multiplier
+  )
 
 
 def clip(

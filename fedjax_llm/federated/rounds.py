@@ -59,12 +59,16 @@ class FederatedAlgorithm(NamedTuple):
     residual: state -> what the method has added to the base model: a tree like
       that of the factors with a dense `delta` [..., inputs, outputs] in the
       place of `a` and `b`. None if it adds nothing.
+    noise_multiplier: of the aggregator, see `aggregators.Aggregator`, through
+      which alone `trainable` learns of clients; None if it has none, or there
+      is another way.
   """
 
   init: Callable[[Any], Any]
   round: Callable[..., tuple[Any, dict[str, Any]]]
   received: Callable[..., Any]
   residual: Callable[[Any], Any] | None = None
+  noise_multiplier: float | None = None
 
 
 def federated_round(
@@ -166,7 +170,9 @@ def federated_round(
     message = _broadcast(tiers.channels[last].download, state, last, key)
     return ravel_pytree(state.trainable)[1](message.received)
 
-  return FederatedAlgorithm(init, round_fn, received_fn)
+  return FederatedAlgorithm(
+    init, round_fn, received_fn, noise_multiplier=aggregate.noise_multiplier
+  )
 
 
 def _broadcast(download, state, tier, key):

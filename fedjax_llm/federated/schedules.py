@@ -86,7 +86,15 @@ def by_round(
     branches = [x.received for x in algorithms]
     return jax.lax.switch(choose(state.round), branches, state, key)
 
-  return rounds.FederatedAlgorithm(init, round_fn, received, first.residual)
+  noise = [x.noise_multiplier for x in algorithms]
+  known = [x for x in noise if x is not None]
+  return rounds.FederatedAlgorithm(
+    init,
+    round_fn,
+    received,
+    first.residual,
+    min(known) if len(known) == len(noise) else None,
+  )
 
 
 def _structure(init, trainable):

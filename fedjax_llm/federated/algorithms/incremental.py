@@ -140,7 +140,9 @@ def incremental(
     }
 
   received = lambda state, key: state.trainable
-  return rounds.FederatedAlgorithm(init, round_fn, received)
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received, noise_multiplier=aggregate.noise_multiplier
+  )
 
 
 def _answer(
