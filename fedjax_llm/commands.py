@@ -127,13 +127,19 @@ def compare(
       lines, whose runs are summed up by mean and deviation over seeds.
     out: where to draw the plot.
     target_loss: adds the bytes and simulated seconds until it was first seen
-      that the held-out loss was at most so much.
+      that the held-out loss was at most so much; not of a study.
     target_accuracy: the same for an accuracy of at least so much, in [0, 1].
-    conventions: adds bytes as papers count them: values only, + bitmap, + COO.
+    conventions: adds bytes as papers count them: values only, + bitmap, + COO;
+      the table of a study has them always.
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
   if all(map(studies.is_study, runs)):
+    if target_loss is not None or target_accuracy is not None:
+      raise ValueError(
+        "a study has the utility of its dense runs for a target, got"
+        f" {target_loss=}, {target_accuracy=}. Leave them out."
+      )
     entries = [entry for path in runs for entry in studies.load(path)]
     studies.plot(entries, out)
     print(f"{studies.table(entries)}\n\nPlot: {out}")

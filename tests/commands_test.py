@@ -145,6 +145,11 @@ def test_compare_wants_a_run():
     commands.compare(())
 
 
+def test_compare_of_a_study_has_a_target_of_its_own(tmp_path):
+  with pytest.raises(ValueError, match="target, got target_loss=0.5, targ"):
+    commands.compare((tmp_path / "study.jsonl",), target_loss=0.5)
+
+
 def test_export_writes_what_the_last_checkpoint_is(tmp_path, capsys):
   exported = []
 
