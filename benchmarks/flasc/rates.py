@@ -11,7 +11,6 @@ import itertools
 import json
 import pathlib
 
-import problems
 import study
 
 # Client rates of SGD with momentum 0.9, server rates of AdamW.
