@@ -161,7 +161,7 @@ def fed_srd(
 def _moved(pair, target, name, truncated):
   """The pair, one factor of which goes to where the product is nearest."""
   if pair.a.ndim > 2:  # One by one, for the reason in `factors.truncate`.
-    move = lambda both: _moved(*both, name, truncated)
+    move = lambda both: _moved(both[0], both[1], name, truncated)
     return jax.lax.map(move, (pair, target))
   if truncated:
     target = factors.truncate(target, pair.a.shape[-1])
