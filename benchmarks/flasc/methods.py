@@ -199,8 +199,8 @@ def flex(cell, task, client, server, knobs, parts):
 def _private(make):
   """Under client-level privacy, as if there were `cohort_factor` times more.
 
-  As FLASC's authors do, a larger population is simulated by less noise: the
-  noise of a cohort that is so many times larger is divided among its clients.
+  A larger population is simulated by less noise: that of a cohort so many times
+  larger is divided among the clients there are.
   """
 
   def fn(cell, task, client, server, knobs, parts):

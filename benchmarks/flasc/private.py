@@ -4,8 +4,8 @@
   fedjax-llm compare benchmarks/results/flasc/TASK_private.jsonl
 
 Poisson cohorts, adaptive clipping at the median, PLD accountant, delta below
-one in the population. As FLASC's authors do, a larger population is simulated:
-the noise is that of a hundred times as many clients, divided among them.
+one in the population. A larger population is simulated: the noise is that of a
+hundred times as many clients, divided among them.
 """
 
 import problems

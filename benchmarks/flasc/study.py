@@ -87,7 +87,9 @@ def arguments(description: str | None) -> argparse.Namespace:
 def run(
   cells: Sequence[Cell], path: pathlib.Path, *, processes: int
 ) -> list[dict[str, Any]]:
-  """Computes the cells that `path` lacks; returns the records of all.
+  """Computes the cells that `path` lacks; returns all that are there then.
+
+  A cell that diverges is told and left out, and the others go on.
 
   Args:
     cells: what to compute, in this order.
@@ -103,9 +105,14 @@ def run(
     processes, multiprocessing.get_context("spawn"), _one_core
   )
   with pool:
-    futures = [pool.submit(_compute, cell) for cell in missing]
+    futures = {pool.submit(_compute, cell): cell for cell in missing}
     for future in concurrent.futures.as_completed(futures):
-      record = future.result()
+      try:
+        record = future.result()
+      except FloatingPointError as error:
+        cell = dataclasses.asdict(futures[future])
+        print(f"{_describe(cell)}  left out: {error}", flush=True)
+        continue
       done[_key(record)] = record
       with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -116,7 +123,7 @@ def run(
         f"  {record['seconds']:5.0f} s",
         flush=True,
       )
-  return [done[cell.key()] for cell in cells]
+  return [done[cell.key()] for cell in cells if cell.key() in done]
 
 
 def _describe(cell):
