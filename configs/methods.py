@@ -96,6 +96,8 @@ class Knobs(NamedTuple):
   client_rate: float
   server_rate: float
   density: float
+  upload_density: float
+  warm_up_rounds: int
   rank: int
   rounds: int
   parts: dict[str, Any]
@@ -140,9 +142,9 @@ def _error_feedback(k: Knobs) -> Any:
 
 
 def _quantised(k: Knobs) -> Any:
-  """From 32 bits to the share of them that the density says, in [1, 6]."""
-  bits = max(1, min(6, round(32 * k.density)))
-  coarse = quantize.lloyd_max(bits)
+  """The share of 32 bits that the density says: 1 to 6, or 8."""
+  bits = max(1, min(8, round(32 * k.density)))
+  coarse = quantize.lloyd_max(bits) if bits < 7 else quantize.uniform(8)
   start, _ = ravel_pytree(k.task.trainable)
   channel = channels.Channel(base.relative_to(start, coarse), coarse)
   return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
@@ -186,7 +188,7 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   "flasc": lambda k: flasc.flasc(
     *k.optimizers,
     download_density=k.density,
-    upload_density=k.density,
+    upload_density=k.upload_density,
     **k.parts,
   ),
   "flasc_tiers": _flasc_tiers,
@@ -203,7 +205,11 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   ),
   "adapter_lth": _adapter_lth,
   "federated_select": lambda k: federated_select.federated_select(
-    *k.optimizers, density=k.density, top_k=_apart(k), **k.parts
+    *k.optimizers,
+    density=k.density,
+    warm_up_rounds=k.warm_up_rounds,
+    top_k=_apart(k) if k.warm_up_rounds else sparse.top_k,
+    **k.parts,
   ),
   "federated_select_ranks": lambda k: federated_select.federated_select_ranks(
     *k.optimizers, ranks=k.ranks, **k.parts
@@ -262,6 +268,8 @@ def experiment(
   rank: int = 16,
   targets: tuple[str, ...] = decoder.LINEAR,
   density: float = 0.25,
+  upload_density: float | None = None,
+  warm_up_rounds: int = 1,
   client_learning_rate: float = 0.3,
   server_learning_rate: float = 1e-2,
   local_steps: int = 4,
@@ -291,6 +299,9 @@ def experiment(
     rank: of the LoRA factors; the scale of their product is 1.
     targets: names of the layers that get factors.
     density: share of the entries that sparse methods send, either way.
+    upload_density: of FLASC's uploads, if another one: 1 for sparse downloads
+      alone, as `density` 1 is for uploads alone.
+    warm_up_rounds: dense ones of Federated Select; 0 for its authors' deadlock.
     client_learning_rate: of the clients' SGD with momentum 0.9.
     server_learning_rate: of the server's optimizer, where the method has one
       with a rate; AdamW unless the method's name says another.
@@ -341,6 +352,8 @@ def experiment(
     client_learning_rate,
     server_learning_rate,
     density,
+    density if upload_density is None else upload_density,
+    warm_up_rounds,
     rank,
     rounds,
     parts,

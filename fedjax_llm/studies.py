@@ -206,24 +206,37 @@ def shown(entries: Sequence[Entry]) -> list[str]:
   return [name for name in names if name not in hidden and differs(name)]
 
 
+# What a study may vary in place of the density, with the label of its axis.
+_AXES = {
+  "epsilon": "epsilon (client-level privacy)",
+  "dirichlet_alpha": "Dirichlet alpha (the lower, the more skewed the labels)",
+}
+
+
 def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
   """Draws utility at the end against megabytes, a line a method and rank.
 
   Points of a line are densities; bars are one standard deviation over seeds;
-  the band is the dense reference.
+  the band is the dense reference. A study of label skew or privacy is drawn
+  against that.
   """
-  figure = matplotlib.figure.Figure(figsize=(7.5, 5), layout="constrained")
+  figure = matplotlib.figure.Figure(figsize=(9.5, 5), layout="constrained")
   axes = figure.subplots()
   metric, higher = metric_of(entries[0])
   lines: dict[str, list[Entry]] = {}
-  of_line = [name for name in shown(entries) if name not in ("density", "task")]
-  for entry in entries:
-    lines.setdefault(entry.label(of_line), []).append(entry)
+  varied = shown(entries)
+  axis = next((name for name in _AXES if name in varied), None)
+  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
+  drawn = [x for x in entries if axis is None or axis in x.cell]
+  for entry in drawn:
+    label = entry.label([name for name in varied if name in of_line])
+    lines.setdefault(label, []).append(entry)
+  at = (lambda x: x.cell[axis]) if axis else Entry.megabytes
   for number, (label, points) in enumerate(lines.items()):
-    points = sorted(points, key=Entry.megabytes)
+    points = sorted(points, key=at)
     finals = [point.final(metric) for point in points]
     axes.errorbar(
-      [point.megabytes() for point in points],
+      [at(point) for point in points],
       [final.mean() for final in finals],
       yerr=[_deviation(final) for final in finals],
       marker="osD^vP*Xhd<>"[number % 12],
@@ -232,7 +245,7 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
       label=label,
     )
   reference = reference_of(entries[0], entries)
-  if reference is not None:
+  if reference is not None and axis != "dirichlet_alpha":
     final = reference.final(metric)
     low, high = (
       final.mean() - _deviation(final),
@@ -241,10 +254,11 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
     axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
   axes.set_xscale("log")
   axes.xaxis.set_major_formatter("{x:g}")
-  axes.set_xlabel("megabytes sent, both directions, all clients")
+  by_bytes = "megabytes sent, both directions, all clients"
+  axes.set_xlabel(_AXES[axis] if axis else by_bytes)
   axes.set_ylabel("held-out accuracy" if higher else "held-out loss (nats)")
   axes.grid(alpha=0.3)
-  axes.legend(fontsize="small")
+  figure.legend(loc="outside right upper", fontsize="small")
   figure.savefig(path, dpi=150)
 
 

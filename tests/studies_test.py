@@ -1,5 +1,6 @@
 import json
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -44,6 +45,19 @@ def study(tmp_path):
     return path
 
   return write
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The axes that are drawn on."""
+  axes = []
+  make = matplotlib.figure.Figure.subplots
+  monkeypatch.setattr(
+    matplotlib.figure.Figure,
+    "subplots",
+    lambda figure: axes.append(make(figure)) or axes[-1],
+  )
+  return axes
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_entry(study):
@@ -101,6 +115,17 @@ def test_compare_sums_a_study_up(study, tmp_path, capsys):
   commands.compare((study([*DENSE, *SPARSE]),), out=out)
   assert "FLASC" in capsys.readouterr().out
   assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("knob", ["epsilon", "dirichlet_alpha"])
+def test_a_study_of_a_knob_is_drawn_against_it(study, tmp_path, knob, drawn):
+  runs = [record("FLASC", 0, [x + 2], **{knob: x}) for x in (1.0, 0.1)]
+  studies.plot(studies.load(study([*DENSE, *runs])), tmp_path / "toy.png")
+  (axes,) = drawn
+  assert knob.split("_")[-1] in axes.get_xlabel()
+  (line,) = [x for x in axes.get_lines() if x.get_linestyle() == "-"]
+  np.testing.assert_allclose(line.get_xdata(), [0.1, 1.0])
+  np.testing.assert_allclose(line.get_ydata(), [2.1, 3.0])
 
 
 def test_an_empty_study_is_refused(study):

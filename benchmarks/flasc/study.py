@@ -133,8 +133,9 @@ def _describe(cell):
 
 
 def _read(path):
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines]
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  # Half a line is what a killed process left.
+  return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _key(record):
