@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 import tabulate
@@ -231,6 +232,7 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
   for entry in drawn:
     label = entry.label([name for name in varied if name in of_line])
     lines.setdefault(label, []).append(entry)
+  colours = matplotlib.colormaps["tab20"]
   at = (lambda x: x.cell[axis]) if axis else Entry.megabytes
   for number, (label, points) in enumerate(lines.items()):
     points = sorted(points, key=at)
@@ -240,6 +242,7 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
       [final.mean() for final in finals],
       yerr=[_deviation(final) for final in finals],
       marker="osD^vP*Xhd<>"[number % 12],
+      color=colours(number % 20),
       capsize=2,
       linewidth=1,
       label=label,
