@@ -109,11 +109,8 @@ def top_k_apart(
       for group, count in zip(groups, counts, strict=True)
     ]
     indices = _where(jnp.stack(masks).any(axis=0), sum(counts))
-    return Sparse(
-      _gather(vector, indices),
-      supports.pack(indices, vector.size),
-      vector.size,
-    )
+    support = supports.pack(indices, vector.size)
+    return Sparse(_gather(vector, indices), support, vector.size)
 
   return base.stateless(encode, top_k(density).decode)
 
@@ -173,12 +170,14 @@ def select(
         "select needs `count`, the number of entries to send, because `mask` is"
         " traced and the size of a message must not depend on data."
       )
+    indices = _where(mask, count)
   else:
-    held = int(np.count_nonzero(mask))
-    count = held if count is None else count
-    if count < held:
-      raise ValueError(f"select got {count=} for a mask of {held} entries.")
-  indices = _where(mask, count)
+    held = np.flatnonzero(mask)
+    count = held.size if count is None else count
+    if count < held.size:
+      raise ValueError(f"select got {count=} for {held.size} in its mask.")
+    # Not left to XLA, which would be long at folding it.
+    indices = np.pad(held, (0, count - held.size), constant_values=mask.size)
 
   def encode(vector, key):
     del key  # Deterministic.
@@ -293,13 +292,15 @@ def _where(mask: Bool[Array, " n"], count: int) -> Int[Array, " count"]:
 
 
 def _gather(
-  vector: Float[Array, " n"], indices: Int[Array, " count"]
+  vector: Float[Array, " n"], indices: Int[Array | np.ndarray, " count"]
 ) -> Float[Array, " count"]:
   return jnp.asarray(vector).at[indices].get(mode="fill", fill_value=0)
 
 
 def _scatter(
-  values: Float[Array, " count"], indices: Int[Array, " count"], size: int
+  values: Float[Array, " count"],
+  indices: Int[Array | np.ndarray, " count"],
+  size: int,
 ) -> Float[Array, " n"]:
   return (
     jnp.zeros(size, values.dtype)

@@ -187,7 +187,7 @@ def test_select_takes_a_traced_mask_if_it_is_told_the_count():
 def test_select_refuses_what_would_lose_entries():
   with pytest.raises(ValueError, match="needs `count`"):
     jax.jit(lambda mask: compression.select(mask).init(mask))(NORMAL > 0)
-  with pytest.raises(ValueError, match="count=1 for a mask of 2"):
+  with pytest.raises(ValueError, match="count=1 for 2 in its mask"):
     compression.select(np.array([True, True, False]), count=1)
   with pytest.raises(ValueError, match=r"shape \(3,\), as its mask has"):
     compression.select(np.ones(3, bool)).encode(NORMAL, (), KEY)
