@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fedjax_llm import report
+from fedjax_llm import report, studies
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,6 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
   "names",
   [
     ["quickstart"],
-    ["dense_shakespeare", "flasc_shakespeare"],
     ["flasc_dolly", "flasc_gsm8k"],
     ["flasc_newsgroups"],
   ],
@@ -34,6 +33,20 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 def test_tables_are_those_of_the_committed_runs(names):
   runs = [run for name in names for run in report.load(RESULTS / name)]
   assert report.table(runs) in README
+
+
+STUDIES = sorted(
+  path
+  for path in (RESULTS / "flasc").glob("*.jsonl")
+  if not path.stem.endswith("_rates")
+)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_tables_are_those_of_the_committed_studies(path):
+  entries = studies.load(path)
+  assert studies.table(entries) in README
+  assert all(run.record["date"] for entry in entries for run in entry.runs)
 
 
 def test_the_commands_are_one_line_each():
