@@ -4,10 +4,15 @@ import functools
 import pathlib
 import typing
 
+import jax
 import numpy as np
+import optax
 import pytest
 
-from fedjax_llm import cli
+from fedjax_llm import cli, tasks
+from fedjax_llm.data import cohorts, corpora, records
+from fedjax_llm.federated.algorithms import flasc
+from fedjax_llm.models import lora
 
 CONFIG = cli.load_config("methods")
 NAMES = typing.get_args(CONFIG.Method)
@@ -38,9 +43,55 @@ def test_the_table_has_every_name():
   assert set(CONFIG.PRIVATE) <= set(NAMES)
 
 
+@functools.cache
+def task(model):
+  adapter = lora.LoRA(2, 2.0, 0.0, ("q_proj", "up_proj"))
+  source = records.streams(corpora.standard_library(), 1)
+  return tasks.language_model(
+    source, model=model, adapter=adapter, sequence_length=16
+  )
+
+
 @pytest.mark.parametrize(
   "name", [name for name in NAMES if name != "linear_probe"]
 )
+def test_a_method_is_composed(name, toy_model):
+  # Traced, not compiled: that the algorithms do as they should is tested with
+  # them, here only that each fits a real task, by what the knobs say.
+  toy = task(str(toy_model))
+  parts = dict(
+    population=len(toy.population.names), clients_per_step=1, mesh=toy.mesh
+  )
+  knobs = CONFIG.Knobs(
+    toy,
+    optax.sgd(0.1),
+    flasc.server_adamw(0.1),
+    client_rate=0.1,
+    server_rate=0.1,
+    density=0.25,
+    upload_density=0.25,
+    warm_up_rounds=1,
+    rank=2,
+    rounds=2,
+    parts=parts,
+  )
+  algorithm = CONFIG.METHODS[name](knobs)
+  sample = cohorts.cohort_sampler(
+    toy.population, clients_per_round=2, batch_size=2, local_steps=1, seed=0
+  )
+  state = algorithm.init(toy.trainable)
+  key = jax.random.key(0)
+  after, metrics = jax.eval_shape(
+    algorithm.round, state, toy.frozen, toy.population.examples, sample(0), key
+  )
+  shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert shapes(after) == shapes(state)
+  assert metrics["upload_bytes"].shape == (2,)
+  received = jax.eval_shape(algorithm.received, state, key)
+  assert shapes(received) == shapes(toy.trainable)
+
+
+@pytest.mark.parametrize("name", ["full_fine_tuning", "flora", "incremental"])
 def test_a_method_runs(name, toy_model):
   lines, evaluated = result(name, str(toy_model))
   assert np.isfinite(evaluated["loss"])
