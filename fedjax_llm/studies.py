@@ -227,8 +227,9 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
   lines: dict[str, list[Entry]] = {}
   varied = shown(entries)
   axis = next((name for name in _AXES if name in varied), None)
-  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
   drawn = [x for x in entries if axis is None or axis in x.cell]
+  varied = shown(drawn)
+  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
   for entry in drawn:
     label = entry.label([name for name in varied if name in of_line])
     lines.setdefault(label, []).append(entry)
