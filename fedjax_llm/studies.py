@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 import tabulate
 
@@ -257,6 +258,8 @@ def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
     )
     axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   axes.xaxis.set_major_formatter("{x:g}")
   by_bytes = "megabytes sent, both directions, all clients"
   axes.set_xlabel(_AXES[axis] if axis else by_bytes)

@@ -40,28 +40,40 @@ SETTINGS = {
   ],
 }
 
+# With the first seed alone.
+ONCE = {
+  "shakespeare": [
+    *itertools.product(["FLASC", "FLASC, what moved"], MOST, [4]),
+    ("SparseAdapter, one Top-K", 1 / 4, 16),
+    ("Federated Select, one Top-K", 1 / 4, 16),
+  ]
+}
 # Fewer bytes a round leave some for more rounds: twice as many of these.
 LONGER = {"shakespeare": [("compact", 1.0, 16)]}
 
 
 def cells(given) -> list[study.Cell]:
   """Seeds first, so that an unfinished study has all methods of some seeds."""
+  task = given.task
+  rounds = given.rounds or problems.ROUNDS[task]
+
+  def settings(seed):
+    once = ONCE.get(task, []) if seed == 0 else []
+    yield from ((*x, rounds) for x in [*SETTINGS[task], *once])
+    yield from ((*x, 2 * rounds) for x in LONGER.get(task, []))
+
   return [
     study.Cell(
-      given.task,
+      task,
       method,
       density,
       rank,
       seed,
-      *rates.of(given.task, method, given.out),
-      rounds=times * (given.rounds or problems.ROUNDS[given.task]),
+      *rates.of(task, method, given.out),
+      rounds=length,
     )
     for seed in range(given.seeds)
-    for times, settings in (
-      (1, SETTINGS[given.task]),
-      (2, LONGER.get(given.task, [])),
-    )
-    for method, density, rank in settings
+    for method, density, rank, length in settings(seed)
   ]
 
 
