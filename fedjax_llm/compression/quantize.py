@@ -24,12 +24,7 @@ class Uniform:
 
   def check(self) -> None:
     """Raises a ValueError if codes and scales are not of one vector."""
-    if not (1 <= self.bits <= 8 and self.block > 0):
-      raise ValueError(
-        f"The message has codes of {self.bits} bits in blocks of {self.block}."
-      )
-    wire.require(self.codes, np.uint8, -(-self.size * self.bits // 8), "codes")
-    wire.require(self.scales, np.float32, -(-self.size // self.block), "scales")
+    _check(self, np.float32)
 
 
 @wire.message(tag=8)
@@ -44,13 +39,18 @@ class Nearest:
 
   def check(self) -> None:
     """Raises a ValueError if codes and scales are not of one vector."""
-    if not (1 <= self.bits <= 8 and self.block > 0):
-      raise ValueError(
-        f"The message has codes of {self.bits} bits in blocks of {self.block}."
-      )
-    wire.require(self.codes, np.uint8, -(-self.size * self.bits // 8), "codes")
-    count = -(-self.size // self.block)
-    wire.require(self.scales, jnp.bfloat16, count, "scales")
+    _check(self, jnp.bfloat16)
+
+
+def _check(message: Uniform | Nearest, scales: DTypeLike) -> None:
+  """Raises a ValueError if codes and scales are not of one vector."""
+  size, bits, block = message.size, message.bits, message.block
+  if not (1 <= bits <= 8 and block > 0):
+    raise ValueError(
+      f"The message has codes of {bits} bits in blocks of {block}."
+    )
+  wire.require(message.codes, np.uint8, -(-size * bits // 8), "codes")
+  wire.require(message.scales, scales, -(-size // block), "scales")
 
 
 def cast(dtype: DTypeLike) -> base.Compressor:

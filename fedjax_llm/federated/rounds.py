@@ -132,23 +132,14 @@ def federated_round(
     payloads = tuple(x.payload for x in messages)
     received = tuple(x.received for x in messages)
     masks = channels.trains(tiers, payloads)
-    shared = (state, payloads, received, masks, frozen, examples, key)
+    light = state._replace(optimizer=(), download=(), upload=())
+    shared = (light, payloads, received, masks, frozen, examples, key)
     memory = jax.tree.map(lambda x: x[cohort.clients], state.upload)
     total, (memory, metrics) = answers(shared, (cohort, memory))
     share, loss, count, present = total
-    _, unravel = ravel_pytree(state.trainable)
-    update, aggregate_state = aggregate.finish(
-      share, state.aggregate, stream(key, AGGREGATE, state.round)
-    )
-    updates, optimizer = server_optimizer.update(
-      unravel(update), state.optimizer, state.trainable
-    )
     put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    after = ServerState(
-      round=state.round + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      optimizer=optimizer,
-      aggregate=aggregate_state,
+    after = server_step(server_optimizer, aggregate, state, share, key)
+    after = after._replace(
       download=tuple(x.state for x in messages),
       upload=jax.tree.map(put, state.upload, memory),
     )
@@ -231,6 +222,37 @@ def _answer(local_update, tiers, aggregate):
     )
 
   return fn
+
+
+def server_step(
+  server_optimizer: optax.GradientTransformation,
+  aggregate: aggregators.Aggregator,
+  state: Any,
+  shares: Any,
+  key: Any,
+) -> Any:
+  """The state one round on, by what the optimizer makes of the shares.
+
+  Args:
+    server_optimizer: steps on the aggregated update.
+    aggregate: makes it of the sum of the shares.
+    state: has the first four fields of a `ServerState`, which change.
+    shares: their sum over the clients.
+    key: of the experiment.
+  """
+  _, unravel = ravel_pytree(state.trainable)
+  update, memory = aggregate.finish(
+    shares, state.aggregate, stream(key, AGGREGATE, state.round)
+  )
+  updates, optimizer = server_optimizer.update(
+    unravel(update), state.optimizer, state.trainable
+  )
+  return state._replace(
+    round=state.round + 1,
+    trainable=optax.apply_updates(state.trainable, updates),
+    optimizer=optimizer,
+    aggregate=memory,
+  )
 
 
 def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:

@@ -136,23 +136,8 @@ def fed_sa_lora(
     put = lambda everyone, some: everyone.at[cohort.clients].set(some)
     own, upload = jax.tree.map(put, memory, kept)
     share, loss, count = total
-    update, aggregate_state = aggregate.finish(
-      share,
-      server.aggregate,
-      rounds.stream(key, rounds.AGGREGATE, server.round),
-    )
-    _, unravel = ravel_pytree(server.trainable)
-    updates, optimizer = server_optimizer.update(
-      unravel(update), server.optimizer, server.trainable
-    )
-    after = rounds.ServerState(
-      round=server.round + 1,
-      trainable=optax.apply_updates(server.trainable, updates),
-      optimizer=optimizer,
-      aggregate=aggregate_state,
-      download=(message.state,),
-      upload=upload,
-    )
+    after = rounds.server_step(server_optimizer, aggregate, server, share, key)
+    after = after._replace(download=(message.state,), upload=upload)
     if not aggregate.always:
       after = rounds.unless_nobody(present.any(), after, server)
     has_trained = state.has_trained.at[cohort.clients].max(present)

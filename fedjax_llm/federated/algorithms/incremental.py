@@ -107,30 +107,15 @@ def incremental(
     return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
 
   def round_fn(state, frozen, examples, cohort, key):
-    _, unravel = ravel_pytree(state.trainable)
     shared = (state._replace(copies=(), upload=()), frozen, examples, key)
     kept = (state.copies, state.upload)
     memory = jax.tree.map(lambda x: x[cohort.clients], kept)
     total, (memory, metrics) = answers(shared, (cohort, memory))
     share, loss, count, present = total
-    update, aggregate_state = aggregate.finish(
-      share,
-      state.aggregate,
-      rounds.stream(key, rounds.AGGREGATE, state.round),
-    )
-    updates, optimizer = server_optimizer.update(
-      unravel(update), state.optimizer, state.trainable
-    )
     put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    copies, upload_states = jax.tree.map(put, kept, memory)
-    after = IncrementalState(
-      round=state.round + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      optimizer=optimizer,
-      aggregate=aggregate_state,
-      copies=copies,
-      upload=upload_states,
-    )
+    copies, states = jax.tree.map(put, kept, memory)
+    after = rounds.server_step(server_optimizer, aggregate, state, share, key)
+    after = after._replace(copies=copies, upload=states)
     if not aggregate.always:
       after = rounds.unless_nobody(present > 0, after, state)
     return rounds.replicate(after, mesh), {
