@@ -26,6 +26,9 @@ class Interrupt:
 
   def _note(self, *_):
     self.asked = True
-    signal.signal(signal.SIGINT, self._previous)
+    # A process that a script left in the background starts with it ignored.
+    ignored = self._previous == signal.SIG_IGN
+    handler = signal.default_int_handler if ignored else self._previous
+    signal.signal(signal.SIGINT, handler)
     # Not `print`: the signal may have come in the middle of another one.
     os.write(2, b"\nFinishing the round; Ctrl-C again stops at once.\n")

@@ -21,6 +21,10 @@ CACHE = {
 # So are tokenised data sets. No test asks the hub for anything.
 os.environ["FEDJAX_LLM_CACHE"] = str(ROOT / ".pytest_cache" / "tokens")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# XLA's optimisations of code that runs a few times take longer than they save.
+os.environ["XLA_FLAGS"] = " ".join(
+  (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
+)
 for name, value in CACHE.items():
   jax.config.update(name, value)
   os.environ[name.upper()] = str(value)

@@ -234,7 +234,6 @@ def test_sigint_in_the_last_round_ends_the_run_as_ever(whole, tmp_path):
 
 def test_a_second_sigint_stops_at_once(tmp_path):
   def interrupted_round(state, number):
-    # Not sent by `os.kill`: two that are pending together are one.
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     raise AssertionError("not reached")

@@ -7,7 +7,15 @@ import pytest
 from fedjax_llm import interrupts
 
 
-def test_the_first_is_noted_and_the_second_stops(capfd):
+# As `python ... &` in a script is started: with SIGINT ignored.
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
+def before(request):
+  original = signal.signal(signal.SIGINT, request.param)
+  yield request.param
+  signal.signal(signal.SIGINT, original)
+
+
+def test_the_first_is_noted_and_the_second_stops(before, capfd):
   with pytest.raises(KeyboardInterrupt):
     with interrupts.Interrupt() as interrupt:
       assert not interrupt.asked
@@ -17,8 +25,7 @@ def test_the_first_is_noted_and_the_second_stops(capfd):
       os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_handled_it_before_does_so_after():
-  before = signal.getsignal(signal.SIGINT)
+def test_what_handled_it_before_does_so_after(before):
   with interrupts.Interrupt():
     assert signal.getsignal(signal.SIGINT) != before
   assert signal.getsignal(signal.SIGINT) == before

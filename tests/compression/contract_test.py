@@ -71,17 +71,13 @@ ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256)]
 each_row = pytest.mark.parametrize(("name", "n"), ROWS)
 each_compressor = pytest.mark.parametrize("name", COMPRESSORS)
 CLIENTS = 3
-# Nearly all of the time of these tests is compilation, so LLVM is held back.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @functools.cache
 def programs(name, n):
   """A compressor and its encode and decode, compiled once for all tests."""
   compressor = COMPRESSORS[name](n)
-  return compressor, jit(compressor.encode), jit(compressor.decode)
+  return compressor, jax.jit(compressor.encode), jax.jit(compressor.decode)
 
 
 def vectors(n):
@@ -134,8 +130,8 @@ def test_clients_under_vmap_send_what_they_send_alone(name):
   compressor, encode, decode = programs(name, 257)
   batch = vectors(257)
   states = jax.vmap(compressor.init)(batch)
-  payloads, after = jit(jax.vmap(compressor.encode))(batch, states, keys())
-  received = jit(jax.vmap(compressor.decode))(payloads)
+  payloads, after = jax.jit(jax.vmap(compressor.encode))(batch, states, keys())
+  received = jax.jit(jax.vmap(compressor.decode))(payloads)
   together = jax.device_get((payloads, after))
   for client in range(CLIENTS):
     state = compressor.init(batch[client])

@@ -117,11 +117,7 @@ class Case(NamedTuple):
 
 # Compilation is most of the time here, and what it makes runs once or twice.
 jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-  },
+  jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False}
 )
 
 

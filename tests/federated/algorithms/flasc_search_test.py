@@ -99,9 +99,7 @@ def test_a_search_measures_real_runs(problem):
       upload_density=density,
       clients_per_step=1,
     )
-    # Nearly all of the time is compilation, so LLVM is held back.
-    options = {"xla_backend_optimization_level": 0}
-    step = jax.jit(algorithm.round, compiler_options=options)
+    step = jax.jit(algorithm.round)
     state, nbytes = algorithm.init(trainable), 0
     for cohort in problem.cohorts(3):
       arguments = (problem.frozen, problem.examples, cohort, KEY)
