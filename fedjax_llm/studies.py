@@ -114,9 +114,8 @@ def table(entries: Sequence[Entry]) -> str:
   """A Markdown table: utility, bytes, and both against the dense reference.
 
   "To dense" is when the mean over seeds was first seen to be within one
-  standard deviation of the end of the reference, the dense entry of the same
-  task and the highest rank; ratios are bytes of the reference, by when it was
-  there itself, over those of the entry.
+  standard deviation of the end of `reference_of` the entry; ratios are bytes of
+  the reference, by when it was there itself, over those of the entry.
   """
   rows = []
   for entry in entries:
@@ -172,7 +171,10 @@ def metric_of(entry: Entry) -> tuple[str, bool]:
 
 
 def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-  """The dense entry of the same task and the highest rank."""
+  """The dense entry of the same task, the highest rank and the fewest knobs.
+
+  Of several, the longest that is not longer than `entry`, or the shortest.
+  """
   ignored = {"method", "density", "rank", "rounds"}
   ignored |= {"client_rate", "server_rate"}
   of = lambda cell: {x: cell[x] for x in cell if x not in ignored}
@@ -181,7 +183,13 @@ def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     for x in entries
     if x.method == REFERENCE and of(x.cell).items() <= of(entry.cell).items()
   ]
-  return max(alike, key=lambda x: x.cell["rank"], default=None)
+
+  def preference(dense):
+    rounds, most = dense.cell["rounds"], entry.cell["rounds"]
+    length = (1, rounds) if rounds <= most else (0, -rounds)
+    return dense.cell["rank"], -len(dense.cell), length
+
+  return max(alike, key=preference, default=None)
 
 
 def target_of(reference: Entry, metric: str, higher: bool) -> float:

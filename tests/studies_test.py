@@ -10,7 +10,8 @@ from fedjax_llm import commands, studies
 def record(method, seed, losses, *, density=1.0, rank=16, entries=100, **more):
   """A run of 10 clients and 2 rounds between evaluations."""
   cell = dict(task="toy", method=method, density=density, rank=rank, seed=seed)
-  cell |= dict(client_rate=0.1, server_rate=0.1, knobs=list(more.items()))
+  cell |= dict(client_rate=0.1, server_rate=0.1, rounds=2 * len(losses))
+  cell["knobs"] = list(more.items())
   lines = [{"round": 0, "loss": 5.0, "perplexity": 1.0}]
   lines += [
     {
@@ -131,3 +132,18 @@ def test_a_study_of_a_knob_is_drawn_against_it(study, tmp_path, knob, drawn):
 def test_an_empty_study_is_refused(study):
   with pytest.raises(ValueError, match="expected runs in .*toy.jsonl"):
     studies.load(study([]))
+
+
+def test_the_reference_is_the_dense_run_of_as_many_rounds(study):
+  losses = [4.0, 3.0, 2.5, 2.2, 2.1]
+  lengths = lambda method, counts, **knobs: [
+    record(method, 0, losses[:count], **knobs) for count in counts
+  ]
+  dense = lengths("dense", (3, 2))
+  others = lengths("FLASC", (1, 2, 3, 5), entries=6)
+  steps = lengths("dense", (3,), local_steps=16)
+  entries = studies.load(study([*steps, *dense, *others]))
+  steps, three, two, *others = entries
+  reference = lambda entry: studies.reference_of(entry, entries)
+  assert [reference(x) for x in others] == [two, two, three, three]
+  assert reference(steps) == three

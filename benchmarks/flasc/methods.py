@@ -128,17 +128,22 @@ def _thirds(cell):
   )
 
 
+# Every entry: two bits of what has changed down, one of the update up.
+_COMPACT = dict(
+  download=compression.lloyd_max(2), upload=compression.lloyd_max(1)
+)
+
+
 def compact(cell, task, client, server, knobs, parts):
-  """Every entry: two bits of what has changed down, one of the update up."""
-  del knobs
-  return incremental.incremental(
-    task.loss_fn,
-    client,
-    server,
-    download=compression.lloyd_max(2),
-    upload=compression.lloyd_max(1),
-    **parts,
-  )
+  parts = {**_COMPACT, **parts}
+  return incremental.incremental(task.loss_fn, client, server, **parts)
+
+
+def compact_b(cell, task, client, server, knobs, parts):
+  """The same of `b` alone: `a` stays where the seed has it."""
+  parts = {**_COMPACT, **parts}
+  make = incremental.incremental
+  return partial.ffa_lora(task.loss_fn, client, server, make=make, **parts)
 
 
 def quantised(cell, task, client, server, knobs, parts):
@@ -257,6 +262,7 @@ METHODS = {
   ),
   "quantised": quantised,
   "compact": compact,
+  "compact, b alone": compact_b,
   "FFA-LoRA": ffa,
   "FLASC tiers": flasc_tiers,
   "zero-padded ranks": zero_padded,

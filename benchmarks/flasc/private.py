@@ -32,7 +32,7 @@ def cells(given) -> list[study.Cell]:
       density,
       4,
       seed,
-      *rates.of(given.task, "FLASC" if density < 1 else "dense", given.out),
+      *rates.of(given.task, method.removesuffix(", private"), given.out),
       rounds=given.rounds or problems.ROUNDS[given.task],
       knobs=_knobs(epsilon),
     )

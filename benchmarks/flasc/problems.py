@@ -29,8 +29,8 @@ from fedjax_llm.models import decoder, lora, pretrained
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 NEWSGROUPS = DATA / "20news_bydate" / "20news-bydate.tar.gz"
 CLIENTS_PER_ROUND = 10
-ROUNDS = {"shakespeare": 40, "newsgroups": 40, "library": 20}
-EVALUATIONS = {"shakespeare": 10, "newsgroups": 4, "library": 5}
+ROUNDS = {"shakespeare": 40, "newsgroups": 100, "library": 20}
+EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5}
 
 
 def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
@@ -95,11 +95,12 @@ TASKS = {
 
 def training(cell: Any, knobs: dict[str, Any]) -> dict[str, Any]:
   """How clients train in a round, for `finetuning.federated`."""
-  del knobs
   size = {"newsgroups": 16}.get(cell.task, 4)
   steps = {"newsgroups": 2}.get(cell.task, 4)
   return dict(
-    clients_per_round=CLIENTS_PER_ROUND, batch_size=size, local_steps=steps
+    clients_per_round=CLIENTS_PER_ROUND,
+    batch_size=size,
+    local_steps=knobs.get("local_steps", steps),
   )
 
 

@@ -113,6 +113,10 @@ def run(
         cell = dataclasses.asdict(futures[future])
         print(f"{_describe(cell)}  left out: {error}", flush=True)
         continue
+      except BaseException:
+        # Or else all cells would be computed, and recorded nowhere.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
       done[_key(record)] = record
       with path.open("a") as file:
         file.write(json.dumps(record) + "\n")

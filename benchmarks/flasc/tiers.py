@@ -12,15 +12,14 @@ import problems
 import rates
 import study
 
-# Each with the method whose rates it takes.
-METHODS = {
-  "dense": "dense",
-  "FLASC tiers": "FLASC",
-  "zero-padded ranks": "dense",
-  "Federated Select, ranks": "Federated Select",
-  "HetLoRA": "dense",
-  "FlexLoRA": "dense",
-}
+METHODS = (
+  "dense",
+  "FLASC tiers",
+  "zero-padded ranks",
+  "Federated Select, ranks",
+  "HetLoRA",
+  "FlexLoRA",
+)
 
 
 def cells(given) -> list[study.Cell]:
@@ -32,12 +31,12 @@ def cells(given) -> list[study.Cell]:
       1.0,
       16,
       seed,
-      *rates.of(given.task, like, given.out),
+      *rates.of(given.task, method, given.out),
       rounds=given.rounds or problems.ROUNDS[given.task],
       knobs=(("network", "three tiers"),),
     )
     for seed in range(given.seeds)
-    for method, like in METHODS.items()
+    for method in METHODS
   ]
 
 

@@ -19,6 +19,7 @@ SETTINGS = {
   "shakespeare": [
     *itertools.product(["dense"], [1.0], [16, 4]),
     *itertools.product(["compact"], [1.0], [16, 4]),
+    ("compact, b alone", 1.0, 16),
     *itertools.product(["FLASC"], ALL, [16]),
     *itertools.product(SPARSE, ALL, [16]),
     *itertools.product(["FLASC, what moved"], MOST, [16]),
@@ -28,15 +29,15 @@ SETTINGS = {
     *itertools.product(["quantised"], [1 / 8, 1 / 16], [16]),
   ],
   "newsgroups": [
-    *itertools.product(["dense", "compact"], [1.0], [16, 4]),
+    *itertools.product(["dense", "compact"], [1.0], [16]),
     *itertools.product(["FLASC"], MOST, [16]),
-    ("FLASC, what moved", 1 / 16, 16),
-    ("SparseAdapter", 1 / 16, 16),
-    ("Federated Select", 1 / 16, 16),
+    *itertools.product(["FLASC, what moved", *SPARSE], [1 / 16], [16]),
+    *itertools.product(["dense", "compact"], [1.0], [4]),
+    *itertools.product(SPARSE, [1 / 4], [16]),
   ],
   "library": [
     *itertools.product(["dense", "compact"], [1.0], [16]),
-    *itertools.product(["FLASC"], MOST, [16]),
+    *itertools.product(["FLASC", "FLASC, what moved"], [1 / 4], [16]),
   ],
 }
 
@@ -48,8 +49,21 @@ ONCE = {
     ("Federated Select, one Top-K", 1 / 4, 16),
   ]
 }
-# Fewer bytes a round leave some for more rounds: twice as many of these.
-LONGER = {"shakespeare": [("compact", 1.0, 16)]}
+# For so many times the rounds, with so many local steps. Fewer bytes a round
+# leave some for more rounds, and more local steps want fewer rounds.
+LENGTHS = {
+  "shakespeare": [
+    ("compact", 1.0, 16, 2, ()),
+    ("dense", 1.0, 16, 3, ()),
+    ("compact", 1.0, 16, 3, ()),
+    ("FLASC", 1 / 16, 16, 3, ()),
+    ("FLASC, what moved", 1 / 16, 16, 3, ()),
+    ("dense", 1.0, 16, 1 / 2, rates.MORE_STEPS),
+    ("compact", 1.0, 16, 1 / 2, rates.MORE_STEPS),
+    ("compact", 1.0, 16, 1, rates.MORE_STEPS),
+    ("compact, b alone", 1.0, 16, 1, rates.MORE_STEPS),
+  ]
+}
 
 
 def cells(given) -> list[study.Cell]:
@@ -59,8 +73,8 @@ def cells(given) -> list[study.Cell]:
 
   def settings(seed):
     once = ONCE.get(task, []) if seed == 0 else []
-    yield from ((*x, rounds) for x in [*SETTINGS[task], *once])
-    yield from ((*x, 2 * rounds) for x in LONGER.get(task, []))
+    yield from ((*x, 1, ()) for x in [*SETTINGS[task], *once])
+    yield from LENGTHS.get(task, [])
 
   return [
     study.Cell(
@@ -69,11 +83,12 @@ def cells(given) -> list[study.Cell]:
       density,
       rank,
       seed,
-      *rates.of(task, method, given.out),
-      rounds=length,
+      *rates.of(task, method, given.out, knobs),
+      rounds=round(rounds * times),
+      knobs=knobs,
     )
     for seed in range(given.seeds)
-    for method, density, rank, length in settings(seed)
+    for method, density, rank, times, knobs in settings(seed)
   ]
 
 

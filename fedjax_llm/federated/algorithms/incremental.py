@@ -145,7 +145,8 @@ def _answer(
     of = lambda purpose: rounds.stream(
       key, purpose, state.round, cohort.clients
     )
-    down = base.transmit(download, vector - copy, (), of(rounds.DOWNLOAD))
+    change, memoryless = vector - copy, download.init(vector)
+    down = base.transmit(download, change, memoryless, of(rounds.DOWNLOAD))
     start = copy + down.received
     training = local_update(
       unravel(start),

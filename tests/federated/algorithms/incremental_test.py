@@ -124,6 +124,14 @@ def test_both_messages_are_counted(problem):
   assert metrics["upload_entries"].tolist() == [int(0.3 * n)] * 3
 
 
+def test_a_download_may_be_a_chain(problem):
+  cohorts = problem.cohorts(2)
+  chained = compression.chain(HALF, compression.identity())
+  state, _ = run(problem, cohorts, chained, THIRD)
+  expected, _ = run(problem, cohorts, HALF, THIRD)
+  np.testing.assert_array_equal(state.copies, expected.copies)
+
+
 def test_a_download_with_a_memory_is_refused(problem):
   download = compression.error_feedback(sparse.top_k(0.5))
   algorithm, _ = compose(problem.loss_fn, download)
