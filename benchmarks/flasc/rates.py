@@ -17,7 +17,7 @@ import study
 # Client rates of SGD with momentum 0.9, server rates of AdamW.
 GRID = {
   "shakespeare": ((0.3, 1.0), (0.01, 0.03)),
-  "newsgroups": ((0.03, 0.1), (0.003, 0.01)),
+  "newsgroups": ((0.1, 0.3), (0.01, 0.03)),
   "library": ((0.1, 0.3), (0.003, 0.01)),
 }
 ROUNDS = {"shakespeare": 10, "newsgroups": 30, "library": 5}
