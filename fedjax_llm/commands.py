@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from fedjax_llm import data_report, report, studies
+from fedjax_llm import data_report, report, studies, study_plots
 from fedjax_llm import experiment as experiments
 
 
@@ -141,7 +141,7 @@ def compare(
         f" {target_loss=}, {target_accuracy=}. Leave them out."
       )
     entries = [entry for path in runs for entry in studies.load(path)]
-    studies.plot(entries, out)
+    study_plots.plot(entries, out)
     print(f"{studies.table(entries)}\n\nPlot: {out}")
     return
   loaded = [run for folder in runs for run in report.load(folder)]

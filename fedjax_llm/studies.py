@@ -13,9 +13,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 import tabulate
 
@@ -125,7 +122,7 @@ def table(entries: Sequence[Entry]) -> str:
     form = ".1%" if higher else ".3f"
     row = {name: _short(entry.cell.get(name, "")) for name in shown(entries)}
     row["seeds"] = str(len(final))
-    row[metric] = f"{final.mean():{form}} ± {_deviation(final):{form}}"
+    row[metric] = f"{final.mean():{form}} ± {deviation(final):{form}}"
     row["MB"] = f"{entry.megabytes():.2f}"
     if entry.seconds():
       row["simulated s"] = f"{entry.seconds():.0f}"
@@ -195,7 +192,7 @@ def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 def target_of(reference: Entry, metric: str, higher: bool) -> float:
   """The utility that is one standard deviation worse than the reference's."""
   final = reference.final(metric)
-  return final.mean() - (1 if higher else -1) * _deviation(final)
+  return final.mean() - (1 if higher else -1) * deviation(final)
 
 
 def rounds_to(
@@ -216,72 +213,45 @@ def shown(entries: Sequence[Entry]) -> list[str]:
   return [name for name in names if name not in hidden and differs(name)]
 
 
-# What a study may vary in place of the density, with the label of its axis.
-_AXES = {
-  "epsilon": "epsilon (client-level privacy)",
-  "dirichlet_alpha": "Dirichlet alpha (the lower, the more skewed the labels)",
-}
+def megabytes_to(
+  entry: Entry, levels: np.ndarray, convention: str | None = None
+) -> np.ndarray:
+  """Megabytes after which the mean over seeds first met each utility level.
 
+  Linear between evaluations; NaN where it was never met.
 
-def plot(entries: Sequence[Entry], path: pathlib.Path) -> None:
-  """Draws utility at the end against megabytes, a line a method and rank.
-
-  Points of a line are densities; bars are one standard deviation over seeds;
-  the band is the dense reference. A study of label skew or privacy is drawn
-  against that.
+  Args:
+    entry: of which method.
+    levels: of its metric.
+    convention: by which of `report.conventions` bytes are counted; None for
+      those of the real payloads.
   """
-  figure = matplotlib.figure.Figure(figsize=(9.5, 5), layout="constrained")
-  axes = figure.subplots()
-  metric, higher = metric_of(entries[0])
-  lines: dict[str, list[Entry]] = {}
-  varied = shown(entries)
-  axis = next((name for name in _AXES if name in varied), None)
-  drawn = [x for x in entries if axis is None or axis in x.cell]
-  varied = shown(drawn)
-  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
-  for entry in drawn:
-    label = entry.label([name for name in varied if name in of_line])
-    lines.setdefault(label, []).append(entry)
-  colours = matplotlib.colormaps["tab20"]
-  at = (lambda x: x.cell[axis]) if axis else Entry.megabytes
-  for number, (label, points) in enumerate(lines.items()):
-    points = sorted(points, key=at)
-    finals = [point.final(metric) for point in points]
-    axes.errorbar(
-      [at(point) for point in points],
-      [final.mean() for final in finals],
-      yerr=[_deviation(final) for final in finals],
-      marker="osD^vP*Xhd<>"[number % 12],
-      color=colours(number % 20),
-      capsize=2,
-      linewidth=1,
-      label=label,
-    )
-  reference = reference_of(entries[0], entries)
-  if reference is not None and axis != "dirichlet_alpha":
-    final = reference.final(metric)
-    low, high = (
-      final.mean() - _deviation(final),
-      final.mean() + _deviation(final),
-    )
-    axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
-  axes.set_xscale("log")
-  axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-  axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-  axes.xaxis.set_major_formatter("{x:g}")
-  by_bytes = "megabytes sent, both directions, all clients"
-  axes.set_xlabel(_AXES[axis] if axis else by_bytes)
-  axes.set_ylabel("held-out accuracy" if higher else "held-out loss (nats)")
-  axes.grid(alpha=0.3)
-  figure.legend(loc="outside right upper", fontsize="small")
-  figure.savefig(path, dpi=150)
+  metric, higher = metric_of(entry)
+  sign = 1 if higher else -1
+  rounds = [line["round"] for line in entry.runs[0].evaluated]
+  if convention is None:
+    sent = [entry.megabytes(number) for number in rounds]
+  else:
+    sent = [entry.as_papers_count(x).get(convention, np.nan) for x in rounds]
+  values = [[x[metric] for x in run.evaluated] for run in entry.runs]
+  best = np.maximum.accumulate(sign * np.mean(values, axis=0))
+  levels = sign * np.asarray(levels)
+  # Between what was better first and what was seen before it.
+  first = np.searchsorted(best, levels)
+  around = [slice(max(i - 1, 0), i + 1) for i in first]
+  return np.array(
+    [
+      np.interp(level, best[pair], sent[pair], right=np.nan)
+      for level, pair in zip(levels, around, strict=True)
+    ]
+  )
 
 
 def _is_by(line, rounds):
   return rounds is None or line["round"] <= rounds
 
 
-def _deviation(values: np.ndarray) -> float:
+def deviation(values: np.ndarray) -> float:
   """The standard deviation over seeds, by n - 1; 0 of one seed."""
   return float(values.std(ddof=1)) if values.size > 1 else 0.0
 

@@ -1,6 +1,5 @@
 import json
 
-import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -46,19 +45,6 @@ def study(tmp_path):
     return path
 
   return write
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-  """The axes that are drawn on."""
-  axes = []
-  make = matplotlib.figure.Figure.subplots
-  monkeypatch.setattr(
-    matplotlib.figure.Figure,
-    "subplots",
-    lambda figure: axes.append(make(figure)) or axes[-1],
-  )
-  return axes
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_entry(study):
@@ -118,15 +104,21 @@ def test_compare_sums_a_study_up(study, tmp_path, capsys):
   assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("knob", ["epsilon", "dirichlet_alpha"])
-def test_a_study_of_a_knob_is_drawn_against_it(study, tmp_path, knob, drawn):
-  runs = [record("FLASC", 0, [x + 2], **{knob: x}) for x in (1.0, 0.1)]
-  studies.plot(studies.load(study([*DENSE, *runs])), tmp_path / "toy.png")
-  (axes,) = drawn
-  assert knob.split("_")[-1] in axes.get_xlabel()
-  (line,) = [x for x in axes.get_lines() if x.get_linestyle() == "-"]
-  assert list(line.get_xdata()) == [0.1, 1.0]
-  assert list(line.get_ydata()) == [2.1, 3.0]
+def test_bytes_to_a_utility_are_between_evaluations(study):
+  dense, sparse = studies.load(study([*DENSE, *SPARSE]))
+  # Means 5, 4.0, 3.0, 2.1, and two rounds are 20 messages of 405 bytes.
+  got = studies.megabytes_to(dense, np.array([4.5, 4.0, 2.55, 2.0]))
+  expected = np.array([0.5, 1.0, 2.5, np.nan]) * 20 * 405 / 1e6
+  np.testing.assert_allclose(got, expected)
+  # Means 5, 4.5, 3.5, 2.2 and six values of four bytes.
+  got = studies.megabytes_to(sparse, np.array([4.0]), "values")
+  np.testing.assert_allclose(got, 1.5 * 20 * 24 / 1e6)
+
+
+def test_what_was_lost_again_was_still_met_first(study):
+  (entry,) = studies.load(study([record("dense", 0, [3.0, 4.0, 2.0])]))
+  got = studies.megabytes_to(entry, np.array([3.5, 3.0, 2.5]))
+  np.testing.assert_allclose(got, np.array([0.75, 1, 2.5]) * 0.0081)
 
 
 def test_an_empty_study_is_refused(study):

@@ -129,7 +129,7 @@ def _thirds(cell):
 
 
 # Every entry: two bits of what has changed down, one of the update up.
-_COMPACT = dict(
+_COMPACT: dict[str, Any] = dict(
   download=compression.lloyd_max(2), upload=compression.lloyd_max(1)
 )
 

@@ -1,0 +1,131 @@
+"""Plots of studies."""
+
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+
+from fedjax_llm import studies
+
+# What a study may vary in place of the density, with the label of its axis.
+_AXES = {
+  "epsilon": "epsilon (client-level privacy)",
+  "dirichlet_alpha": "Dirichlet alpha (the lower, the more skewed the labels)",
+}
+_BYTES = "megabytes sent, both directions, all clients"
+_MARKERS = "osD^vP*Xhd<>"
+
+
+def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
+  """Draws a study.
+
+  A study of label skew or privacy: utility at the end against that. Others, on
+  the left: utility at the end against megabytes, points of a line are
+  densities, bars one standard deviation over seeds, the band the dense
+  reference. On the right: how many times fewer bytes than dense LoRA a method
+  needed to be first as good as dense LoRA was on its way, at the best of its
+  settings; dashed if only the values of sparse messages are counted.
+  """
+  varied = studies.shown(entries)
+  axis = next((name for name in _AXES if name in varied), None)
+  panels = 1 if axis else 2
+  figure = matplotlib.figure.Figure(
+    figsize=(3 + 6 * panels, 5.5), layout="constrained"
+  )
+  axes = figure.subplots(1, panels, squeeze=False)[0]
+  methods = dict.fromkeys(entry.method for entry in entries)
+  palette = matplotlib.colormaps["tab20"]
+  colours = {name: palette(i % 20) for i, name in enumerate(methods)}
+  _draw_ends(axes[0], entries, axis, colours)
+  if axis is None:
+    _draw_ratios(axes[1], entries, colours)
+  for each in axes:
+    each.grid(alpha=0.3)
+  figure.legend(loc="outside right upper", fontsize="small")
+  figure.savefig(path, dpi=150)
+
+
+def _draw_ends(axes, entries, axis, colours):
+  metric, higher = studies.metric_of(entries[0])
+  drawn = [x for x in entries if axis is None or axis in x.cell]
+  varied = studies.shown(drawn)
+  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
+  lines: dict[str, list[studies.Entry]] = {}
+  for entry in drawn:
+    label = entry.label([name for name in varied if name in of_line])
+    lines.setdefault(label, []).append(entry)
+  at = (lambda x: x.cell[axis]) if axis else studies.Entry.megabytes
+  markers: dict[str, Any] = {}
+  for label, points in lines.items():
+    points = sorted(points, key=at)
+    method = points[0].method
+    marker = markers.setdefault(method, itertools.cycle(_MARKERS))
+    finals = [point.final(metric) for point in points]
+    axes.errorbar(
+      [at(point) for point in points],
+      [final.mean() for final in finals],
+      yerr=[studies.deviation(final) for final in finals],
+      marker=next(marker),
+      color=colours[method],
+      capsize=2,
+      linewidth=1,
+      label=label,
+    )
+  reference = studies.reference_of(entries[0], entries)
+  if reference is not None and axis != "dirichlet_alpha":
+    final = reference.final(metric)
+    middle, width = final.mean(), studies.deviation(final)
+    low, high = middle - width, middle + width
+    axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
+  _logarithmic(axes, "x")
+  axes.set_xlabel(_AXES[axis] if axis else _BYTES)
+  axes.set_ylabel(_name(metric, higher))
+
+
+def _draw_ratios(axes, entries, colours):
+  """The best ratio of each method at every utility that dense LoRA passed."""
+  metric, higher = studies.metric_of(entries[0])
+  first = studies.reference_of(entries[0], entries)
+  if first is None:
+    axes.set_visible(False)
+    return
+  references = [
+    entry
+    for entry in entries
+    if studies.reference_of(entry, entries) is entry
+    and entry.cell["rank"] == first.cell["rank"]
+  ]
+  passed = np.concatenate([entry.curve(metric)[1] for entry in references])
+  levels = np.unique(passed)
+  for style, convention in {"-": None, "--": "values"}.items():
+    least = lambda several, count=convention: np.fmin.reduce(
+      [studies.megabytes_to(entry, levels, count) for entry in several]
+    )
+    dense = least(references)
+    for method, colour in colours.items():
+      ratio = dense / least([x for x in entries if x.method == method])
+      # Counted otherwise, most methods are as they were.
+      if convention is None or np.nanmax(ratio, initial=0) > 1:
+        axes.plot(levels, ratio, style, color=colour, linewidth=1.2)
+  if not higher:
+    axes.invert_xaxis()
+  _logarithmic(axes, "y")
+  axes.set_xlabel(f"{_name(metric, higher)} that dense LoRA passed")
+  axes.set_ylabel("times fewer bytes until there (dashed: values alone)")
+
+
+def _logarithmic(axes, which):
+  getattr(axes, f"set_{which}scale")("log")
+  axis = getattr(axes, f"{which}axis")
+  axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+  axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+  axis.set_major_formatter("{x:g}")
+
+
+def _name(metric, higher):
+  return "held-out accuracy" if higher else "held-out loss (nats)"
