@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, tasks
-from fedjax_llm.compression import base, quantize, sparse
+from fedjax_llm.compression import base, levels, quantize, sparse
 from fedjax_llm.data import corpora, records, sources, templates
 from fedjax_llm.data import partition as partitions
 from fedjax_llm.federated import (
@@ -144,7 +144,7 @@ def _error_feedback(k: Knobs) -> Any:
 def _quantised(k: Knobs) -> Any:
   """The share of 32 bits that the density says: 1 to 6, or 8."""
   bits = max(1, min(8, round(32 * k.density)))
-  coarse = quantize.lloyd_max(bits) if bits < 7 else quantize.uniform(8)
+  coarse = quantize.lloyd_max(bits) if bits < 7 else levels.uniform(8)
   start, _ = ravel_pytree(k.task.trainable)
   channel = channels.Channel(base.relative_to(start, coarse), coarse)
   return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)

@@ -9,22 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fedjax_llm.compression import base, wire
-
-
-@wire.message(tag=3)
-class Uniform:
-  """Codes of `bits` bits, and the scale of each `block` of them."""
-
-  codes: Any
-  scales: Any
-  bits: int
-  block: int
-  size: int
-
-  def check(self) -> None:
-    """Raises a ValueError if codes and scales are not of one vector."""
-    _check(self, np.float32)
+from fedjax_llm.compression import base, packing, wire
 
 
 @wire.message(tag=8)
@@ -39,18 +24,25 @@ class Nearest:
 
   def check(self) -> None:
     """Raises a ValueError if codes and scales are not of one vector."""
-    _check(self, jnp.bfloat16)
+    size, bits, block = self.size, self.bits, self.block
+    if not (1 <= bits <= 8 and block > 0):
+      raise ValueError(
+        f"The message has codes of {bits} bits in blocks of {block}."
+      )
+    wire.require(self.codes, np.uint8, -(-size * bits // 8), "codes")
+    wire.require(self.scales, jnp.bfloat16, -(-size // block), "scales")
 
 
-def _check(message: Uniform | Nearest, scales: DTypeLike) -> None:
-  """Raises a ValueError if codes and scales are not of one vector."""
-  size, bits, block = message.size, message.bits, message.block
-  if not (1 <= bits <= 8 and block > 0):
-    raise ValueError(
-      f"The message has codes of {bits} bits in blocks of {block}."
-    )
-  wire.require(message.codes, np.uint8, -(-size * bits // 8), "codes")
-  wire.require(message.scales, scales, -(-size // block), "scales")
+@wire.message(tag=15)
+class Powers:
+  """Signs and exponents of float32, in nine bits an entry."""
+
+  codes: Any
+  size: int
+
+  def check(self) -> None:
+    """Raises a ValueError if the codes are not of one vector."""
+    wire.require(self.codes, np.uint8, -(-self.size * 9 // 8), "codes")
 
 
 def cast(dtype: DTypeLike) -> base.Compressor:
@@ -74,54 +66,9 @@ def cast(dtype: DTypeLike) -> base.Compressor:
   )
 
 
-def uniform(bits: int, *, block: int = 256) -> base.Compressor:
-  """Rounds entries at random, so that the expectation is exact.
-
-  The 2**bits levels are evenly spaced from -scale to scale, where scale is the
-  largest magnitude of a block; an entry goes to one of its two neighbours
-  (QSGD, Alistarh et al., 2017, https://arxiv.org/abs/1610.02132, with the
-  largest magnitude for the norm).
-
-  Args:
-    bits: of each entry, in [1, 8].
-    block: the number of entries that share a float32 scale.
-
-  Returns:
-    A `Compressor` whose payload is a `Uniform`.
-
-  Raises:
-    ValueError: if `bits` is not in [1, 8] or `block` is not positive.
-  """
-  if not (1 <= bits <= 8 and block > 0):
-    raise ValueError(
-      f"uniform expected bits in [1, 8] and block > 0, got {bits=}, {block=}."
-    )
-
-  def encode(vector, key):
-    vector = vector.astype(jnp.float32)
-    blocks = _blocks(vector, block)
-    scales = jnp.max(jnp.abs(blocks), axis=1)
-    # Any divisor will do for a block of zeros: its levels are all zero.
-    divisors = jnp.where(scales > 0, scales, 1)[:, None]
-    # Clipped, because some devices divide inexactly, and codes would wrap.
-    levels = (jnp.clip(blocks / divisors, -1, 1) + 1) * ((2**bits - 1) / 2)
-    below = jnp.floor(levels)
-    chance = jax.random.uniform(key, blocks.shape, jnp.float32)
-    codes = below.astype(jnp.uint8) + (chance < levels - below)
-    packed = wire.pack_bits(codes.ravel()[: vector.size], bits)
-    return Uniform(packed, scales, bits, block, vector.size)
-
-  def decode(payload):
-    codes = wire.unpack_bits(payload.codes, payload.size, payload.bits)
-    # A table, because a division would round differently by device.
-    levels = jnp.asarray(np.linspace(-1, 1, 2**payload.bits, dtype=np.float32))
-    blocks = _blocks(levels[codes], payload.block)
-    return (blocks * payload.scales[:, None]).ravel()[: payload.size]
-
-  return base.stateless(encode, decode)
-
-
-def lloyd_max(bits: int, *, block: int = 256) -> base.Compressor:
+def lloyd_max(
+  bits: int, *, block: int = 256, unbiased: bool = False
+) -> base.Compressor:
   """Rounds entries to the nearest of the levels that suit a Gaussian best.
 
   The levels are Lloyd's and Max's ("Quantizing for minimum distortion", 1960;
@@ -129,11 +76,14 @@ def lloyd_max(bits: int, *, block: int = 256) -> base.Compressor:
   a block's root mean square; then each block is scaled so that its own squared
   error is least. The error is far below that of `uniform`, above all at one and
   two bits, but it is not zero on average: send updates by it under
-  `error_feedback`.
+  `error_feedback`, or unbiased after `rotate`.
 
   Args:
     bits: of each entry, in [1, 6].
     block: the number of entries that share a bfloat16 scale.
+    unbiased: each block is scaled so that its product with what arrives is its
+      squared norm; after a random rotation the expectation is then exact, as
+      EDEN has it. The error is larger.
 
   Returns:
     A `Compressor` whose payload is a `Nearest`.
@@ -150,7 +100,7 @@ def lloyd_max(bits: int, *, block: int = 256) -> base.Compressor:
 
   def encode(vector, key):
     del key  # Deterministic.
-    blocks = _blocks(vector.astype(jnp.float32), block)
+    blocks = in_blocks(vector.astype(jnp.float32), block)
     # Divided first, or else the squares of what is small would be zero.
     largest = jnp.max(jnp.abs(blocks), axis=1)
     blocks = blocks / jnp.where(largest > 0, largest, 1)[:, None]
@@ -159,18 +109,50 @@ def lloyd_max(bits: int, *, block: int = 256) -> base.Compressor:
     unit = jnp.where(unit > 0, unit, 1)[:, None]
     codes = jnp.searchsorted(borders, blocks / unit)
     rounded = jnp.asarray(levels)[codes] * is_real
-    scales = (blocks * rounded).sum(axis=1) / (rounded**2).sum(axis=1)
+    product = (blocks * rounded).sum(axis=1)
+    if unbiased:
+      scales = (blocks**2).sum(axis=1) / jnp.where(product > 0, product, 1)
+    else:
+      scales = product / (rounded**2).sum(axis=1)
     scales = scales * largest
-    packed = wire.pack_bits(codes.ravel()[: vector.size], bits)
+    packed = packing.pack_bits(codes.ravel()[: vector.size], bits)
     scales = scales.astype(jnp.bfloat16)
     return Nearest(packed, scales, bits, block, vector.size)
 
   def decode(payload):
-    codes = wire.unpack_bits(payload.codes, payload.size, payload.bits)
+    codes = packing.unpack_bits(payload.codes, payload.size, payload.bits)
     levels = jnp.asarray(gaussian_levels(payload.bits))
-    blocks = _blocks(levels[codes], payload.block)
+    blocks = in_blocks(levels[codes], payload.block)
     scales = jnp.asarray(payload.scales, jnp.float32)
     return (blocks * scales[:, None]).ravel()[: payload.size]
+
+  return base.stateless(encode, decode)
+
+
+def natural() -> base.Compressor:
+  """Rounds entries at random to powers of two, so that the mean is exact.
+
+  Horváth et al., "Natural Compression for Distributed Deep Learning", 2022
+  (arXiv 1905.10988, section 2): of its two neighbours among the powers of two
+  an entry goes to one by its mantissa, so that the expectation is exact and the
+  variance at most an eighth of the squared entry. Nine bits an entry.
+
+  Returns:
+    A `Compressor` whose payload is a `Powers`.
+  """
+
+  def encode(vector, key):
+    bits = jax.lax.bitcast_convert_type(vector.astype(jnp.float32), jnp.uint32)
+    chance = jax.random.bits(key, vector.shape, jnp.uint32) >> 9
+    # The mantissa, of 23 bits, is the chance to be rounded up, which is to
+    # carry into the exponent; but not beyond the largest power.
+    carries = (bits >> 23 & 255 < 254) & (chance < bits & (1 << 23) - 1)
+    codes = (bits >> 23) + carries.astype(jnp.uint32)
+    return Powers(packing.pack_bits(codes, 9), vector.size)
+
+  def decode(payload):
+    codes = packing.unpack_bits(payload.codes, payload.size, 9)
+    return jax.lax.bitcast_convert_type(codes << 23, jnp.float32)
 
   return base.stateless(encode, decode)
 
@@ -194,5 +176,6 @@ def gaussian_levels(bits: int) -> np.ndarray:
   return levels.astype(np.float32)
 
 
-def _blocks(vector: jax.Array, block: int) -> jax.Array:
+def in_blocks(vector: jax.Array, block: int) -> jax.Array:
+  """The vector as rows of `block` entries, with zeros at its end."""
   return jnp.pad(vector, (0, -vector.size % block)).reshape(-1, block)

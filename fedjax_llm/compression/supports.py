@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from fedjax_llm.compression import wire
+from fedjax_llm.compression import packing, wire
 
 
 def nbytes(size: int, count: int) -> int:
@@ -34,13 +34,13 @@ def pack(indices: Int[Array, " count"], size: int) -> UInt8[Array, " nbytes"]:
   if count == size:
     return jnp.zeros(0, jnp.uint8)
   if _is_bitmap(size, count):
-    return wire.pack_bits(_mark(indices, size), 1)
+    return packing.pack_bits(_mark(indices, size), 1)
   # The high parts of sorted indices climb slowly, so they are sent in unary:
   # index i sets bit high(i) + i. The low parts are sent as they are.
   low_bits = _low_bits(size, count)
   high = (indices >> low_bits) + jnp.arange(count, dtype=indices.dtype)
-  high = wire.pack_bits(_mark(high, _high_size(size, count)), 1)
-  return jnp.concatenate([high, wire.pack_bits(indices, low_bits)])
+  high = packing.pack_bits(_mark(high, _high_size(size, count)), 1)
+  return jnp.concatenate([high, packing.pack_bits(indices, low_bits)])
 
 
 def unpack(
@@ -50,12 +50,12 @@ def unpack(
   if count == size:
     return jnp.arange(size, dtype=jnp.int32)
   if _is_bitmap(size, count):
-    return _marked(wire.unpack_bits(packed, size, 1), count)
+    return _marked(packing.unpack_bits(packed, size, 1), count)
   low_bits, high_size = _low_bits(size, count), _high_size(size, count)
   split, _ = _elias_fano_nbytes(size, count)
-  high = _marked(wire.unpack_bits(packed[:split], high_size, 1), count)
+  high = _marked(packing.unpack_bits(packed[:split], high_size, 1), count)
   high = high - jnp.arange(count, dtype=jnp.int32)
-  low = wire.unpack_bits(packed[split:], count, low_bits).astype(jnp.int32)
+  low = packing.unpack_bits(packed[split:], count, low_bits).astype(jnp.int32)
   return (high << low_bits) | low
 
 

@@ -18,7 +18,6 @@ from typing import Any, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, UInt8, UInt32
 
 _MAGIC = b"FJ"
 _VERSION = 1
@@ -159,30 +158,6 @@ def require(array: Any, dtype: Any, size: int, name: str) -> None:
   got = f"{array.dtype}[{array.size}]" if is_array else type(array).__name__
   if got != expected:
     raise ValueError(f"The message's {name} should be {expected}, got {got}.")
-
-
-def pack_bits(
-  codes: Integer[Array, " n"], bits: int
-) -> UInt8[Array, " nbytes"]:
-  """Packs the low `bits` bits of every code, low ones first, no gaps."""
-  shifts = jnp.arange(bits, dtype=jnp.uint32)
-  stream = (codes.astype(jnp.uint32)[:, None] >> shifts[None]) & 1
-  stream = jnp.pad(stream.ravel(), (0, -stream.size % 8)).reshape(-1, 8)
-  places = jnp.arange(8, dtype=jnp.uint32)
-  packed = jnp.sum(stream << places[None], axis=1, dtype=jnp.uint32)
-  return packed.astype(jnp.uint8)
-
-
-def unpack_bits(
-  packed: UInt8[Array, " nbytes"], count: int, bits: int
-) -> UInt32[Array, " count"]:
-  """The `count` codes of `bits` bits each that `pack_bits` packed."""
-  places = jnp.arange(8, dtype=jnp.uint8)
-  stream = (jnp.asarray(packed)[:, None] >> places[None]) & 1
-  stream = stream.ravel()[: count * bits].reshape(count, bits)
-  shifts = jnp.arange(bits, dtype=jnp.uint32)
-  codes = stream.astype(jnp.uint32) << shifts[None]
-  return jnp.sum(codes, axis=1, dtype=jnp.uint32)
 
 
 def _parts(payload: Any) -> Iterator[Any]:

@@ -67,7 +67,7 @@ def test_a_chain_in_the_wrong_order_is_an_error_that_names_the_offender(jit):
     compression.top_k(0.5), compression.uniform(4), compression.top_k(0.5)
   )
   init = jax.jit(chained.init) if jit else chained.init
-  with pytest.raises(ValueError, match="cannot compress a Uniform further"):
+  with pytest.raises(ValueError, match="cannot compress a Levels further"):
     init(jnp.ones(8))
 
 

@@ -1,4 +1,4 @@
-"""Tests of messages: bits, supports, bytes, and what is not a message."""
+"""Tests of messages: supports, bytes, and what is not a message."""
 
 import functools
 import math
@@ -18,19 +18,6 @@ KEY = jax.random.key(0)
 transmit = jax.jit(compression.transmit, static_argnums=0)
 VECTOR = np.random.default_rng(0).normal(size=200).astype(np.float32)
 quick = hypothesis.settings(deadline=None, derandomize=True)
-
-# Bits.
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 13, 32])
-def test_codes_are_packed_without_gaps_and_come_back(bits):
-  codes = np.random.default_rng(bits).integers(0, 2**bits, 37, np.uint32)
-  packed = wire.pack_bits(jnp.asarray(codes), bits)
-  assert packed.dtype == jnp.uint8 and packed.size == -(-37 * bits // 8)
-  stream = sum(int(code) << bits * i for i, code in enumerate(codes))
-  assert bytes(packed) == stream.to_bytes(packed.size, "little")
-  np.testing.assert_array_equal(wire.unpack_bits(packed, 37, bits), codes)
-
 
 # Bytes.
 
@@ -197,9 +184,16 @@ HUGE = (255, 255, 255, 255, 7)  # 2**31 - 1.
       header(1, 2, 132, 1, 5, 134, 1, 0, 0, 0, 0, *HUGE, 132, 0, *HUGE),
       r"seed should be uint32\[2\]",
     ),
-    (header(3, 132, 1, 0, 130, 0, 9, 1, 1), "codes of 9 bits"),
-    (header(3, 132, 1, 0, 130, 0, 8, 1, 2), "codes should be"),
-    (header(3, 132, 1, 0, 130, 0, 8, 1, 1), "scales should be"),
+    (header(8, 132, 1, 0, 128, 0, 9, 1, 1), "codes of 9 bits"),
+    (header(8, 132, 1, 0, 128, 0, 8, 1, 2), "codes should be"),
+    (header(8, 132, 1, 0, 128, 0, 8, 1, 1), "scales should be"),
+    (header(13, 132, 1, 0, 130, 0, 1, 1, 1), "has 1 levels"),
+    (header(13, 132, 1, 0, 130, 0, 16, 1, 3), "codes should be"),
+    (header(13, 132, 1, 0, 130, 0, 16, 1, 1), "scales should be"),
+    (header(14, 130, 0, 134, 2, *[0] * 8, 3, 3), "values in blocks of 3"),
+    (header(15, 132, 1, 0, 1), "codes should be"),
+    (header(16, 130, 0, 130, 0, 0, 1, 0), "rank 0"),
+    (header(16, 130, 0, 130, 0, 1, 1, 2), "left should be"),
   ],
 )
 def test_what_is_not_a_message_is_refused(message, complaint):

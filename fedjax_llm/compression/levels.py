@@ -1,0 +1,194 @@
+"""Evenly spaced levels: `uniform`, QSGD, TernGrad and the scaled sign."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.compression import base, packing, quantize, wire
+
+
+@wire.message(tag=13)
+class Levels:
+  """Codes of `levels` levels from -scale to scale, a scale for each `block`."""
+
+  codes: Any
+  scales: Any
+  levels: int
+  block: int
+  size: int
+
+  def check(self) -> None:
+    """Raises a ValueError if codes and scales are not of one vector."""
+    if not (2 <= self.levels <= 256 and self.block > 0):
+      raise ValueError(
+        f"The message has {self.levels} levels in blocks of {self.block}."
+      )
+    length = packing.digits_nbytes(self.size, self.levels)
+    wire.require(self.codes, np.uint8, length, "codes")
+    blocks = -(-self.size // self.block)
+    wire.require(self.scales, np.float32, blocks, "scales")
+
+
+def uniform(bits: int, *, block: int = 256) -> base.Compressor:
+  """Rounds entries at random, so that the expectation is exact.
+
+  The 2**bits levels are evenly spaced from -scale to scale, where scale is the
+  largest magnitude of a block; an entry goes to one of its two neighbours.
+
+  Args:
+    bits: of each entry, in [1, 8].
+    block: the number of entries that share a float32 scale.
+
+  Returns:
+    A `Compressor` whose payload is a `Levels`.
+
+  Raises:
+    ValueError: if `bits` is not in [1, 8] or `block` is not positive.
+  """
+  if not (1 <= bits <= 8 and block > 0):
+    raise ValueError(
+      f"uniform expected bits in [1, 8] and block > 0, got {bits=}, {block=}."
+    )
+  return _at_random(2**bits, block, lambda blocks, counts: blocks, _largest)
+
+
+def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
+  """QSGD: the sign and one of `levels` shares of the norm, drawn at random.
+
+  Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization
+  and Encoding", 2017 (arXiv 1610.02132), section 3.1: an entry goes to one of
+  its two neighbours among the multiples of norm / levels, so that the
+  expectation is exact, and the variance is at most min(block / levels**2,
+  sqrt(block) / levels) times the squared norm. The paper then has Elias codes
+  (of a length that data decide); here codes are of one length, which is shorter
+  where most of them are not zero.
+
+  Args:
+    levels: s of the paper, in [1, 127]; messages have 2 s + 1 levels.
+    block: the number of entries that share a float32 norm, d of the paper.
+
+  Returns:
+    A `Compressor` whose payload is a `Levels`.
+
+  Raises:
+    ValueError: if `levels` or `block` is out of range.
+  """
+  if not (1 <= levels <= 127 and block > 0):
+    raise ValueError(
+      f"qsgd expected levels in [1, 127] and block > 0, got {levels=},"
+      f" {block=}."
+    )
+  norm = lambda blocks: jnp.linalg.norm(blocks, axis=1)
+  return _at_random(2 * levels + 1, block, lambda blocks, counts: blocks, norm)
+
+
+def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
+  """TernGrad: each entry as minus, nothing or plus the largest, at random.
+
+  Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in
+  Distributed Deep Learning", 2017 (arXiv 1705.07878): entries are clipped to
+  `clip` standard deviations first (section 3.3), or else the largest would make
+  nearly all others zero; the expectation is that of what was clipped. Five
+  entries travel in a byte.
+
+  Args:
+    clip: in standard deviations of a block, positive; `math.inf` for none.
+    block: the number of entries that share a float32 scale, a layer in the
+      paper.
+
+  Returns:
+    A `Compressor` whose payload is a `Levels`.
+
+  Raises:
+    ValueError: if `clip` or `block` is not positive.
+  """
+  if not (clip > 0 and block > 0):
+    raise ValueError(
+      f"tern_grad expected clip > 0 and block > 0, got {clip=}, {block=}."
+    )
+
+  def clipped(blocks, counts):
+    if math.isinf(clip):
+      return blocks
+    # Around zero, as the paper has it: the root mean square.
+    bounds = clip * jnp.sqrt((blocks**2).sum(axis=1) / counts)
+    return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
+
+  return _at_random(3, block, clipped, _largest)
+
+
+def sign(
+  *, block: int | None = None, unbiased: bool = False
+) -> base.Compressor:
+  """The signs of the entries, and one magnitude for all of a block.
+
+  Args:
+    block: the number of entries that share a float32 magnitude; None for all.
+    unbiased: the magnitude is the squared norm over the sum of magnitudes, by
+      which DRIVE is unbiased (after a rotation); otherwise their mean, by which
+      the squared error is least.
+
+  Returns:
+    A `Compressor` whose payload is a `Levels`; a zero counts as positive.
+
+  Raises:
+    ValueError: if `block` is not positive.
+  """
+  if block is not None and block <= 0:
+    raise ValueError(f"sign expected block > 0, got {block=}.")
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    length = block or vector.size
+    blocks = quantize.in_blocks(vector.astype(jnp.float32), length)
+    total = jnp.abs(blocks).sum(axis=1)
+    if unbiased:
+      scales = (blocks**2).sum(axis=1) / jnp.where(total > 0, total, 1)
+    else:
+      scales = total / _counts(vector.size, length)
+    codes = packing.pack_digits(vector >= 0, 2)
+    return Levels(codes, scales, 2, length, vector.size)
+
+  return base.stateless(encode, _decode)
+
+
+def _at_random(levels, block, prepare, scale_of):
+  """A compressor that rounds entries to one of the two levels around them."""
+  steps = levels - 1
+
+  def encode(vector, key):
+    blocks = quantize.in_blocks(vector.astype(jnp.float32), block)
+    blocks = prepare(blocks, _counts(vector.size, block))
+    scales = scale_of(blocks)
+    # Any divisor will do for a block of zeros.
+    divisors = jnp.where(scales > 0, scales, 1)[:, None]
+    # Clipped, because some devices divide inexactly, and codes would wrap.
+    places = (jnp.clip(blocks / divisors, -1, 1) + 1) * (steps / 2)
+    below = jnp.floor(places)
+    chance = jax.random.uniform(key, blocks.shape, jnp.float32)
+    codes = below.astype(jnp.uint8) + (chance < places - below)
+    packed = packing.pack_digits(codes.ravel()[: vector.size], levels)
+    return Levels(packed, scales, levels, block, vector.size)
+
+  return base.stateless(encode, _decode)
+
+
+def _decode(payload: Levels) -> jax.Array:
+  codes = packing.unpack_digits(payload.codes, payload.size, payload.levels)
+  # A table, because a division would round differently by device.
+  table = jnp.asarray(np.linspace(-1, 1, payload.levels, dtype=np.float32))
+  blocks = quantize.in_blocks(table[codes], payload.block)
+  return (blocks * payload.scales[:, None]).ravel()[: payload.size]
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+  return jnp.max(jnp.abs(blocks), axis=1)
+
+
+def _counts(size: int, block: int) -> jax.Array:
+  """How many entries each block has that are not padding."""
+  starts = np.arange(0, size, block)
+  return jnp.asarray(np.minimum(size - starts, block), jnp.float32)
