@@ -129,8 +129,7 @@ def compare(
     target_loss: adds the bytes and simulated seconds until it was first seen
       that the held-out loss was at most so much; not of a study.
     target_accuracy: the same for an accuracy of at least so much, in [0, 1].
-    conventions: adds bytes as papers count them: values only, + bitmap, + COO;
-      the table of a study has them always.
+    conventions: adds bytes as papers count them: values only, + bitmap, + COO.
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
@@ -142,7 +141,7 @@ def compare(
       )
     entries = [entry for path in runs for entry in studies.load(path)]
     study_plots.plot(entries, out)
-    print(f"{studies.table(entries)}\n\nPlot: {out}")
+    print(f"{studies.table(entries, papers=conventions)}\n\nPlot: {out}")
     return
   loaded = [run for folder in runs for run in report.load(folder)]
   report.plot(loaded, out)

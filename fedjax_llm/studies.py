@@ -83,7 +83,7 @@ def is_study(path: str | os.PathLike) -> bool:
 
 
 def load(path: str | os.PathLike) -> list[Entry]:
-  """The entries of a study, in the order of their first runs.
+  """The entries of a study: methods as first met, the costly settings first.
 
   Raises:
     ValueError: if there is no run in it.
@@ -104,15 +104,22 @@ def load(path: str | os.PathLike) -> list[Entry]:
     several.sort(key=lambda x: x[0])
     _, cell, _ = several[0]
     found.append(Entry(cell["method"], cell, tuple(x[2] for x in several)))
-  return found
+  methods = list(dict.fromkeys(entry.method for entry in found))
+  settings = lambda cell: [-cell[x] for x in ("rank", "density")]
+  place = lambda x: (methods.index(x.method), *settings(x.cell))
+  return sorted(found, key=place)
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Entry], *, papers: bool = False) -> str:
   """A Markdown table: utility, bytes, and both against the dense reference.
 
   "To dense" is when the mean over seeds was first seen to be within one
   standard deviation of the end of `reference_of` the entry; ratios are bytes of
   the reference, by when it was there itself, over those of the entry.
+
+  Args:
+    entries: a row each.
+    papers: adds the ratios by the `report.conventions` of papers.
   """
   rows = []
   for entry in entries:
@@ -127,38 +134,40 @@ def table(entries: Sequence[Entry]) -> str:
     if entry.seconds():
       row["simulated s"] = f"{entry.seconds():.0f}"
     if reference is not None:
-      row |= _against(entry, reference, metric, higher)
+      row |= _against(entry, reference, papers)
     rows.append({"method": entry.method, **row})
   return tabulate.tabulate(rows, headers="keys", tablefmt="github")
 
 
-def _against(entry, reference, metric, higher):
+def _against(entry, reference, papers):
+  metric, higher = metric_of(entry)
   target = target_of(reference, metric, higher)
   own, theirs = (
     rounds_to(x, target, metric, higher) for x in (entry, reference)
   )
-  papers, dense = entry.as_papers_count(), reference.as_papers_count()
   columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
-  for name in papers:
-    columns[f"× fewer, {name}"] = f"{dense[name] / papers[name]:.1f}"
-  to_dense = ("MB to dense", "× fewer to dense", "× fewer to dense, values")
-  columns |= dict.fromkeys(to_dense, "")
-  if own is None:
-    columns["MB to dense"] = "not met"
-  else:
-    columns["MB to dense"] = f"{entry.megabytes(own):.2f}"
-    ratio = reference.megabytes(theirs) / entry.megabytes(own)
-    columns["× fewer to dense"] = f"{ratio:.1f}"
-    papers, dense = (
-      entry.as_papers_count(own),
-      reference.as_papers_count(theirs),
-    )
+  if papers:
+    columns |= _as_papers_count(entry, reference, "× fewer")
+  columns |= {"MB to dense": "not met", "× fewer to dense": ""}
+  if own is not None:
+    sent = entry.megabytes(own)
+    columns["MB to dense"] = f"{sent:.2f}"
+    columns["× fewer to dense"] = f"{reference.megabytes(theirs) / sent:.1f}"
     if papers:
-      ratio = dense["values"] / papers["values"]
-      columns["× fewer to dense, values"] = f"{ratio:.1f}"
+      columns |= _as_papers_count(
+        entry, reference, "× fewer to dense", own, theirs
+      )
     if entry.seconds():
       columns["simulated s to dense"] = f"{entry.seconds(own):.0f}"
   return columns
+
+
+def _as_papers_count(entry, reference, name, own=None, theirs=None):
+  counted, dense = (
+    entry.as_papers_count(own),
+    reference.as_papers_count(theirs),
+  )
+  return {f"{name}, {x}": f"{dense[x] / counted[x]:.1f}" for x in counted}
 
 
 def metric_of(entry: Entry) -> tuple[str, bool]:

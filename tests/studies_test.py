@@ -61,7 +61,8 @@ def test_an_entry_is_measured_by_the_dense_one(study):
   # The target is 2.1 + the deviation sqrt(2) / 10 of 2.0 and 2.2: 2.24. The
   # mean of the sparse runs, 2.2, meets it with its last evaluation.
   entries = studies.load(study([*DENSE, *SPARSE]))
-  header, _, dense, sparse = studies.table(entries).splitlines()
+  table = studies.table(entries, papers=True)
+  header, _, dense, sparse = table.splitlines()
   columns = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
   dense, sparse = (
     dict(zip(columns(header), columns(row), strict=True))
@@ -80,6 +81,9 @@ def test_an_entry_is_measured_by_the_dense_one(study):
   bitmap = 400 / (24 + 12.5)
   assert float(sparse["× fewer, bitmap"]) == pytest.approx(bitmap, abs=0.05)
   assert float(sparse["× fewer, COO"]) == pytest.approx(400 / 48, abs=0.05)
+  coo = float(sparse["× fewer to dense, COO"])
+  assert coo == pytest.approx(400 / 48, abs=0.05)
+  assert "COO" not in studies.table(entries)
 
 
 def test_a_target_that_is_not_met_is_told(study):
@@ -139,3 +143,10 @@ def test_the_reference_is_the_dense_run_of_as_many_rounds(study):
   reference = lambda entry: studies.reference_of(entry, entries)
   assert [reference(x) for x in others] == [two, two, three, three]
   assert reference(steps) == three
+
+
+def test_a_methods_entries_are_together_the_costly_ones_first(study):
+  cells = [("FLASC", 1 / 16), ("dense", 1.0), ("FLASC", 1.0), ("FLASC", 1 / 4)]
+  runs = [record(method, 0, [3.0], density=x) for method, x in cells]
+  got = [(x.method, x.cell["density"]) for x in studies.load(study(runs))]
+  assert got == [("FLASC", x) for x in (1.0, 1 / 4, 1 / 16)] + [("dense", 1.0)]
