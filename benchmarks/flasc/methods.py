@@ -163,6 +163,22 @@ def quantised(cell, task, client, server, knobs, parts):
   )
 
 
+def coarse(cell, task, client, server, knobs, parts):
+  """Every entry, for clients that keep nothing: four bits down, one up."""
+  start, _ = ravel_pytree(task.trainable)
+  return fed_avg.fed_avg(
+    task.loss_fn,
+    client,
+    server,
+    channel=channels.Channel(
+      compression.relative_to(start, compression.lloyd_max(4)),
+      compression.lloyd_max(1),
+    ),
+    aggregate=aggregators.uniform_mean(),
+    **parts,
+  )
+
+
 # Clients in turn: upload sixteen, eight and four times slower than download.
 TIERS = (
   network.Tier(4, 0.25, 0.1, 0.2),
@@ -261,6 +277,7 @@ METHODS = {
     federated_select.federated_select, _global, warm_up_rounds=0
   ),
   "quantised": quantised,
+  "coarse": coarse,
   "compact": compact,
   "compact, b alone": compact_b,
   "FFA-LoRA": ffa,

@@ -55,7 +55,8 @@ LIKE = {
   "FLASC, factors apart": "FLASC, what moved",
   "FLASC, download alone": "FLASC",
   "FLASC, upload alone": "dense",
-  "quantised": "compact",
+  "quantised": "dense",
+  "coarse": "dense",
   "SparseAdapter, one Top-K": "SparseAdapter",
   "Federated Select, one Top-K": "Federated Select",
 }

@@ -19,7 +19,7 @@ SETTINGS = {
   "shakespeare": [
     *itertools.product(["dense"], [1.0], [16, 4]),
     *itertools.product(["compact"], [1.0], [16, 4]),
-    ("compact, b alone", 1.0, 16),
+    *itertools.product(["coarse", "compact, b alone"], [1.0], [16]),
     *itertools.product(["FLASC"], ALL, [16]),
     *itertools.product(SPARSE, ALL, [16]),
     *itertools.product(["FLASC, what moved"], MOST, [16]),
@@ -29,11 +29,11 @@ SETTINGS = {
     *itertools.product(["quantised"], [1 / 8, 1 / 16], [16]),
   ],
   "newsgroups": [
-    *itertools.product(["dense", "compact"], [1.0], [16]),
+    *itertools.product(["dense", "coarse"], [1.0], [16]),
     *itertools.product(["FLASC"], MOST, [16]),
     *itertools.product(["FLASC, what moved", *SPARSE], [1 / 16], [16]),
-    *itertools.product(["dense", "compact"], [1.0], [4]),
-    *itertools.product(SPARSE, [1 / 4], [16]),
+    *itertools.product(["quantised"], [1 / 8], [16]),
+    *itertools.product(["compact"], [1.0], [16]),
   ],
   "library": [
     *itertools.product(["dense", "compact"], [1.0], [16]),
@@ -57,7 +57,6 @@ LENGTHS = {
     ("dense", 1.0, 16, 3, ()),
     ("compact", 1.0, 16, 3, ()),
     ("FLASC", 1 / 16, 16, 3, ()),
-    ("FLASC, what moved", 1 / 16, 16, 3, ()),
     ("dense", 1.0, 16, 1 / 2, rates.MORE_STEPS),
     ("compact", 1.0, 16, 1 / 2, rates.MORE_STEPS),
     ("compact", 1.0, 16, 1, rates.MORE_STEPS),
