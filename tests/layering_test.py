@@ -14,9 +14,10 @@ ALLOWED = {
   "federated": {"compression", "models.lora"},
   "data": {"models", "federated", "compression"},
   "evaluation": {"models", "federated", "compression", "data"},
+  "codecs": {"compression", "federated.partition"},
 }
 # What the parts that a reader starts with do without.
-PURE = ("models", "compression", "federated")
+PURE = ("models", "compression", "federated", "codecs")
 HEAVY = {"datasets", "tyro", "tqdm", "matplotlib"}
 
 

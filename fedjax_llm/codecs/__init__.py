@@ -1,0 +1,1 @@
+"""Learned compression: CG-FedLLM's autoencoder and what it is measured by."""

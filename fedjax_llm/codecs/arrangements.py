@@ -1,0 +1,168 @@
+"""How the entries of LoRA factors are laid out as the image that a codec sees.
+
+An arrangement is a table of positions, so that packing is a gather and
+unpacking a scatter: bitwise exact, whatever the layout.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fedjax_llm.federated import partition
+
+# Six layers of stride two, in the networks of the paper.
+MULTIPLE = 64
+_FACTORS = ("a", "b")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrangement:
+  """A bijection between vectors of `size` and images, but for padding.
+
+  Attributes:
+    positions: int32 [height, width], the entry of the vector that is there, or
+      `size` for padding, which is zero.
+    size: of the vectors.
+    digest: a hash of the names and shapes of the leaves and of their places:
+      two ends with the same one mean the same entries.
+  """
+
+  positions: np.ndarray
+  size: int
+  digest: str
+
+  def pack(self, vector: Float[Array, " n"]) -> Float[Array, "height width"]:
+    """The image of a vector.
+
+    Raises:
+      ValueError: if the vector is of another length.
+    """
+    if vector.shape != (self.size,):
+      raise ValueError(
+        f"the arrangement is of vectors of {self.size} entries, got"
+        f" {vector.shape}. A codec serves the adapter that it was fitted on."
+      )
+    return jnp.asarray(vector).at[self.positions].get(mode="fill", fill_value=0)
+
+  def unpack(self, image: Float[Array, "height width"]) -> Float[Array, " n"]:
+    """The vector of an image.
+
+    Raises:
+      ValueError: if the image is of another shape.
+    """
+    if image.shape != self.positions.shape:
+      raise ValueError(
+        f"the arrangement is of images of {self.positions.shape}, got"
+        f" {image.shape}."
+      )
+    blank = jnp.zeros(self.size, image.dtype)
+    return blank.at[self.positions].set(
+      image, mode="drop", unique_indices=self.positions.size == self.size
+    )
+
+
+def square(
+  trainable: Any,
+  modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+) -> Arrangement:
+  """CG-FedLLM's: layer by layer, module by module, `a` beside `b` transposed.
+
+  Columns of each module are the [width, rank] of PEFT's A transposed, then
+  those of its B. LLaMA-7B at rank 8 is an image of [4096, 2048] (paper, Table
+  1; it does not print the order of the blocks, this one is natural).
+
+  Args:
+    trainable: LoRA factors of stacked layers, or their shapes.
+    modules: names of the layers that have factors, in their order.
+
+  Raises:
+    ValueError: if a module is missing, there are other ones, or projections are
+      not square, as with grouped queries; `flat` has no such wishes.
+  """
+  numbers = _numbered(trainable)
+  by_module: dict[str, dict[str, np.ndarray]] = {}
+  for path, positions in numbers.items():
+    *_, module, factor = path.split("/")
+    by_module.setdefault(module, {})[factor] = positions
+  if set(by_module) != set(modules):
+    raise ValueError(
+      f"square expected factors of {', '.join(modules)}, got those of"
+      f" {', '.join(by_module)}. Take flat, which arranges any tree."
+    )
+  columns = []
+  stacked = {
+    module: (_stacked(each["a"]), _stacked(each["b"]).swapaxes(1, 2))
+    for module, each in by_module.items()
+  }
+  widths = {x.shape[1] for pair in stacked.values() for x in pair}
+  if len(widths) > 1:
+    raise ValueError(
+      "square expected projections of as many outputs as inputs, got widths"
+      f" {sorted(widths)}. Take flat, which arranges any tree."
+    )
+  layers = len(stacked[modules[0]][0])
+  for layer in range(layers):
+    for module in modules:
+      columns += [factor[layer] for factor in stacked[module]]
+  return _arranged(trainable, np.concatenate(columns, axis=1))
+
+
+def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
+  """Any tree, row by row in the order of its leaves, zeros at the end.
+
+  Args:
+    trainable: any tree of arrays, or their shapes.
+    height: of the image, a multiple of 64; None for about a square.
+
+  Raises:
+    ValueError: if `height` is not a positive multiple of 64.
+  """
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+  if height is None:
+    height = MULTIPLE * max(1, round(math.sqrt(size) / MULTIPLE))
+  if height <= 0 or height % MULTIPLE:
+    raise ValueError(
+      f"flat expected a height that is a multiple of {MULTIPLE}, got {height=}."
+    )
+  width = MULTIPLE * -(-size // (height * MULTIPLE))
+  positions = np.minimum(np.arange(height * width), size)
+  return _arranged(trainable, positions.reshape(height, width))
+
+
+def _numbered(trainable: Any) -> dict[str, np.ndarray]:
+  """By path, the position of each entry in the raveled tree."""
+  numbers, start = {}, 0
+  leaves = jax.tree.leaves(trainable)
+  for path, leaf in zip(partition.paths(trainable), leaves, strict=True):
+    count = math.prod(leaf.shape)
+    numbers[path] = np.arange(start, start + count).reshape(leaf.shape)
+    start += count
+  if strange := [x for x in numbers if x.split("/")[-1] not in _FACTORS]:
+    raise ValueError(
+      f"square arranges LoRA factors alone, got {', '.join(strange)}. Take"
+      " flat, which arranges any tree."
+    )
+  return numbers
+
+
+def _stacked(positions: np.ndarray) -> np.ndarray:
+  return positions if positions.ndim == 3 else positions[None]
+
+
+def _arranged(trainable, positions):
+  leaves = zip(
+    partition.paths(trainable), jax.tree.leaves(trainable), strict=True
+  )
+  described = [f"{path} {tuple(leaf.shape)}" for path, leaf in leaves]
+  positions = positions.astype(np.int32)
+  digest = hashlib.sha256("\n".join(described).encode())
+  digest.update(repr(positions.shape).encode() + positions.tobytes())
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+  return Arrangement(positions, size, digest.hexdigest()[:16])

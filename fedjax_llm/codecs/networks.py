@@ -1,0 +1,109 @@
+"""The networks of CG-FedLLM's autoencoder, as Flax modules.
+
+Images are [batch, height, width, 1], the order that XLA prefers; the paper
+writes [1, height, width]. Encoder and decoder are modules of their own: a
+client holds the parameters of the one, the server those of the other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Channels of the layers of stride two.
+CHANNELS = (2, 4, 8, 16, 32, 64)
+BLOCKS = 3
+
+
+class ResidualBlock(nn.Module):
+  """x plus two convolutions of it."""
+
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """The same shape."""
+    channels = x.shape[-1]
+    y = _reflect(x, 1)
+    y = nn.relu(_normalised(self, _convolution(channels, 3)(y)))
+    y = _reflect(y, 1)
+    return x + _normalised(self, _convolution(channels, 3)(y))
+
+
+class ResNetEncoder(nn.Module):
+  """CG-FedLLM's ResNet encoder, to the letter: 246,785 parameters.
+
+  One channel at full resolution, six convolutions of stride two up to 64
+  channels, three residual blocks (arXiv 2405.13746v3, appendix). The
+  latent has exactly a 64th of the entries.
+
+  Attributes:
+    train: whether batches are normalised by their own moments.
+  """
+
+  train: bool = False
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "n h w 1"]
+  ) -> Float[Array, "n h/64 w/64 64"]:
+    """The latents of images whose sides are multiples of 64."""
+    x = _convolution(1, 3)(_reflect(images, 1))
+    x = nn.relu(_normalised(self, x))
+    for channels in CHANNELS:
+      x = _convolution(channels, 3, strides=2, padding=1)(x)
+      x = nn.relu(_normalised(self, x))
+    for _ in range(BLOCKS):
+      x = ResidualBlock(self.train)(x)
+    return x
+
+
+class ResNetDecoder(nn.Module):
+  """CG-FedLLM's ResNet decoder, to the letter: 246,698 parameters.
+
+  Three residual blocks, six transposed convolutions back to one channel, a
+  convolution of 7 x 7 and tanh, so that nothing beyond (-1, 1) can come out.
+
+  Attributes:
+    train: whether batches are normalised by their own moments.
+    head: what follows the last convolution; the paper's is `jnp.tanh`.
+  """
+
+  train: bool = False
+  head: Callable[[Any], Any] = jnp.tanh
+
+  @nn.compact
+  def __call__(
+    self, latents: Float[Array, "n h w 64"]
+  ) -> Float[Array, "n 64*h 64*w 1"]:
+    """The images of latents."""
+    x = latents
+    for _ in range(BLOCKS):
+      x = ResidualBlock(self.train)(x)
+    for channels in (*CHANNELS[-2::-1], 1):
+      # As PyTorch's with padding 1 and output padding 1: twice the size.
+      x = nn.ConvTranspose(
+        channels, (3, 3), (2, 2), padding=((1, 2), (1, 2)), use_bias=False
+      )(x)
+      x = nn.relu(_normalised(self, x))
+    return self.head(_convolution(1, 7, use_bias=True)(_reflect(x, 3)))
+
+
+def _convolution(channels, width, *, strides=1, padding=0, use_bias=False):
+  return nn.Conv(
+    channels, (width, width), strides, padding=padding, use_bias=use_bias
+  )
+
+
+def _normalised(module, x):
+  """Batch normalisation with PyTorch's constants."""
+  return nn.BatchNorm(
+    use_running_average=not module.train, momentum=0.9, epsilon=1e-5
+  )(x)
+
+
+def _reflect(x, width):
+  sides = (width, width)
+  return jnp.pad(x, ((0, 0), sides, sides, (0, 0)), mode="reflect")

@@ -1,0 +1,117 @@
+import jax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.codecs import arrangements
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def shapes(layers, width, rank, **outputs):
+  """LoRA factors of stacked layers."""
+  of = lambda *shape: jax.ShapeDtypeStruct((layers, *shape), np.float32)
+  factors = {
+    name: {"a": of(width, rank), "b": of(rank, outputs.get(name, width))}
+    for name in MODULES
+  }
+  return {"layers": {"self_attn": factors}}
+
+
+def filled(tree):
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: random.normal(size=x.shape).astype(np.float32), tree
+  )
+
+
+def test_llama_7b_is_the_papers_image():
+  arrangement = arrangements.square(shapes(32, 4096, 8))
+  assert arrangement.positions.shape == (4096, 2048)
+  assert arrangement.size == arrangement.positions.size == 8_388_608
+
+
+@pytest.mark.parametrize(("layers", "rank"), [(1, 8), (3, 16)])
+def test_an_image_is_as_wide_as_the_factors_together(layers, rank):
+  arrangement = arrangements.square(shapes(layers, 64, rank))
+  assert arrangement.positions.shape == (64, 2 * 4 * layers * rank)
+
+
+def test_columns_are_layer_by_layer_a_beside_b_transposed():
+  tree = filled(shapes(2, 64, 4))
+  vector, _ = ravel_pytree(tree)
+  image = arrangements.square(tree).pack(vector)
+  factors = tree["layers"]["self_attn"]
+  expected = []
+  for layer in range(2):
+    for module in MODULES:
+      expected.append(factors[module]["a"][layer])
+      expected.append(factors[module]["b"][layer].T)
+  np.testing.assert_array_equal(image, np.concatenate(expected, axis=1))
+
+
+@pytest.mark.parametrize(
+  ("arrange", "tree"),
+  [
+    (arrangements.square, shapes(2, 64, 4)),
+    (arrangements.square, shapes(3, 96, 8)),
+    (arrangements.flat, shapes(2, 64, 4, k_proj=16, v_proj=16)),
+    (arrangements.flat, {"c_attn": np.zeros((7, 3)), "head": np.zeros(5)}),
+  ],
+)
+def test_what_is_packed_comes_back_to_the_bit(arrange, tree):
+  vector, _ = ravel_pytree(filled(tree))
+  arrangement = arrange(tree)
+  image = jax.jit(arrangement.pack)(vector)
+  assert image.shape == arrangement.positions.shape
+  np.testing.assert_array_equal(jax.jit(arrangement.unpack)(image), vector)
+  padding = np.asarray(image)[arrangement.positions == arrangement.size]
+  assert padding.size == image.size - vector.size and not padding.any()
+
+
+def test_a_flat_image_has_sides_that_are_multiples_of_64():
+  tree = np.zeros(100_000)
+  for height in (None, 64, 640):
+    image = arrangements.flat(tree, height=height).positions
+    assert image.shape[0] == height or height is None
+    assert not image.shape[0] % 64 and not image.shape[1] % 64
+    assert image.size - 64 * image.shape[0] < 100_000
+  assert arrangements.flat(tree).positions.shape == (320, 320)
+
+
+def test_the_digest_tells_layouts_apart_but_not_orders_of_keys():
+  tree = shapes(2, 64, 4)
+  inner = tree["layers"]["self_attn"]
+  turned = {"layers": {"self_attn": dict(reversed(inner.items()))}}
+  digest = arrangements.square(tree).digest
+  assert arrangements.square(turned).digest == digest
+  renamed = {"blocks": tree["layers"]}
+  others = [
+    arrangements.flat(tree),
+    arrangements.square(renamed),
+    arrangements.square(shapes(2, 64, 8)),
+    arrangements.square(shapes(4, 64, 2)),
+    arrangements.square(tree, MODULES[::-1]),
+  ]
+  assert len({digest, *(x.digest for x in others)}) == 6
+
+
+def test_another_layout_is_refused():
+  arrangement = arrangements.square(shapes(2, 64, 4))
+  with pytest.raises(ValueError, match="of vectors of 4096 entries, got"):
+    arrangement.pack(np.zeros(8192))
+  with pytest.raises(ValueError, match=r"images of \(64, 64\), got \(64, 32\)"):
+    arrangement.unpack(np.zeros((64, 32)))
+
+
+def test_what_is_not_square_is_told_to_be_flat():
+  grouped = shapes(2, 64, 4, k_proj=16)
+  with pytest.raises(ValueError, match=r"got widths \[16, 64\]. Take flat"):
+    arrangements.square(grouped)
+  with pytest.raises(ValueError, match="expected factors of q_proj, v_proj"):
+    arrangements.square(grouped, ("q_proj", "v_proj"))
+  head = {**grouped, "head": np.zeros((3, 3))}
+  with pytest.raises(ValueError, match="LoRA factors alone, got head"):
+    arrangements.square(head)
+  with pytest.raises(ValueError, match="multiple of 64, got height=100"):
+    arrangements.flat(grouped, height=100)

@@ -1,0 +1,102 @@
+"""The paper's networks: their numbers, and what a codec must not do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from fedjax_llm.codecs import networks
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 128, 128, 1))
+IMAGES = IMAGES.astype(np.float32)
+ENCODER, DECODER = networks.ResNetEncoder(), networks.ResNetDecoder()
+
+
+def shapes(module, *shape):
+  image = jax.ShapeDtypeStruct(shape, jnp.float32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), image)
+  return variables, jax.eval_shape(module.apply, variables, image)
+
+
+@pytest.fixture(scope="module")
+def codec():
+  """Parameters of both ends, and the latents of the images."""
+  encoder = jax.jit(ENCODER.init)(jax.random.key(0), IMAGES)
+  latents = jax.jit(ENCODER.apply)(encoder, IMAGES)
+  decoder = jax.jit(DECODER.init)(jax.random.key(1), latents)
+  return encoder, latents, decoder
+
+
+@pytest.mark.parametrize(
+  ("module", "channels", "count"),
+  [(ENCODER, 1, 246_785), (DECODER, 64, 246_698)],
+)
+def test_parameters_are_as_many_as_the_papers(module, channels, count):
+  variables, _ = shapes(module, 1, 128, 128, channels)
+  leaves = jax.tree.leaves(variables["params"])
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == count
+
+
+@pytest.mark.parametrize(
+  ("height", "width"), [(4096, 2048), (4096, 4096), (128, 192)]
+)
+def test_a_latent_is_exactly_a_64th(height, width):
+  _, latent = shapes(ENCODER, 1, height, width, 1)
+  assert latent.shape == (1, height // 64, width // 64, 64)
+  assert math.prod(latent.shape) * 64 == height * width
+  _, image = shapes(DECODER, *latent.shape)
+  assert image.shape == (1, height, width, 1)
+
+
+def products(jaxpr):
+  """Multiplications of all convolutions, at the grid of their outputs."""
+  count = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "conv_general_dilated":
+      kernel, (output,) = equation.invars[1].aval, equation.outvars
+      count += math.prod(output.aval.shape) * math.prod(kernel.shape[:3])
+    for inner in core.jaxprs_in_params(equation.params):
+      count += products(inner)
+  return count
+
+
+@pytest.mark.parametrize(
+  ("module", "shape", "count"),
+  [
+    (ENCODER, (1, 4096, 2048, 1), 754_974_720),
+    (DECODER, (1, 64, 32, 64), 1_769_996_288),
+  ],
+)
+def test_multiplications_are_as_many_as_counted_for_the_paper(
+  module, shape, count
+):
+  variables, _ = shapes(module, *shape)
+  image = jax.ShapeDtypeStruct(shape, jnp.float32)
+  assert products(jax.make_jaxpr(module.apply)(variables, image).jaxpr) == count
+
+
+def test_an_image_does_not_depend_on_those_beside_it(codec):
+  encoder, latents, decoder = codec
+  alone = jax.jit(ENCODER.apply)(encoder, IMAGES[1:2])
+  np.testing.assert_allclose(alone[0], latents[1], rtol=1e-5, atol=1e-6)
+  images = jax.jit(DECODER.apply)(decoder, latents)
+  alone = jax.jit(DECODER.apply)(decoder, latents[1:2])
+  np.testing.assert_allclose(alone[0], images[1], rtol=1e-5, atol=1e-6)
+  assert (np.abs(images) < 1).all()
+
+
+def test_in_training_batches_are_normalised_by_themselves(codec):
+  encoder, latents, _ = codec
+  train = networks.ResNetEncoder(train=True)
+  apply = jax.jit(lambda x: train.apply(encoder, x, mutable="batch_stats"))
+  own, after = apply(3 * IMAGES)
+  same, _ = apply(IMAGES)
+  # Whatever the scale of a batch, it is as if it had none.
+  np.testing.assert_allclose(own, same, rtol=1e-2, atol=1e-2)
+  assert not np.allclose(same, latents, atol=1e-2)
+  before = jax.tree.leaves(encoder["batch_stats"])
+  moved = jax.tree.leaves(after["batch_stats"])
+  assert not np.allclose(before[0], moved[0])
