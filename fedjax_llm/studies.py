@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,26 +222,21 @@ def shown(entries: Sequence[Entry]) -> list[str]:
   return [name for name in names if name not in hidden and differs(name)]
 
 
-def megabytes_to(
-  entry: Entry, levels: np.ndarray, convention: str | None = None
+def cost_to(
+  entry: Entry, levels: np.ndarray, cost: Callable[[int], float]
 ) -> np.ndarray:
-  """Megabytes after which the mean over seeds first met each utility level.
+  """What it cost until the mean over seeds first met each utility level.
 
   Linear between evaluations; NaN where it was never met.
 
   Args:
     entry: of which method.
     levels: of its metric.
-    convention: by which of `report.conventions` bytes are counted; None for
-      those of the real payloads.
+    cost: of so many rounds, such as `entry.megabytes` or `entry.seconds`.
   """
   metric, higher = metric_of(entry)
   sign = 1 if higher else -1
-  rounds = [line["round"] for line in entry.runs[0].evaluated]
-  if convention is None:
-    sent = [entry.megabytes(number) for number in rounds]
-  else:
-    sent = [entry.as_papers_count(x).get(convention, np.nan) for x in rounds]
+  spent = [cost(line["round"]) for line in entry.runs[0].evaluated]
   values = [[x[metric] for x in run.evaluated] for run in entry.runs]
   best = np.maximum.accumulate(sign * np.mean(values, axis=0))
   levels = sign * np.asarray(levels)
@@ -250,7 +245,7 @@ def megabytes_to(
   around = [slice(max(i - 1, 0), i + 1) for i in first]
   return np.array(
     [
-      np.interp(level, best[pair], sent[pair], right=np.nan)
+      np.interp(level, best[pair], spent[pair], right=np.nan)
       for level, pair in zip(levels, around, strict=True)
     ]
   )

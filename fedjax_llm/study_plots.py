@@ -1,5 +1,6 @@
 """Plots of studies."""
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   densities, bars one standard deviation over seeds, the band the dense
   reference. On the right: how many times fewer bytes than dense LoRA a method
   needed to be first as good as dense LoRA was on its way, at the best of its
-  settings; dashed if only the values of sparse messages are counted.
+  settings; dashed if only the values of sparse messages are counted. Of a study
+  with links, simulated seconds in place of bytes.
   """
   varied = studies.shown(entries)
   axis = next((name for name in _AXES if name in varied), None)
@@ -100,23 +102,36 @@ def _draw_ratios(axes, entries, colours):
     if studies.reference_of(entry, entries) is entry
     and entry.cell["rank"] == first.cell["rank"]
   ]
-  passed = np.concatenate([entry.curve(metric)[1] for entry in references])
-  levels = np.unique(passed)
-  for style, convention in {"-": None, "--": "values"}.items():
-    least = lambda several, count=convention: np.fmin.reduce(
-      [studies.megabytes_to(entry, levels, count) for entry in several]
+  levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
+  costs, label = _costs(first)
+  for style, cost in costs.items():
+    least = lambda several, cost=cost: np.fmin.reduce(
+      [studies.cost_to(x, levels, functools.partial(cost, x)) for x in several]
     )
     dense = least(references)
     for method, colour in colours.items():
       ratio = dense / least([x for x in entries if x.method == method])
       # Counted otherwise, most methods are as they were.
-      if convention is None or np.nanmax(ratio, initial=0) > 1:
+      if style == "-" or np.nanmax(ratio, initial=0) > 1:
         axes.plot(levels, ratio, style, color=colour, linewidth=1.2)
   if not higher:
     axes.invert_xaxis()
   _logarithmic(axes, "y")
   axes.set_xlabel(f"{_name(metric, higher)} that dense LoRA passed")
-  axes.set_ylabel("times fewer bytes until there (dashed: values alone)")
+  axes.set_ylabel(label)
+
+
+def _costs(entry):
+  """What is compared, by line style: seconds if there are links, or bytes."""
+  if entry.seconds():
+    label = "times fewer simulated seconds until there"
+    return {"-": studies.Entry.seconds}, label
+  unknown = lambda rounds: np.nan if rounds else 0.0
+  values = lambda x, rounds: x.as_papers_count(rounds).get(
+    "values", unknown(rounds)
+  )
+  label = "times fewer bytes until there (dashed: values alone)"
+  return {"-": studies.Entry.megabytes, "--": values}, label
 
 
 def _logarithmic(axes, which):

@@ -108,20 +108,22 @@ def test_compare_sums_a_study_up(study, tmp_path, capsys):
   assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bytes_to_a_utility_are_between_evaluations(study):
+def test_the_cost_of_a_utility_is_between_evaluations(study):
   dense, sparse = studies.load(study([*DENSE, *SPARSE]))
   # Means 5, 4.0, 3.0, 2.1, and two rounds are 20 messages of 405 bytes.
-  got = studies.megabytes_to(dense, np.array([4.5, 4.0, 2.55, 2.0]))
+  levels = np.array([4.5, 4.0, 2.55, 2.0])
+  got = studies.cost_to(dense, levels, dense.megabytes)
   expected = np.array([0.5, 1.0, 2.5, np.nan]) * 20 * 405 / 1e6
   np.testing.assert_allclose(got, expected)
   # Means 5, 4.5, 3.5, 2.2 and six values of four bytes.
-  got = studies.megabytes_to(sparse, np.array([4.0]), "values")
+  values = lambda rounds: sparse.as_papers_count(rounds).get("values", 0)
+  got = studies.cost_to(sparse, np.array([4.0]), values)
   np.testing.assert_allclose(got, 1.5 * 20 * 24 / 1e6)
 
 
 def test_what_was_lost_again_was_still_met_first(study):
   (entry,) = studies.load(study([record("dense", 0, [3.0, 4.0, 2.0])]))
-  got = studies.megabytes_to(entry, np.array([3.5, 3.0, 2.5]))
+  got = studies.cost_to(entry, np.array([3.5, 3.0, 2.5]), entry.megabytes)
   np.testing.assert_allclose(got, np.array([0.75, 1, 2.5]) * 0.0081)
 
 

@@ -5,7 +5,7 @@ import pytest
 from fedjax_llm import report, studies, study_plots
 
 
-def entry(method, losses, *, entries=100, **settings):
+def entry(method, losses, *, entries=100, simulated_seconds=0.0, **settings):
   """A study's entry of one seed, with two rounds between evaluations."""
   settings = {"density": 1.0, "rank": 16, "rounds": 6} | settings
   sent = {
@@ -16,6 +16,7 @@ def entry(method, losses, *, entries=100, **settings):
     "sparse_messages": 0,
     "sparse_entries": 0,
     "trainable": 100,
+    "simulated_seconds": simulated_seconds,
   }
   lines = [
     {"round": 2 * i, "loss": loss, "perplexity": 1.0, **(sent if i else {})}
@@ -67,6 +68,15 @@ def test_ratios_are_of_the_best_setting_at_every_loss_dense_passed(drawn):
   assert list(ratios.get_xdata()) == [2.0, 3.0, 4.0]
   # Loss 4: after one step of 100, two of 25 or three of 10.
   np.testing.assert_allclose(ratios.get_ydata(), [np.nan, np.nan, 10 / 3])
+
+
+def test_over_links_seconds_are_compared(drawn):
+  dense = entry("dense", [5.0, 4.0, 3.0], simulated_seconds=8.0)
+  some = entry("FLASC", [5.0, 4.5, 4.0], simulated_seconds=1.0)
+  _, axes = drawn([dense, some])
+  _, ratios = axes.get_lines()
+  assert "simulated seconds" in axes.get_ylabel()
+  np.testing.assert_allclose(ratios.get_ydata(), [np.nan, 4])
 
 
 def test_without_a_dense_run_there_are_no_ratios(drawn):
