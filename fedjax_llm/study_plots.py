@@ -103,6 +103,9 @@ def _draw_ratios(axes, entries, colours):
     and entry.cell["rank"] == first.cell["rank"]
   ]
   levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
+  # What the untrained model has already would cost nothing.
+  start = first.runs[0].evaluated[0][metric]
+  levels = levels[levels > start] if higher else levels[levels < start]
   costs, label = _costs(first)
   for style, cost in costs.items():
     least = lambda several, cost=cost: np.fmin.reduce(
@@ -111,7 +114,7 @@ def _draw_ratios(axes, entries, colours):
     dense = least(references)
     for method, colour in colours.items():
       ratio = dense / least([x for x in entries if x.method == method])
-      # Counted otherwise, most methods are as they were.
+      # By values, what sends all entries in few bits is no better than dense.
       if style == "-" or np.nanmax(ratio, initial=0) > 1:
         axes.plot(levels, ratio, style, color=colour, linewidth=1.2)
   if not higher:

@@ -22,8 +22,9 @@ CACHE = {
 os.environ["FEDJAX_LLM_CACHE"] = str(ROOT / ".pytest_cache" / "tokens")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA's optimisations of code that runs a few times take longer than they save.
+# XLA_FLAGS=--xla_backend_optimization_level=3 tests with them.
 os.environ["XLA_FLAGS"] = " ".join(
-  (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
+  ("--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", ""))
 )
 for name, value in CACHE.items():
   jax.config.update(name, value)

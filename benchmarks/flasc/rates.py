@@ -101,7 +101,10 @@ def of(
     x for x in records if [x["cell"]["method"], x["cell"]["knobs"]] == wanted
   ]
   if not records:
-    raise ValueError(f"no rates of {wanted} in {path}: run rates.py {task}.")
+    raise ValueError(
+      f"no rates of {wanted} in {path}: run rates.py {task}, after adding the"
+      " method to OTHERS if it is not tuned on this task."
+    )
   best = min(records, key=lambda record: record["lines"][-1]["loss"])
   return best["cell"]["client_rate"], best["cell"]["server_rate"]
 

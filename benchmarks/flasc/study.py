@@ -106,28 +106,32 @@ def run(
   )
   with pool:
     futures = {pool.submit(_compute, cell): cell for cell in missing}
-    for future in concurrent.futures.as_completed(futures):
-      try:
-        record = future.result()
-      except FloatingPointError as error:
-        cell = dataclasses.asdict(futures[future])
-        print(f"{_describe(cell)}  left out: {error}", flush=True)
-        continue
-      except BaseException:
-        # Or else all cells would be computed, and recorded nowhere.
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-      done[_key(record)] = record
-      with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-      last = record["lines"][-1]
-      print(
-        f"{_describe(record['cell'])}"
-        f"  loss {last['loss']:.3f}  accuracy {last['accuracy']:.1%}"
-        f"  {record['seconds']:5.0f} s",
-        flush=True,
-      )
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        try:
+          record = future.result()
+        except FloatingPointError as error:
+          cell = dataclasses.asdict(futures[future])
+          print(f"{_describe(cell)}  left out: {error}", flush=True)
+          continue
+        done[_key(record)] = record
+        with path.open("a") as file:
+          file.write(json.dumps(record) + "\n")
+        print(_line(record), flush=True)
+    except BaseException:
+      # Or else all cells would be computed, and recorded nowhere.
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
   return [done[cell.key()] for cell in cells if cell.key() in done]
+
+
+def _line(record):
+  last = record["lines"][-1]
+  return (
+    f"{_describe(record['cell'])}"
+    f"  loss {last['loss']:.3f}  accuracy {last['accuracy']:.1%}"
+    f"  {record['seconds']:5.0f} s"
+  )
 
 
 def _describe(cell):

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.federated import partition
 
-# Six layers of stride two, in the networks of the paper.
-MULTIPLE = 64
+# Six layers of stride two, in the networks of the paper, and reflections at the
+# borders of what they leave.
+MULTIPLE, LEAST = 64, 128
 _FACTORS = ("a", "b")
 
 
@@ -90,24 +91,32 @@ def square(
   by_module: dict[str, dict[str, np.ndarray]] = {}
   for path, positions in numbers.items():
     *_, module, factor = path.split("/")
-    by_module.setdefault(module, {})[factor] = positions
-  if set(by_module) != set(modules):
+    if factor in by_module.setdefault(module, {}):
+      raise ValueError(
+        f"square expected stacked layers, got {module}/{factor} twice. Take"
+        " flat, which arranges any tree."
+      )
+    by_module[module][factor] = positions
+  halves = [name for name, each in by_module.items() if len(each) < 2]
+  if set(by_module) != set(modules) or halves:
     raise ValueError(
-      f"square expected factors of {', '.join(modules)}, got those of"
-      f" {', '.join(by_module)}. Take flat, which arranges any tree."
+      f"square expected both factors of {', '.join(modules)}, got those of"
+      f" {', '.join(by_module)}{f', but one of {halves}' if halves else ''}."
+      " Take flat, which arranges any tree."
     )
   columns = []
   stacked = {
     module: (_stacked(each["a"]), _stacked(each["b"]).swapaxes(1, 2))
     for module, each in by_module.items()
   }
-  widths = {x.shape[1] for pair in stacked.values() for x in pair}
-  if len(widths) > 1:
+  sides = {x.shape[:2] for pair in stacked.values() for x in pair}
+  if len(sides) > 1:
     raise ValueError(
-      "square expected projections of as many outputs as inputs, got widths"
-      f" {sorted(widths)}. Take flat, which arranges any tree."
+      "square expected projections of as many outputs as inputs in as many"
+      f" layers, got (layers, width) {sorted(sides)}. Take flat, which arranges"
+      " any tree."
     )
-  layers = len(stacked[modules[0]][0])
+  ((layers, _),) = sides
   for layer in range(layers):
     for module in modules:
       columns += [factor[layer] for factor in stacked[module]]
@@ -119,19 +128,21 @@ def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
 
   Args:
     trainable: any tree of arrays, or their shapes.
-    height: of the image, a multiple of 64; None for about a square.
+    height: of the image, a multiple of 64, 128 or more; None for about a
+      square.
 
   Raises:
-    ValueError: if `height` is not a positive multiple of 64.
+    ValueError: if `height` is another one.
   """
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
   if height is None:
-    height = MULTIPLE * max(1, round(math.sqrt(size) / MULTIPLE))
-  if height <= 0 or height % MULTIPLE:
+    height = max(LEAST, MULTIPLE * round(math.sqrt(size) / MULTIPLE))
+  if height < LEAST or height % MULTIPLE:
     raise ValueError(
-      f"flat expected a height that is a multiple of {MULTIPLE}, got {height=}."
+      f"flat expected a height that is a multiple of {MULTIPLE}, {LEAST} or"
+      f" more, got {height=}."
     )
-  width = MULTIPLE * -(-size // (height * MULTIPLE))
+  width = max(LEAST, MULTIPLE * -(-size // (height * MULTIPLE)))
   positions = np.minimum(np.arange(height * width), size)
   return _arranged(trainable, positions.reshape(height, width))
 

@@ -49,7 +49,16 @@ class ResNetEncoder(nn.Module):
   def __call__(
     self, images: Float[Array, "n h w 1"]
   ) -> Float[Array, "n h/64 w/64 64"]:
-    """The latents of images whose sides are multiples of 64."""
+    """The latents of images whose sides are multiples of 64, 128 or more.
+
+    Raises:
+      ValueError: if they are not.
+    """
+    if any(side % 64 or side < 128 for side in images.shape[1:3]):
+      raise ValueError(
+        "expected images whose sides are multiples of 64, 128 or more, got"
+        f" {images.shape[1:3]}. arrangements.flat makes such."
+      )
     x = _convolution(1, 3)(_reflect(images, 1))
     x = nn.relu(_normalised(self, x))
     for channels in CHANNELS:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -50,12 +51,12 @@ def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
     )
   mean = snapshots.mean(axis=0)
   centred = snapshots - mean[None]
-  values, vectors = jnp.linalg.eigh(centred @ centred.T)
+  values, vectors = jnp.linalg.eigh(_product(centred, centred.T))
   # In ascending order. What has no variance has no direction, and stays zero.
   values, vectors = values[::-1][:components], vectors[:, ::-1][:, :components]
   has_variance = values > 1e-7 * values[0]
   scales = jnp.where(has_variance, values, 1) ** -0.5 * has_variance
-  return Basis(mean, (vectors * scales[None]).T @ centred)
+  return Basis(mean, _product((vectors * scales[None]).T, centred))
 
 
 def pca(basis: Basis) -> base.Compressor:
@@ -76,9 +77,21 @@ def pca(basis: Basis) -> base.Compressor:
         f"the basis is of vectors of {basis.mean.size} entries, got"
         f" {vector.shape}. A codec serves the adapter that it was fitted on."
       )
-    return Latent(basis.components @ (vector - basis.mean), vector.size)
+    values = _product(basis.components, vector - basis.mean)
+    return Latent(values, vector.size)
 
   def decode(payload):
-    return basis.mean + jnp.asarray(payload.values) @ basis.components
+    expected = len(basis.components), basis.mean.size
+    if (payload.values.size, payload.size) != expected:
+      raise ValueError(
+        f"the basis has {expected[0]} components of vectors of {expected[1]}"
+        f" entries, the message {payload.values.size} of {payload.size}."
+      )
+    return basis.mean + _product(payload.values, basis.components)
 
   return base.stateless(encode, decode)
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+  # Accelerators would round factors to fewer bits.
+  return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

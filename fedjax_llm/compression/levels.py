@@ -30,6 +30,9 @@ class Levels:
     wire.require(self.codes, np.uint8, length, "codes")
     blocks = -(-self.size // self.block)
     wire.require(self.scales, np.float32, blocks, "scales")
+    codes = packing.unpack_digits(self.codes, self.size, self.levels)
+    if (codes >= self.levels).any():
+      raise ValueError(f"The message has codes beyond {self.levels} levels.")
 
 
 def uniform(bits: int, *, block: int = 256) -> base.Compressor:
@@ -81,8 +84,7 @@ def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
       f"qsgd expected levels in [1, 127] and block > 0, got {levels=},"
       f" {block=}."
     )
-  norm = lambda blocks: jnp.linalg.norm(blocks, axis=1)
-  return _at_random(2 * levels + 1, block, lambda blocks, counts: blocks, norm)
+  return _at_random(2 * levels + 1, block, lambda blocks, counts: blocks, _norm)
 
 
 def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
@@ -90,7 +92,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
 
   Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in
   Distributed Deep Learning", 2017 (arXiv 1705.07878): entries are clipped to
-  `clip` standard deviations first (section 3.3), or else the largest would make
+  `clip` standard deviations first, about zero, or else the largest would make
   nearly all others zero; the expectation is that of what was clipped. Five
   entries travel in a byte.
 
@@ -113,8 +115,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
   def clipped(blocks, counts):
     if math.isinf(clip):
       return blocks
-    # Around zero, as the paper has it: the root mean square.
-    bounds = clip * jnp.sqrt((blocks**2).sum(axis=1) / counts)
+    bounds = clip * _norm(blocks) / jnp.sqrt(counts)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
   return _at_random(3, block, clipped, _largest)
@@ -142,11 +143,12 @@ def sign(
 
   def encode(vector, key):
     del key  # Deterministic.
-    length = block or vector.size
+    length = block or max(vector.size, 1)
     blocks = quantize.in_blocks(vector.astype(jnp.float32), length)
     total = jnp.abs(blocks).sum(axis=1)
     if unbiased:
-      scales = (blocks**2).sum(axis=1) / jnp.where(total > 0, total, 1)
+      norm = _norm(blocks)
+      scales = norm * (norm / jnp.where(total > 0, total, 1))
     else:
       scales = total / _counts(vector.size, length)
     codes = packing.pack_digits(vector >= 0, 2)
@@ -179,13 +181,22 @@ def _at_random(levels, block, prepare, scale_of):
 def _decode(payload: Levels) -> jax.Array:
   codes = packing.unpack_digits(payload.codes, payload.size, payload.levels)
   # A table, because a division would round differently by device.
-  table = jnp.asarray(np.linspace(-1, 1, payload.levels, dtype=np.float32))
+  steps = payload.levels - 1
+  table = (2 * np.arange(payload.levels) - steps) / steps
+  table = jnp.asarray(table, jnp.float32)
   blocks = quantize.in_blocks(table[codes], payload.block)
   return (blocks * payload.scales[:, None]).ravel()[: payload.size]
 
 
 def _largest(blocks: jax.Array) -> jax.Array:
   return jnp.max(jnp.abs(blocks), axis=1)
+
+
+def _norm(blocks: jax.Array) -> jax.Array:
+  # In units of the largest entry, or squares of what is small would be zero.
+  largest = _largest(blocks)
+  units = jnp.where(largest > 0, largest, 1)[:, None]
+  return largest * jnp.linalg.norm(blocks / units, axis=1)
 
 
 def _counts(size: int, block: int) -> jax.Array:

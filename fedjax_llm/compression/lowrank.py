@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base, quantize, wire
 
 
 @wire.message(tag=16)
@@ -26,8 +27,13 @@ class LowRank:
         f"The message has rank {self.rank} of {self.columns} columns."
       )
     rows = -(-self.size // self.columns)
-    wire.require(self.left, self.left.dtype, rows * self.rank, "left")
-    wire.require(self.right, self.left.dtype, self.columns * self.rank, "right")
+    wire.require(self.left, np.float32, rows * self.rank, "left")
+    wire.require(self.right, np.float32, self.columns * self.rank, "right")
+
+  @property
+  def numbers(self) -> int:
+    """How many numbers travel."""
+    return self.left.size + self.right.size
 
 
 def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
@@ -57,31 +63,36 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
       f"power_sgd expected rank > 0 and columns > 0, got {rank=}, {columns=}."
     )
 
-  def matrix(vector):
-    width = columns or math.isqrt(vector.size)
-    padded = jnp.pad(vector, (0, -vector.size % width))
-    return padded.reshape(-1, width)
+  width = lambda size: columns or math.isqrt(size)
 
   def init(vector):
-    width = columns or math.isqrt(vector.size)
     # The same at all senders, as in the paper; any that is not degenerate.
-    return jax.random.normal(jax.random.key(0), (width, rank), vector.dtype)
+    shape = width(vector.size), rank
+    return jax.random.normal(jax.random.key(0), shape, jnp.float32)
 
   def encode(vector, state, key):
     del key  # Deterministic.
-    rows = matrix(vector)
-    left = _orthonormal(rows @ state)
-    right = rows.T @ left
+    rows = quantize.in_rows(vector.astype(jnp.float32), width(vector.size))
+    # In units of the largest entry, or squares of what is small would be zero.
+    largest = jnp.max(jnp.abs(rows))
+    rows = rows / jnp.where(largest > 0, largest, 1)
+    left = _orthonormal(_product(rows, state))
+    right = _product(rows.T, left)
     payload = LowRank(
-      left.ravel(), right.ravel(), rank, rows.shape[1], vector.size
+      left.ravel(),
+      (right * largest).ravel(),
+      rank,
+      rows.shape[1],
+      vector.size,
     )
-    # A zero matrix leaves nothing to start from.
-    return payload, jnp.where(jnp.any(right != 0), right, state)
+    # From a column of zeros no step would lead away.
+    is_alive = jnp.any(right != 0, axis=0)
+    return payload, jnp.where(is_alive[None], right, state)
 
   def decode(payload):
     left = jnp.asarray(payload.left).reshape(-1, payload.rank)
     right = jnp.asarray(payload.right).reshape(-1, payload.rank)
-    return (left @ right.T).ravel()[: payload.size]
+    return _product(left, right.T).ravel()[: payload.size]
 
   return base.Compressor(init, encode, decode)
 
@@ -90,9 +101,18 @@ def _orthonormal(matrix: jax.Array) -> jax.Array:
   """Gram and Schmidt's columns, twice, for what the first pass leaves."""
   columns: list[jax.Array] = []
   for column in matrix.T:
+    before = jnp.linalg.norm(column)
     for _ in range(2):
       for other in columns:
-        column = column - jnp.vdot(other, column) * other
+        column = column - _product(other, column) * other
     norm = jnp.linalg.norm(column)
-    columns.append(column / jnp.where(norm > 0, norm, 1))
+    # Less is what rounding left, and has no direction of its own.
+    is_new = norm > 1e-5 * before
+    column = column / jnp.where(is_new, norm, 1)
+    columns.append(jnp.where(is_new, column, 0))
   return jnp.stack(columns, axis=1)
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+  # Accelerators would round factors to fewer bits.
+  return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -17,7 +17,8 @@ def stc(density: float) -> base.Compressor:
   Sattler, Wiedemann, Müller, Samek, "Robust and Communication-Efficient
   Federated Learning from Non-IID Data", 2019 (arXiv 1903.02891), algorithm 1.
   The paper has error feedback at both ends (`base.error_feedback`) and Golomb
-  codes of the positions, where the wire has its supports.
+  codes of the positions, where the wire has its supports. Of a vector with
+  fewer entries that are not zero some zeros arrive as plus.
 
   Args:
     density: p of the paper, in (0, 1].
@@ -45,8 +46,8 @@ def drive(*, unbiased: bool = False, block: int = 1024) -> base.Compressor:
   pi / 2 - 1 of it if unbiased.
 
   Args:
-    unbiased: whether the expectation is the vector (section 4.2), for means
-      over many clients; otherwise the error is least (section 4.1).
+    unbiased: whether the expectation is the vector, nearly, for means over many
+      clients; otherwise the error is least.
     block: of the rotation, each with a scale of its own; d in the paper.
 
   Raises:
@@ -59,19 +60,20 @@ def drive(*, unbiased: bool = False, block: int = 1024) -> base.Compressor:
 def eden(
   bits: float, *, unbiased: bool = True, block: int = 1024
 ) -> base.Compressor:
-  """EDEN: any number of bits an entry, after a random rotation.
+  """EDEN: few bits an entry, or less than one, after a random rotation.
 
   Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean
   Estimation for Federated Learning", 2022 (arXiv 2108.08842): entries go to the
-  nearest of the levels that suit a Gaussian best, and a scale makes the
-  expectation exact (section 3). Below one bit a share `bits` of the rotated
-  entries is drawn at random and sent in one bit each (section 3.4); the paper
-  draws each by itself, here their number is fixed, as is a message's length.
+  nearest of the levels that suit a Gaussian best, and a scale takes the bias
+  away, but for what Hadamard's matrix is not any rotation and bfloat16 rounds
+  the scale. Below one bit a share `bits` of the rotated entries is drawn at
+  random and sent in one bit each; here it is the same entries of all blocks.
+  Between whole numbers the paper mixes two; that is refused here.
 
   Args:
     bits: in (0, 1], or a whole number up to 6.
-    unbiased: whether the expectation is the vector; otherwise the error is
-      least.
+    unbiased: whether the expectation is the vector, nearly; otherwise the error
+      is least.
     block: of the rotation, each with a scale of its own; d in the paper.
 
   Raises:
@@ -81,11 +83,15 @@ def eden(
     raise ValueError(
       f"eden expected bits in (0, 1] or a whole number up to 6, got {bits=}."
     )
-  rotated = rotation.rotate(block=block)
-  code = quantize.lloyd_max(max(1, int(bits)), block=block, unbiased=unbiased)
-  if bits >= 1:
-    return base.chain(rotated, code)
-  return base.chain(rotated, sparse.random_k(bits, unbiased=unbiased), code)
+  density = min(bits, 1)
+  return base.chain(
+    rotation.rotate(block=block, density=density, unbiased=unbiased),
+    quantize.lloyd_max(
+      max(1, int(bits)),
+      block=max(1, int(density * block)),
+      unbiased=unbiased,
+    ),
+  )
 
 
 def deep_gradient_compression(
@@ -94,10 +100,11 @@ def deep_gradient_compression(
   """DGC: Top-K of what has gathered, with momentum at the sender.
 
   Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", 2018 (arXiv
-  1712.01887), section 3: momentum correction (equation 4), and momentum factor
-  masking, by which what was sent forgets its momentum (equation 9). Its
-  thresholds are sampled, here Top-K is exact. Its gradient clipping and warm-up
-  are those of the client's optimizer and of `schedules.staged`.
+  1712.01887), section 3: momentum correction, and momentum factor masking, by
+  which what was sent forgets its momentum. Its thresholds are sampled, here
+  Top-K is exact. Its gradient clipping and warm-up are those of the client's
+  optimizer and of `schedules.staged`. As momentum is here, none belongs in the
+  server's optimizer, and its rate is to be up to 1 - momentum of the usual one.
 
   Args:
     density: of the Top-K, in (0, 1].
@@ -121,7 +128,7 @@ def deep_gradient_compression(
     velocity = momentum * velocity + vector
     gathered = gathered + velocity
     payload, _ = top_k.encode(gathered, (), key)
-    kept = ~sparse.support(payload)
-    return payload, (velocity * kept, gathered * kept)
+    forget = lambda x: jnp.where(sparse.support(payload), 0, x)
+    return payload, (forget(velocity), forget(gathered))
 
   return base.Compressor(init, encode, top_k.decode)

@@ -25,7 +25,7 @@ class Nearest:
   def check(self) -> None:
     """Raises a ValueError if codes and scales are not of one vector."""
     size, bits, block = self.size, self.bits, self.block
-    if not (1 <= bits <= 8 and block > 0):
+    if not (1 <= bits <= 6 and block > 0):
       raise ValueError(
         f"The message has codes of {bits} bits in blocks of {block}."
       )
@@ -43,6 +43,9 @@ class Powers:
   def check(self) -> None:
     """Raises a ValueError if the codes are not of one vector."""
     wire.require(self.codes, np.uint8, -(-self.size * 9 // 8), "codes")
+    codes = packing.unpack_bits(self.codes, self.size, 9)
+    if (codes & 255 == 255).any():
+      raise ValueError("The message has values that are not finite.")
 
 
 def cast(dtype: DTypeLike) -> base.Compressor:
@@ -82,8 +85,8 @@ def lloyd_max(
     bits: of each entry, in [1, 6].
     block: the number of entries that share a bfloat16 scale.
     unbiased: each block is scaled so that its product with what arrives is its
-      squared norm; after a random rotation the expectation is then exact, as
-      EDEN has it. The error is larger.
+      squared norm; after a random rotation the expectation is then that of
+      the block, as EDEN has it. The error is larger.
 
   Returns:
     A `Compressor` whose payload is a `Nearest`.
@@ -176,6 +179,11 @@ def gaussian_levels(bits: int) -> np.ndarray:
   return levels.astype(np.float32)
 
 
+def in_rows(vector: jax.Array, width: int) -> jax.Array:
+  """The vector as rows of `width` entries, with zeros at its end."""
+  return jnp.pad(vector, (0, -vector.size % width)).reshape(-1, width)
+
+
 def in_blocks(vector: jax.Array, block: int) -> jax.Array:
-  """The vector as rows of `block` entries, with zeros at its end."""
-  return jnp.pad(vector, (0, -vector.size % block)).reshape(-1, block)
+  """The vector as rows of `block` entries, or as one row if it is shorter."""
+  return in_rows(vector, min(block, max(vector.size, 1)))

@@ -6,75 +6,123 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from fedjax_llm.compression import base, wire
 
 
 @wire.message(tag=14)
 class Rotated:
-  """A vector of `size`, rotated in blocks as `seed` draws it."""
+  """Of each block of a vector of `size`, rotated, `kept` entries.
+
+  `seed` draws the rotation, and which entries of a block are kept.
+  """
 
   values: Any
   seed: Any
   block: int
+  kept: int
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if the values are not whole blocks of the vector."""
+    """Raises a ValueError if the values are not of blocks of the vector."""
     wire.require(self.seed, np.uint32, 2, "seed")
-    is_power = self.block > 0 and self.block & (self.block - 1) == 0
-    if (
-      not is_power
-      or self.values.size != -(-self.size // self.block) * self.block
+    blocks = -(-self.size // max(1, self.block))
+    if not (
+      _is_power(self.block)
+      and self.block <= _power_above(self.size)
+      and 0 < self.kept <= self.block
+      and self.values.size == blocks * self.kept
     ):
       raise ValueError(
-        f"The message has {self.values.size} values in blocks of {self.block},"
-        f" of a vector of {self.size}."
+        f"The message has {self.values.size} values, {self.kept} of each block"
+        f" of {self.block}, of a vector of {self.size}."
       )
 
 
-def rotate(*, block: int = 1024) -> base.Compressor:
+def rotate(
+  *, block: int = 1024, density: float = 1.0, unbiased: bool = True
+) -> base.Compressor:
   """Rotates a vector at random, for a quantiser after it in a `chain`.
 
   Signs are flipped at random, then each block is transformed by Hadamard's
   matrix (Suresh et al., "Distributed Mean Estimation with Limited
   Communication", 2017, arXiv 1611.00429, section 3). Then no entry stands out,
-  and an unbiased quantiser's errors are small for every vector. Norms stay as
-  they are. The rotation travels as the eight bytes of its seed.
+  and a quantiser's errors are small for every vector. Norms stay as they are.
+  The rotation travels as the eight bytes of its seed.
+
+  As each rotated entry tells a little of all entries of its block, some can be
+  left out: the subsampled randomised Hadamard transform.
 
   Args:
     block: a power of two. Vectors are padded to whole blocks: one of 1,025
       entries sends 2,048 by blocks of 1,024. A shorter vector has one block,
       the next power of two.
+    density: fraction of the entries of each block to send, in (0, 1]; at least
+      one.
+    unbiased: scale what is kept, so that the expectation of what arrives is the
+      vector, as with `random_k`.
 
   Returns:
     A `Compressor` whose payload is a `Rotated`.
 
   Raises:
-    ValueError: if `block` is not a power of two.
+    ValueError: if `block` is not a power of two or `density` out of range.
   """
-  if block <= 0 or block & (block - 1):
+  if not _is_power(block):
     raise ValueError(f"rotate expected a power of two, got {block=}.")
+  if not 0 < density <= 1:
+    raise ValueError(f"rotate expected density in (0, 1], got {density=}.")
 
   def encode(vector, key):
-    length = min(block, 1 << (vector.size - 1).bit_length())
+    length = min(block, _power_above(vector.size))
+    kept = max(1, int(density * length))
     seed = jax.random.bits(key, (2,), jnp.uint32)
     padded = jnp.pad(vector.astype(jnp.float32), (0, -vector.size % length))
     values = _hadamard(padded * _signs(seed, padded.size), length)
-    return Rotated(values, seed, length, vector.size)
+    values = values.reshape(-1, length)[:, _places(seed, length, kept)].ravel()
+    if unbiased:
+      values = values * (length / kept)
+    return Rotated(values, seed, length, kept, vector.size)
 
   def decode(payload):
-    values = _hadamard(jnp.asarray(payload.values), payload.block)
+    values = jnp.asarray(payload.values).reshape(-1, payload.kept)
+    places = _places(payload.seed, payload.block, payload.kept)
+    blocks = jnp.zeros((len(values), payload.block), values.dtype)
+    values = _hadamard(blocks.at[:, places].set(values), payload.block)
     return (values * _signs(payload.seed, values.size))[: payload.size]
 
   return base.stateless(encode, decode)
 
 
-def _signs(seed: UInt[Array, " 2"], size: int) -> Float[Array, " size"]:
-  # The implementation is named, so that it is not a setting of either end.
+def _is_power(number: int) -> bool:
+  return number > 0 and number & (number - 1) == 0
+
+
+def _power_above(size: int) -> int:
+  """The power of two that is `size` or the next one."""
+  return 1 << max(size - 1, 0).bit_length()
+
+
+def _bits(seed: UInt[Array, " 2"], purpose: int, count: int) -> jax.Array:
+  """The same random bits at both ends, whatever their settings."""
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
-  bits = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
+  with jax.threefry_partitionable(True):
+    key = jax.random.fold_in(key, purpose)
+    return jax.random.bits(key, (count,), jnp.uint32)
+
+
+def _places(
+  seed: UInt[Array, " 2"], block: int, kept: int
+) -> Int[Array, " kept"]:
+  """Which entries of a rotated block are kept, the same of all blocks."""
+  if kept == block:
+    return jnp.arange(block)
+  return jnp.argsort(_bits(seed, 1, block))[:kept]
+
+
+def _signs(seed: UInt[Array, " 2"], size: int) -> Float[Array, " size"]:
+  bits = _bits(seed, 0, -(-size // 32))
   places = jnp.arange(32, dtype=jnp.uint32)
   flipped = (bits[:, None] >> places[None]) & 1
   return 1 - 2 * flipped.ravel()[:size].astype(jnp.float32)

@@ -279,11 +279,12 @@ def _count_rows(*masks: Bool[Array, "r c"]) -> tuple[Int[Array, " r"], ...]:
 
 def _draw(seed: UInt[Array, " 2"], count: int, size: int) -> Int[Array, " k"]:
   """The same `count` of `size` indices at both ends, in increasing order."""
-  # The implementation is named, so that it is not a setting of either end.
+  # Named and fixed, so that it is not a setting of either end.
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   # The largest of random keys, because a permutation would sort: equal keys,
   # and with them a preference, are as rare as size / 2**32.
-  keys = jax.random.bits(key, (size,), jnp.uint32)
+  with jax.threefry_partitionable(True):
+    keys = jax.random.bits(key, (size,), jnp.uint32)
   return _where(_largest(keys, count), count)
 
 

@@ -71,7 +71,7 @@ def test_what_is_packed_comes_back_to_the_bit(arrange, tree):
 
 def test_a_flat_image_has_sides_that_are_multiples_of_64():
   tree = np.zeros(100_000)
-  for height in (None, 64, 640):
+  for height in (None, 128, 640):
     image = arrangements.flat(tree, height=height).positions
     assert image.shape[0] == height or height is None
     assert not image.shape[0] % 64 and not image.shape[1] % 64
@@ -106,12 +106,23 @@ def test_another_layout_is_refused():
 
 def test_what_is_not_square_is_told_to_be_flat():
   grouped = shapes(2, 64, 4, k_proj=16)
-  with pytest.raises(ValueError, match=r"got widths \[16, 64\]. Take flat"):
+  with pytest.raises(ValueError, match=r"\[\(2, 16\), \(2, 64\)\]. Take"):
     arrangements.square(grouped)
-  with pytest.raises(ValueError, match="expected factors of q_proj, v_proj"):
+  with pytest.raises(ValueError, match="both factors of q_proj, v_proj, got"):
     arrangements.square(grouped, ("q_proj", "v_proj"))
   head = {**grouped, "head": np.zeros((3, 3))}
   with pytest.raises(ValueError, match="LoRA factors alone, got head"):
     arrangements.square(head)
-  with pytest.raises(ValueError, match="multiple of 64, got height=100"):
-    arrangements.flat(grouped, height=100)
+  half = {"q_proj": {"b": np.zeros((2, 4, 64))}}
+  with pytest.raises(ValueError, match=r"but one of \['q_proj'\]"):
+    arrangements.square(half, ("q_proj",))
+  twice = {str(i): {"q_proj": {"a": np.zeros((64, 4))}} for i in range(2)}
+  with pytest.raises(ValueError, match="stacked layers, got q_proj/a twice"):
+    arrangements.square(twice, ("q_proj",))
+  for height in (64, 200):
+    with pytest.raises(ValueError, match="multiple of 64, 128 or more, got"):
+      arrangements.flat(grouped, height=height)
+
+
+def test_a_small_tree_has_an_image_that_the_networks_take():
+  assert arrangements.flat(np.zeros(5)).positions.shape == (128, 128)

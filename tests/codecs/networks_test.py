@@ -88,6 +88,12 @@ def test_an_image_does_not_depend_on_those_beside_it(codec):
   assert (np.abs(images) < 1).all()
 
 
+@pytest.mark.parametrize("sides", [(64, 128), (128, 96)])
+def test_images_that_would_not_come_back_are_refused(sides):
+  with pytest.raises(ValueError, match="multiples of 64, 128 or more"):
+    shapes(ENCODER, 1, *sides, 1)
+
+
 def test_in_training_batches_are_normalised_by_themselves(codec):
   encoder, latents, _ = codec
   train = networks.ResNetEncoder(train=True)

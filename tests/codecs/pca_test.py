@@ -72,5 +72,9 @@ def test_what_does_not_fit_is_refused():
   for components in (0, 4):
     with pytest.raises(ValueError, match=r"in \[1, 3\], fewer than the 4"):
       pca.fit(snapshots, components)
+  basis = pca.fit(snapshots, 2)
   with pytest.raises(ValueError, match="vectors of 20 entries, got"):
-    received(pca.fit(snapshots, 2), np.ones(21, np.float32))
+    received(basis, np.ones(21, np.float32))
+  for latent in (pca.Latent(np.ones(3), 20), pca.Latent(np.ones(2), 21)):
+    with pytest.raises(ValueError, match="2 components of vectors of 20"):
+      pca.pca(basis).decode(latent)

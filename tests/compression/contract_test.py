@@ -80,7 +80,10 @@ COMPRESSORS = {
     top_k(1 / 4), error_feedback(uniform(2))
   ),
 }
-MANY_LENGTHS = ("identity", "top_k + uniform", "uniform(3)")
+MANY_LENGTHS = (
+  *("identity", "top_k + uniform", "uniform(3)", "natural", "tern_grad"),
+  *("stc", "rotate + uniform", "eden(0.5)", "power_sgd"),
+)
 ROWS = [(name, 257) for name in COMPRESSORS]
 ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256)]
 each_row = pytest.mark.parametrize(("name", "n"), ROWS)

@@ -121,9 +121,40 @@ def test_sign_has_the_scale_of_least_error_or_of_the_same_product():
   np.testing.assert_array_equal(received, np.float32([2, -2, 2, 2]))
   unbiased = compression.sign(unbiased=True)
   received = transmit(unbiased, vector, (), KEY).received
-  np.testing.assert_allclose(received @ vector, vector @ vector)
+  np.testing.assert_allclose(received @ vector, vector @ vector, rtol=1e-6)
   received = transmit(compression.sign(block=3), vector, (), KEY).received
   np.testing.assert_array_equal(received, np.float32([1, -1, 1, 5]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize(
+  "compressor",
+  [
+    compression.qsgd(4),
+    compression.tern_grad(),
+    compression.sign(),
+    compression.sign(unbiased=True),
+  ],
+)
+def test_the_scale_of_a_vector_changes_nothing_else(compressor, scale):
+  vector = np.random.default_rng(0).normal(size=50).astype(np.float32)
+  plain, scaled = (
+    transmit(compressor, vector * np.float32(factor), (), KEY).received
+    for factor in (1, scale)
+  )
+  np.testing.assert_allclose(
+    np.asarray(scaled, np.float64) / scale, plain, rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("levels", range(1, 128))
+def test_zero_is_a_level_of_qsgd(levels):
+  vector = np.zeros(8, np.float32)
+  vector[0] = 1.0
+  received = compression.qsgd(levels).decode(
+    compression.qsgd(levels).encode(vector, (), KEY)[0]
+  )
+  np.testing.assert_array_equal(received, vector)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,51 @@ def test_a_step_is_the_published_one():
     received.reshape(20, 15), basis @ basis.T @ rows, atol=1e-4
   )
   np.testing.assert_allclose(
-    np.linalg.norm(state), np.linalg.norm(basis.T @ rows), rtol=1e-5
+    # In units of the largest entry.
+    np.linalg.norm(state) * np.abs(vector).max(),
+    np.linalg.norm(basis.T @ rows),
+    rtol=1e-5,
   )
+
+
+@pytest.mark.parametrize(
+  ("vector", "rank", "columns"),
+  [
+    # One row that is not zero, and fewer rows than ranks.
+    (np.append(np.arange(15), np.zeros(45)), 3, 15),
+    (np.arange(100.0), 4, 50),
+  ],
+)
+def test_ranks_that_a_matrix_has_not_add_nothing(vector, rank, columns):
+  vector = vector.astype(np.float32)
+  compressor = compression.power_sgd(rank, columns=columns)
+  state = compressor.init(vector)
+  for _ in range(3):
+    received, state, _ = transmit(compressor, vector, state, KEY)
+    np.testing.assert_allclose(received, vector, rtol=1e-4, atol=1e-3)
+  # What was spared starts again from where it was.
+  full = matrix(15).ravel()
+  other = compression.power_sgd(2, columns=15)
+  _, after, _ = transmit(other, matrix(1).ravel(), other.init(full), KEY)
+  for _ in range(100):
+    received, after, _ = transmit(other, full, after, KEY)
+  values = np.linalg.svd(full.reshape(20, 15), compute_uv=False)
+  error = np.linalg.norm(received - full)
+  np.testing.assert_allclose(error, np.linalg.norm(values[2:]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_a_vector_changes_nothing_else(scale):
+  vector = matrix(15).ravel()
+  compressor = compression.power_sgd(2, columns=15)
+  outcomes = []
+  for factor in (1.0, scale):
+    state = compressor.init(vector)
+    for _ in range(3):
+      scaled = vector * np.float32(factor)
+      received, state, _ = transmit(compressor, scaled, state, KEY)
+    outcomes.append(np.asarray(received, np.float64) / factor)
+  np.testing.assert_allclose(*outcomes, rtol=1e-3, atol=1e-3)
 
 
 def test_a_vector_is_about_as_wide_as_high_unless_told():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.compression import quantize
+from fedjax_llm.compression import quantize, wire
 
 KEY = jax.random.key(0)
 transmit = jax.jit(compression.transmit, static_argnums=0)
@@ -98,6 +98,13 @@ def test_natural_stays_finite_at_the_largest_float():
   vector = np.finfo(np.float32).max * np.ones(50, np.float32)
   received = transmit(compression.natural(), vector, (), KEY).received
   np.testing.assert_array_equal(received, np.float32(2.0**127))
+
+
+def test_natural_sends_nothing_that_is_not_finite():
+  vector = np.float32([1.0, np.nan, 2.0])
+  payload = transmit(compression.natural(), vector, (), KEY).payload
+  with pytest.raises(ValueError, match="not finite"):
+    wire.dumps(payload)
 
 
 def test_what_a_quantizer_cannot_do_is_refused():

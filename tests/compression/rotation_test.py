@@ -36,6 +36,30 @@ def test_no_entry_stands_out_after_it():
   np.testing.assert_allclose(np.abs(values), 1 / 32, rtol=1e-5)
 
 
+def test_some_of_the_entries_bring_the_vector_on_average():
+  vector = np.random.default_rng(0).normal(size=100).astype(np.float32)
+  compressor = compression.rotate(block=32, density=1 / 4)
+  many = jax.vmap(lambda key: transmit(compressor, vector, (), key))
+  sent = many(jax.random.split(KEY, 4000))
+  assert sent.payload.values.shape == (4000, 4 * 8)
+  received = np.asarray(sent.received, np.float64)
+  deviation = received.std(axis=0) / np.sqrt(4000)
+  assert (np.abs(received.mean(axis=0) - vector) <= 5 * deviation + 1e-6).all()
+  # Each with a quarter of the energy; three quarters are lost, or scaled.
+  errors = np.sum((received - vector) ** 2, axis=1) / np.sum(vector**2)
+  np.testing.assert_allclose(errors.mean(), 4 - 1, rtol=0.05)
+
+
+def test_both_ends_may_have_other_settings():
+  vector = np.ones(64, np.float32)
+  sent = transmit(compression.rotate(), vector, (), KEY)
+  with jax.threefry_partitionable(False):
+    received = compression.rotate().decode(sent.payload)
+  np.testing.assert_allclose(received, vector, atol=1e-5)
+
+
 def test_a_block_that_is_no_power_of_two_is_refused():
   with pytest.raises(ValueError, match="a power of two, got block=12"):
     compression.rotate(block=12)
+  with pytest.raises(ValueError, match="density in"):
+    compression.rotate(density=0)
