@@ -147,7 +147,7 @@ def test_the_scale_of_a_vector_changes_nothing_else(compressor, scale):
   )
 
 
-@pytest.mark.parametrize("levels", range(1, 128))
+@pytest.mark.parametrize("levels", [1, 49, 98, 127])
 def test_zero_is_a_level_of_qsgd(levels):
   vector = np.zeros(8, np.float32)
   vector[0] = 1.0
