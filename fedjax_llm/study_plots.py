@@ -116,7 +116,8 @@ def _draw_ratios(axes, entries, colours):
       ratio = dense / least([x for x in entries if x.method == method])
       # By values, what sends all entries in few bits is no better than dense.
       if style == "-" or np.nanmax(ratio, initial=0) > 1:
-        axes.plot(levels, ratio, style, color=colour, linewidth=1.2)
+        line = dict(linewidth=1.2, marker=".", markersize=4)
+        axes.plot(levels, ratio, style, color=colour, **line)
   if not higher:
     axes.invert_xaxis()
   _logarithmic(axes, "y")
