@@ -64,7 +64,8 @@ def incremental(
     server_optimizer: steps on the aggregated update.
     population: number of clients.
     download: of the difference to a client's copy, without memory; a
-      contraction, such as `top_k` or `lloyd_max`. None for all of it.
+      contraction, such as `top_k` or `lloyd_max`. The more seldom a client
+      comes back, the more bits it needs. None for all of it.
     upload: of a client's update; None for all of it.
     aggregate: from updates to one; None for the uniform mean.
     clients_per_step: see `clients.map_clients`.
