@@ -116,6 +116,9 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
     if math.isinf(clip):
       return blocks
     bounds = clip * _norm(blocks) / jnp.sqrt(counts)
+    # Rounded to 16 bits, so that the order of the sum, which is another one
+    # under vmap, does not show.
+    bounds = jax.lax.reduce_precision(bounds, 8, 16)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
   return _at_random(3, block, clipped, _largest)

@@ -111,7 +111,6 @@ def dumps(payload: Any) -> bytes:
   Raises:
     ValueError: if a value is not finite, or an array cannot be sent.
   """
-  _check(jax.tree.map(np.asarray, payload))
   return b"".join(
     part
     if isinstance(part, bytes)
@@ -185,14 +184,6 @@ def _node_parts(node: Any) -> Iterator[Any]:
     )
   yield bytes([_ARRAY + _DTYPES.index(node.dtype)]) + _varint(node.size)
   yield node
-
-
-def _check(node: Any) -> None:
-  if type(node) in _TAGS:
-    for field in dataclasses.fields(node):
-      _check(getattr(node, field.name))
-    if hasattr(node, "check"):
-      node.check()
 
 
 def _read_node(data: memoryview, depth: int) -> tuple[Any, memoryview]:
