@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from fedjax_llm import data_report, report, studies, study_plots
+from fedjax_llm import data_report, report, studies, study_plots, study_tables
 from fedjax_llm import experiment as experiments
 
 
@@ -141,7 +141,11 @@ def compare(
       )
     entries = [entry for path in runs for entry in studies.load(path)]
     study_plots.plot(entries, out)
-    print(f"{studies.table(entries, papers=conventions)}\n\nPlot: {out}")
+    print(study_tables.table(entries, papers=conventions))
+    if any(entry.method == studies.REFERENCE for entry in entries):
+      print("\nTimes fewer bytes than dense until there:\n")
+      print(study_tables.ratio_table(entries))
+    print(f"\nPlot: {out}")
     return
   loaded = [run for folder in runs for run in report.load(folder)]
   report.plot(loaded, out)

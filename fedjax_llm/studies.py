@@ -7,6 +7,7 @@ of the tables and plots.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tabulate
 
 from fedjax_llm import report
 
@@ -39,7 +39,7 @@ class Entry:
   def label(self, shown: Sequence[str]) -> str:
     """The method, with the settings `shown`."""
     settings = [
-      f"{name} {_short(self.cell[name])}" for name in shown if name in self.cell
+      f"{name} {short(self.cell[name])}" for name in shown if name in self.cell
     ]
     return ", ".join([self.method, *settings])
 
@@ -108,66 +108,6 @@ def load(path: str | os.PathLike) -> list[Entry]:
   settings = lambda cell: [-cell[x] for x in ("rank", "density")]
   place = lambda x: (methods.index(x.method), *settings(x.cell))
   return sorted(found, key=place)
-
-
-def table(entries: Sequence[Entry], *, papers: bool = False) -> str:
-  """A Markdown table: utility, bytes, and both against the dense reference.
-
-  "To dense" is when the mean over seeds was first seen to be within one
-  standard deviation of the end of `reference_of` the entry; ratios are bytes of
-  the reference, by when it was there itself, over those of the entry.
-
-  Args:
-    entries: a row each.
-    papers: adds the ratios by the `report.conventions` of papers.
-  """
-  rows = []
-  for entry in entries:
-    metric, higher = metric_of(entry)
-    reference = reference_of(entry, entries)
-    final = entry.final(metric)
-    form = ".1%" if higher else ".3f"
-    row = {name: _short(entry.cell.get(name, "")) for name in shown(entries)}
-    row["seeds"] = str(len(final))
-    row[metric] = f"{final.mean():{form}} ± {deviation(final):{form}}"
-    row["MB"] = f"{entry.megabytes():.2f}"
-    if entry.seconds():
-      row["simulated s"] = f"{entry.seconds():.0f}"
-    if reference is not None:
-      row |= _against(entry, reference, papers)
-    rows.append({"method": entry.method, **row})
-  return tabulate.tabulate(rows, headers="keys", tablefmt="github")
-
-
-def _against(entry, reference, papers):
-  metric, higher = metric_of(entry)
-  target = target_of(reference, metric, higher)
-  own, theirs = (
-    rounds_to(x, target, metric, higher) for x in (entry, reference)
-  )
-  columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
-  if papers:
-    columns |= _as_papers_count(entry, reference, "× fewer")
-  columns |= {"MB to dense": "not met", "× fewer to dense": ""}
-  if own is not None:
-    sent = entry.megabytes(own)
-    columns["MB to dense"] = f"{sent:.2f}"
-    columns["× fewer to dense"] = f"{reference.megabytes(theirs) / sent:.1f}"
-    if papers:
-      columns |= _as_papers_count(
-        entry, reference, "× fewer to dense", own, theirs
-      )
-    if entry.seconds():
-      columns["simulated s to dense"] = f"{entry.seconds(own):.0f}"
-  return columns
-
-
-def _as_papers_count(entry, reference, name, own=None, theirs=None):
-  counted, dense = (
-    entry.as_papers_count(own),
-    reference.as_papers_count(theirs),
-  )
-  return {f"{name}, {x}": f"{dense[x] / counted[x]:.1f}" for x in counted}
 
 
 def metric_of(entry: Entry) -> tuple[str, bool]:
@@ -251,6 +191,43 @@ def cost_to(
   )
 
 
+def ratios(
+  entries: Sequence[Entry], cost: Callable[[Entry, int], float]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """How many times less than dense LoRA a method cost at each utility.
+
+  Args:
+    entries: of one task, with a reference.
+    cost: of an entry's first rounds, such as `Entry.megabytes`.
+
+  Returns:
+    The levels that the dense runs of the reference's rank passed, in ascending
+    order, and by method the ratios there, at the best of its settings; NaN
+    where it never was.
+  """
+  metric, higher = metric_of(entries[0])
+  first = reference_of(entries[0], entries)
+  if first is None:
+    raise ValueError(f"ratios expected entries of {REFERENCE}, found none.")
+  references = [
+    entry
+    for entry in entries
+    if reference_of(entry, entries) is entry
+    and entry.cell["rank"] == first.cell["rank"]
+  ]
+  levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
+  # What the untrained model has already would cost nothing.
+  start = first.runs[0].evaluated[0][metric]
+  levels = levels[levels > start] if higher else levels[levels < start]
+  least = lambda several: np.fmin.reduce(
+    [cost_to(x, levels, functools.partial(cost, x)) for x in several]
+  )
+  dense = least(references)
+  methods = dict.fromkeys(entry.method for entry in entries)
+  of = lambda method: [x for x in entries if x.method == method]
+  return levels, {method: dense / least(of(method)) for method in methods}
+
+
 def _is_by(line, rounds):
   return rounds is None or line["round"] <= rounds
 
@@ -260,7 +237,7 @@ def deviation(values: np.ndarray) -> float:
   return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
   """A density such as 1/16 as that."""
   if isinstance(value, float) and 0 < value < 1 and (1 / value).is_integer():
     return f"1/{round(1 / value)}"

@@ -1,6 +1,5 @@
 """Plots of studies."""
 
-import functools
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -96,28 +95,14 @@ def _draw_ratios(axes, entries, colours):
   if first is None:
     axes.set_visible(False)
     return
-  references = [
-    entry
-    for entry in entries
-    if studies.reference_of(entry, entries) is entry
-    and entry.cell["rank"] == first.cell["rank"]
-  ]
-  levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
-  # What the untrained model has already would cost nothing.
-  start = first.runs[0].evaluated[0][metric]
-  levels = levels[levels > start] if higher else levels[levels < start]
   costs, label = _costs(first)
   for style, cost in costs.items():
-    least = lambda several, cost=cost: np.fmin.reduce(
-      [studies.cost_to(x, levels, functools.partial(cost, x)) for x in several]
-    )
-    dense = least(references)
-    for method, colour in colours.items():
-      ratio = dense / least([x for x in entries if x.method == method])
+    levels, ratios = studies.ratios(entries, cost)
+    for method, ratio in ratios.items():
       # By values, what sends all entries in few bits is no better than dense.
       if style == "-" or np.nanmax(ratio, initial=0) > 1:
         line = dict(linewidth=1.2, marker=".", markersize=4)
-        axes.plot(levels, ratio, style, color=colour, **line)
+        axes.plot(levels, ratio, style, color=colours[method], **line)
   if not higher:
     axes.invert_xaxis()
   _logarithmic(axes, "y")
@@ -130,10 +115,8 @@ def _costs(entry):
   if entry.seconds():
     label = "times fewer simulated seconds until there"
     return {"-": studies.Entry.seconds}, label
-  unknown = lambda rounds: np.nan if rounds else 0.0
-  values = lambda x, rounds: x.as_papers_count(rounds).get(
-    "values", unknown(rounds)
-  )
+  count = lambda x, rounds: x.as_papers_count(rounds).get("values", np.nan)
+  values = lambda x, rounds: count(x, rounds) if rounds else 0.0
   label = "times fewer bytes until there (dashed: values alone)"
   return {"-": studies.Entry.megabytes, "--": values}, label
 

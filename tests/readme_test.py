@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fedjax_llm import report, studies
+from fedjax_llm import report, studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +45,7 @@ STUDIES = sorted(
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_committed_studies(path):
   entries = studies.load(path)
-  assert studies.table(entries) in README
+  assert study_tables.table(entries) in README
   assert all(run.record["date"] for entry in entries for run in entry.runs)
 
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from fedjax_llm import commands, studies
+from fedjax_llm import commands, studies, study_tables
 
 
 def record(method, seed, losses, *, density=1.0, rank=16, entries=100, **more):
@@ -61,7 +61,7 @@ def test_an_entry_is_measured_by_the_dense_one(study):
   # The target is 2.1 + the deviation sqrt(2) / 10 of 2.0 and 2.2: 2.24. The
   # mean of the sparse runs, 2.2, meets it with its last evaluation.
   entries = studies.load(study([*DENSE, *SPARSE]))
-  table = studies.table(entries, papers=True)
+  table = study_tables.table(entries, papers=True)
   header, _, dense, sparse = table.splitlines()
   columns = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
   dense, sparse = (
@@ -83,12 +83,14 @@ def test_an_entry_is_measured_by_the_dense_one(study):
   assert float(sparse["× fewer, COO"]) == pytest.approx(400 / 48, abs=0.05)
   coo = float(sparse["× fewer to dense, COO"])
   assert coo == pytest.approx(400 / 48, abs=0.05)
-  assert "COO" not in studies.table(entries)
+  assert "COO" not in study_tables.table(entries)
 
 
 def test_a_target_that_is_not_met_is_told(study):
   slow = [record("FLASC", 0, [4.5, 3.5, 2.5], density=1 / 16, entries=6)]
-  *_, row = studies.table(studies.load(study([*DENSE, *slow]))).splitlines()
+  *_, row = study_tables.table(
+    studies.load(study([*DENSE, *slow]))
+  ).splitlines()
   assert "not met" in row
 
 
@@ -104,7 +106,8 @@ def test_knobs_tell_runs_apart(study):
 def test_compare_sums_a_study_up(study, tmp_path, capsys):
   out = tmp_path / "toy.png"
   commands.compare((study([*DENSE, *SPARSE]),), out=out)
-  assert "FLASC" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "FLASC" in printed and "until there" in printed
   assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -119,6 +122,29 @@ def test_the_cost_of_a_utility_is_between_evaluations(study):
   values = lambda rounds: sparse.as_papers_count(rounds).get("values", 0)
   got = studies.cost_to(sparse, np.array([4.0]), values)
   np.testing.assert_allclose(got, 1.5 * 20 * 24 / 1e6)
+
+
+def test_ratios_are_printed_by_utility_the_best_one_first(study):
+  # Dense passes 4, 3 and 2.1; sparse, of 29 bytes for 405, 4.5, 3.5 and 2.2.
+  entries = studies.load(study([*DENSE, *SPARSE]))
+  _, _, *rows = study_tables.ratio_table(entries).splitlines()
+  cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+  assert [row[:2] for row in cells] == [
+    ["2.100", "1.0"],
+    ["3.000", "1.0"],
+    ["4.000", "1.0"],
+  ]
+  # 3 is five thirteenths of a step after 3.5, and 4 half of one after 4.5.
+  expected = [2 / (2 + 5 / 13), 1 / 1.5]
+  assert cells[0][2] == ""
+  assert [float(row[2]) for row in cells[1:]] == [
+    round(ratio * 405 / 29, 1) for ratio in expected
+  ]
+
+
+def test_without_a_dense_run_there_are_no_ratios(study):
+  with pytest.raises(ValueError, match="expected entries of dense"):
+    studies.ratios(studies.load(study(SPARSE)), studies.Entry.megabytes)
 
 
 def test_what_was_lost_again_was_still_met_first(study):

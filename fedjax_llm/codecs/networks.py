@@ -5,9 +5,6 @@ writes [1, height, width]. Encoder and decoder are modules of their own: a
 client holds the parameters of the one, the server those of the other.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -77,11 +74,9 @@ class ResNetDecoder(nn.Module):
 
   Attributes:
     train: whether batches are normalised by their own moments.
-    head: what follows the last convolution; the paper's is `jnp.tanh`.
   """
 
   train: bool = False
-  head: Callable[[Any], Any] = jnp.tanh
 
   @nn.compact
   def __call__(
@@ -97,7 +92,7 @@ class ResNetDecoder(nn.Module):
         channels, (3, 3), (2, 2), padding=((1, 2), (1, 2)), use_bias=False
       )(x)
       x = nn.relu(_normalised(self, x))
-    return self.head(_convolution(1, 7, use_bias=True)(_reflect(x, 3)))
+    return jnp.tanh(_convolution(1, 7, use_bias=True)(_reflect(x, 3)))
 
 
 def _convolution(channels, width, *, strides=1, padding=0, use_bias=False):

@@ -55,7 +55,7 @@ def uniform(bits: int, *, block: int = 256) -> base.Compressor:
     raise ValueError(
       f"uniform expected bits in [1, 8] and block > 0, got {bits=}, {block=}."
     )
-  return _at_random(2**bits, block, lambda blocks, counts: blocks, _largest)
+  return _at_random(2**bits, block, _largest)
 
 
 def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
@@ -84,7 +84,7 @@ def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
       f"qsgd expected levels in [1, 127] and block > 0, got {levels=},"
       f" {block=}."
     )
-  return _at_random(2 * levels + 1, block, lambda blocks, counts: blocks, _norm)
+  return _at_random(2 * levels + 1, block, _norm)
 
 
 def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
@@ -121,7 +121,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
     bounds = jax.lax.reduce_precision(bounds, 8, 16)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
-  return _at_random(3, block, clipped, _largest)
+  return _at_random(3, block, _largest, clipped)
 
 
 def sign(
@@ -160,7 +160,7 @@ def sign(
   return base.stateless(encode, _decode)
 
 
-def _at_random(levels, block, prepare, scale_of):
+def _at_random(levels, block, scale_of, prepare=lambda blocks, counts: blocks):
   """A compressor that rounds entries to one of the two levels around them."""
   steps = levels - 1
 

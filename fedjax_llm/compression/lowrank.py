@@ -99,6 +99,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
 
 def _orthonormal(matrix: jax.Array) -> jax.Array:
   """Gram and Schmidt's columns, twice, for what the first pass leaves."""
+  # Not `jnp.linalg.qr`: under vmap it can hang jaxlib 0.10 on a CPU.
   columns: list[jax.Array] = []
   for column in matrix.T:
     before = jnp.linalg.norm(column)
