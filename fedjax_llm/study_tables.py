@@ -72,7 +72,7 @@ def _as_papers_count(entry, reference, name, own=None, theirs=None):
 
 
 def ratio_table(entries: Sequence[studies.Entry]) -> str:
-  """A Markdown table of `studies.ratios` by real bytes, the best utility first."""
+  """A Markdown table of `studies.ratios` by real bytes, the best one first."""
   metric, higher = studies.metric_of(entries[0])
   levels, of_methods = studies.ratios(entries, studies.Entry.megabytes)
   order = np.argsort(-levels if higher else levels)
