@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from fedjax_llm.federated import channels, clients, rounds
+from fedjax_llm.federated import channels, clients, fidelity, rounds
 
 
 class Answers(NamedTuple):
@@ -79,7 +79,8 @@ def gather(
     weight = jnp.where(finite, cohort.weights, 0).astype(start.dtype)
     keep = lambda new, old: jnp.where(weight > 0, new, old)
     arrived = jnp.where(weight > 0, start - message.received, 0)
-    return (training.loss, training.count), (
+    sums = fidelity.share(start - trained, message.received, weight)
+    return (training.loss, training.count, sums), (
       arrived,
       weight,
       jax.tree.map(keep, message.memory, memory),
@@ -95,7 +96,7 @@ def gather(
   )
 
   def fn(trainable, number, shared, memory, examples, cohort, key):
-    (loss, count), outputs = answers(
+    (loss, count, sums), outputs = answers(
       (trainable, number, shared, examples, key), (cohort, memory)
     )
     # All devices get all answers at once, and the server's part is the same
@@ -103,6 +104,7 @@ def gather(
     arrived, weights, memory, metrics = rounds.replicate(outputs, mesh)
     _, unravel = ravel_pytree(trainable)
     metrics |= {"train_loss": loss / jnp.maximum(count, 1), "tokens": count}
+    metrics |= fidelity.cosines(sums)
     return Answers(jax.vmap(unravel)(arrived), weights, memory, metrics)
 
   return fn

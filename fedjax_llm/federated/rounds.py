@@ -13,7 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients
+from fedjax_llm.federated import aggregators, channels, clients, fidelity
 
 # Purposes of the random streams: a draw is of (key, purpose, round, client).
 DOWNLOAD, TRAIN, UPLOAD, AGGREGATE, SERVER = range(5)
@@ -47,12 +47,13 @@ class FederatedAlgorithm(NamedTuple):
       such as a `ServerState`.
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
-      Metrics: `train_loss` and `tokens` of all local steps together, and for
-      each client of the cohort `download_bytes` and `upload_bytes`, how many
-      numbers they carry in `download_entries` and `upload_entries`, and whether
-      its answer was `finite`; one that is not is left out, as is a client of
-      weight zero: not in the mean, and its memory stays as it was. If nobody is
-      left, the round changes nothing but its number.
+      Metrics: `train_loss` and `tokens` of all local steps together; mostly
+      too `update_cosine` and `innovation_cosine`, see `fidelity.cosines`; and
+      for each client of the cohort `download_bytes` and `upload_bytes`, how
+      many numbers they carry in `download_entries` and `upload_entries`, and
+      whether its answer was `finite`; one that is not is left out, as is a
+      client of weight zero: not in the mean, and its memory stays as it was. If
+      nobody is left, the round changes nothing but its number.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
       evaluation has the new parameters under the mask of the round before.)
@@ -136,7 +137,7 @@ def federated_round(
     shared = (light, payloads, received, masks, frozen, examples, key)
     memory = jax.tree.map(lambda x: x[cohort.clients], state.upload)
     total, (memory, metrics) = answers(shared, (cohort, memory))
-    share, loss, count, present = total
+    share, loss, count, present, arrived = total
     put = lambda everyone, some: everyone.at[cohort.clients].set(some)
     after = server_step(server_optimizer, aggregate, state, share, key)
     after = after._replace(
@@ -151,6 +152,7 @@ def federated_round(
     return replicate(after, mesh), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
+      **fidelity.cosines(arrived),
       "download_bytes": nbytes[tier],
       "download_entries": entries[tier],
       **metrics,
@@ -211,7 +213,8 @@ def _answer(local_update, tiers, aggregate):
     memory = jax.tree.map(keep, message.memory, memory)
     share = aggregate.share(message.received, weight, state.aggregate)
     present = (weight > 0).astype(jnp.int32)
-    summand = (share, training.loss, training.count, present)
+    arrived = fidelity.share(update, message.received, weight)
+    summand = (share, training.loss, training.count, present, arrived)
     return summand, (
       memory,
       {
