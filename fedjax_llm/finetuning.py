@@ -6,6 +6,7 @@ experiment = finetuning.federated(task, algorithm, rounds=20, ...)
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,10 +15,12 @@ import tqdm
 
 from fedjax_llm import experiment, tasks
 from fedjax_llm.data import cohorts
+from fedjax_llm.federated import clients, fidelity, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated import privacy as guarantees
-from fedjax_llm.federated import rounds
 from fedjax_llm.models import lora
+
+Observer = Callable[[int, clients.Cohort, Mapping[str, Any]], None]
 
 
 def federated(
@@ -33,6 +36,7 @@ def federated(
   sampling: Literal["fixed", "poisson"] = "fixed",
   network: networks.Network | None = None,
   privacy: guarantees.Guarantee | None = None,
+  observe: Observer | None = None,
   evaluate_every: int = 5,
   checkpoint_every: int = 5,
 ) -> experiment.Experiment:
@@ -53,6 +57,9 @@ def federated(
     privacy: what `algorithm` guarantees. Its epsilon is a metric of each
       evaluation, unless it is infinite, and what it says of the run is printed
       and exported as `privacy.txt`.
+    observe: is told of every round what the algorithm tells, to record it. Of
+      rounds that are computed again after a process was killed it is told
+      again.
     evaluate_every: rounds between evaluations.
     checkpoint_every: rounds between checkpoints.
 
@@ -65,7 +72,9 @@ def federated(
     there are `trainable` is a sparse one. With a network there are too the
     clients `selected` and `answered`, and the round's `simulated_seconds`.
     `train_loss` and `tokens` are of those that answered; a round of nobody has
-    no `train_loss`.
+    no `train_loss`. If the algorithm tells them there is `update_cosine`, and
+    with two answers or more `innovation_cosine`: see `federated.fidelity`. If
+    by it nothing arrives, the run says so, once.
 
   Raises:
     ValueError: if more clients are to be selected than there are, or they are
@@ -91,6 +100,7 @@ def federated(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)
   )
   evaluate, export = _results(task, algorithm, privacy, key)
+  gate = fidelity.Gate(tqdm.tqdm.write)
 
   def init():
     return jax.device_put(algorithm.init(task.trainable), placement)
@@ -111,7 +121,11 @@ def federated(
     line: dict[str, Any] = outcome.sent(metrics, _trained_entries(state))
     line["tokens"] = metrics["tokens"]
     if outcome.answered.any():
-      line["train_loss"] = metrics["train_loss"]
+      named = ("train_loss", "update_cosine", "innovation_cosine")
+      line |= {name: metrics[name] for name in named if name in metrics}
+      if outcome.answered.sum() < 2:
+        line.pop("innovation_cosine", None)  # Of one client there is none.
+      gate.see(line.get("innovation_cosine"))
     else:
       # A private mean must not show it, so the server steps on the noise.
       is_noisy = algorithm.noise_multiplier is not None
@@ -119,6 +133,8 @@ def federated(
         f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
         f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
       )
+    if observe:
+      observe(number, cohort, metrics)
     if network:
       line["selected"] = outcome.selected.sum()
       line["answered"] = outcome.answered.sum()

@@ -38,8 +38,8 @@ def divide(
   for name, (start, end) in zip(population.names, ends, strict=True):
     if end - start < 2:
       raise ValueError(
-        f"divide expected two rows or more of every client, got {end - start} of"
-        f" {name!r}. Leave it out, or take a smaller sequence_length."
+        "divide expected two rows or more of every client, got"
+        f" {end - start} of {name!r}. Leave it out, or take shorter rows."
       )
     number = int.from_bytes(hashlib.sha256(name.encode()).digest())
     rng = np.random.default_rng([seed, _DIVISION, number])

@@ -61,6 +61,16 @@ def uniform_mean() -> Aggregator:
   return Aggregator(mean.init, share, mean.finish)
 
 
+def total() -> Aggregator:
+  """The plain sum, K times the mean, as CG-FedLLM's Algorithm 1 has it."""
+
+  def share(update, weight, state):
+    del state
+    return jnp.where(weight > 0, update, 0)
+
+  return Aggregator(lambda: (), share, lambda total, state, key: (total, state))
+
+
 def mean_of_senders() -> Aggregator:
   """The mean of each entry over the clients that sent it, by their weights.
 

@@ -8,6 +8,7 @@ decoder loses. Only a simulation can tell them: it has both ends.
 Each client adds sums, so that memory does not grow with the cohort.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from jaxtyping import Array, Float
 # What is left of a cohort's energy beside its mean is a difference of sums;
 # below this share of them it is rounding.
 _ROUNDING = 1e-5
+# A mean innovation cosine below this is nothing: random projections to a 64th
+# of the entries, which learn nothing, have 0.125.
+TRANSMITS = 0.05
+_ROUNDS = 3
 
 
 class Sums(NamedTuple):
@@ -81,3 +86,34 @@ def _cosine(energies, is_something):
     jnp.where(is_something, second, 1)
   )
   return jnp.where(is_something, product / norms, 0)
+
+
+class Gate:
+  """Says, once, that a codec transmits nothing of what is a client's own.
+
+  That is if the mean innovation cosine of the rounds so far, three or more, is
+  below `TRANSMITS`.
+  """
+
+  def __init__(self, write: Callable[[str], None]):
+    """Takes what writes a line for the user to read."""
+    self._write = write
+    self._cosines: list[float] = []
+    self._has_spoken = False
+
+  def see(self, innovation_cosine: Any) -> None:
+    """Takes note of a round; None if it has no such cosine."""
+    if innovation_cosine is None or self._has_spoken:
+      return
+    self._cosines.append(float(innovation_cosine))
+    count = len(self._cosines)
+    mean = sum(self._cosines) / count
+    if count >= _ROUNDS and mean < TRANSMITS:
+      self._has_spoken = True
+      self._write(
+        f"warning: the innovation cosine of {count} rounds is {mean:.3f}, below"
+        f" {TRANSMITS}: nothing arrives of what is a client's own, whatever the"
+        " error of the codec is. If updates are not zero: send and record the"
+        " delta, not the state; fit the input scale; take a linear head instead"
+        " of tanh; record more updates; or take PCA, which cannot fail so."
+      )

@@ -158,3 +158,24 @@ def test_a_codec_that_loses_what_is_a_client_s_own_is_seen(problem):
       KEY,
     )
     assert (metrics["innovation_cosine"] < 0.05) == is_seen
+
+
+@pytest.mark.parametrize(
+  ("cosines", "spoken"),
+  [
+    ([0.0, 0.01, -0.02], 1),
+    ([0.0] * 9, 1),
+    ([0.0, 0.01], 0),
+    ([0.0, None, 0.01], 0),
+    ([0.0, 0.0, 0.3], 0),
+    ([0.3, 0.2, 0.3, 0.0, 0.0], 0),
+  ],
+)
+def test_the_gate_speaks_once_if_nothing_arrives(cosines, spoken):
+  said = []
+  gate = fidelity.Gate(said.append)
+  for cosine in cosines:
+    gate.see(cosine)
+  assert len(said) == spoken
+  for text in said:
+    assert "delta" in text and "scale" in text and "PCA" in text

@@ -6,6 +6,7 @@ et al., 2025, arXiv 2503.00813) reconstructs and decomposes likewise: it is the
 same function here.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,22 +58,34 @@ def flex_lora(
   Raises:
     ValueError: from `init`, if a rank is out of range.
   """
-
-  def combine(trainable, trained, weights, key):
-    del key  # Deterministic.
-    weights = gathering.normalised(weights)
-    stacks = factors.stacks(trained, weights)
-    rank = factors.rank(trainable)
-    nearest = {
-      path: factors.truncate(pair, rank, balanced=balanced)
-      for path, pair in stacks.items()
-    }
-    mean = gathering.mean(trained, weights)
-    return product_rounds.Combined(factors.put(mean, nearest))
-
   return product_rounds.product_round(
     clients.local_update(loss_fn, client_optimizer),
-    combine,
+    functools.partial(nearest_products, balanced=balanced),
     lambda trainable: factors.tiers(trainable, ranks, of_client, upload),
     **placement,
   )
+
+
+def nearest_products(
+  trainable: Any,
+  trained: Any,
+  weights: Any,
+  key: Any,
+  *,
+  balanced: bool = False,
+) -> product_rounds.Combined:
+  """The factors whose products are nearest to the mean products.
+
+  Arguments are as of `combine` of `product_rounds.product_round`, and
+  `balanced` as in `flex_lora`.
+  """
+  del key  # Deterministic.
+  weights = gathering.normalised(weights)
+  stacks = factors.stacks(trained, weights)
+  rank = factors.rank(trainable)
+  nearest = {
+    path: factors.truncate(pair, rank, balanced=balanced)
+    for path, pair in stacks.items()
+  }
+  mean = gathering.mean(trained, weights)
+  return product_rounds.Combined(factors.put(mean, nearest))

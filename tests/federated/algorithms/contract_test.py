@@ -10,9 +10,11 @@ import optax
 import pytest
 
 from fedjax_llm import compression
+from fedjax_llm.codecs import pca
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import channels, clients, private_aggregation
 from fedjax_llm.federated.algorithms import (
+  cg_fed_llm,
   eco_lora,
   fed_avg,
   fed_ex,
@@ -111,6 +113,23 @@ ADAPTIVE = private_aggregation.adaptive_private_mean(
   clients=3,
 )
 
+
+def codec_method(make, *server, **knobs):
+  """Through a linear codec of half of the toy's entries, that has no mean."""
+  rows, _ = np.linalg.qr(np.random.default_rng(3).normal(0, 1, (24, 12)))
+  return lambda loss_fn, **parts: make(
+    loss_fn,
+    CLIENT,
+    *server,
+    codec=pca.Basis(np.zeros(24, np.float32), np.float32(rows.T)),
+    compressor_of=pca.pca,
+    setup_bytes=100,
+    population=7,
+    **knobs,
+    **parts,
+  )
+
+
 # Each makes an algorithm from a loss and the placement of clients.
 ALGORITHMS = {
   "FedAvg": avg(),
@@ -168,6 +187,14 @@ ALGORITHMS = {
   "RoLoRA": averaging(partial.ro_lora),
   "FedSA-LoRA": averaging(fed_sa.fed_sa_lora, population=7),
   "Fed-SB": averaging(fed_sb.fed_sb, bases=fed_sb.random_bases(KEY)),
+  "CG-FedLLM": codec_method(cg_fed_llm.cg_fed_llm, REPLACE),
+  "CG-FedLLM, refitted": codec_method(
+    cg_fed_llm.cg_fed_llm,
+    REPLACE,
+    representation="state",
+    volunteers=[True, False] * 3 + [True],
+  ),
+  "CG-FedLLM, products": codec_method(cg_fed_llm.cg_fed_llm_products),
   "incremental downloads": lambda loss_fn, **parts: incremental.incremental(
     loss_fn,
     CLIENT,
@@ -335,6 +362,8 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
     ("EcoLoRA", 2, False),
     ("FedSRD", 2, True),
     ("FLoRA", 2, True),
+    ("CG-FedLLM", 2, True),
+    ("CG-FedLLM, refitted", 2, True),
     ("FlexLoRA", 2, True),
     ("HetLoRA", None, False),
     ("FedSA-LoRA", 2, True),
