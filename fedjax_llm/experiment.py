@@ -50,6 +50,9 @@ class Experiment:
     data: what identifies the data, such as their fingerprint.
     population: the clients and what they train on, a `data.batches.Population`;
       None if there are no clients.
+    prepare: (folder) -> None; called before anything else, for rounds that
+      write into the folder of the run themselves. None if they do not. Rounds
+      after the last checkpoint of a killed process are computed again.
     evaluate_every: rounds between evaluations; the first state and the last
       are always evaluated.
     checkpoint_every: rounds between checkpoints.
@@ -62,6 +65,7 @@ class Experiment:
   export: Callable[[Any, pathlib.Path], None]
   data: Mapping[str, str]
   population: Any = None
+  prepare: Callable[[pathlib.Path], None] | None = None
   evaluate_every: int = 5
   checkpoint_every: int = 5
 
@@ -99,6 +103,8 @@ def run(
   folder = pathlib.Path(folder).resolve()
   name = name or folder.name
   _claim(folder, _record(experiment, name, knobs))
+  if experiment.prepare:
+    experiment.prepare(folder)
   saved = checkpoints.Checkpoints(folder / "checkpoints")
   with saved, interrupts.Interrupt() as interrupt:
     first, state = saved.restore(experiment.init())
@@ -152,6 +158,8 @@ def export(
       f"expected a run with checkpoints in {folder}, found none."
     )
   _claim(folder, _record(experiment, name or folder.name, knobs))
+  if experiment.prepare:
+    experiment.prepare(folder)
   with checkpoints.Checkpoints(folder / "checkpoints") as saved:
     done, state = saved.restore(experiment.init())
   if not done:

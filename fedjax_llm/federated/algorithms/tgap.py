@@ -19,8 +19,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import channels, clients, gathering, rounds
-from fedjax_llm.federated.algorithms import cg_fed_llm
+from fedjax_llm.federated import (
+  channels,
+  clients,
+  codec_rounds,
+  gathering,
+  rounds,
+)
 
 
 def federated_pretraining(
@@ -29,7 +34,7 @@ def federated_pretraining(
   server_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: cg_fed_llm.Representation = "delta",
+  representation: codec_rounds.Representation = "delta",
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Federated averaging, bit for bit; snapshots are of a round.
@@ -43,11 +48,11 @@ def federated_pretraining(
     **parts: `aggregate`, `clients_per_step`, `mesh` of
       `rounds.federated_round`.
   """
-  upload = cg_fed_llm.remembered(base.identity())
+  upload = codec_rounds.remembered(base.identity())
   inner = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
-    channel=cg_fed_llm.channel(upload, representation),
+    channel=codec_rounds.channel(upload, representation),
     population=population,
     **parts,
   )
@@ -85,7 +90,7 @@ def local_pretraining(
   client_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: cg_fed_llm.Representation = "delta",
+  representation: codec_rounds.Representation = "delta",
   clients_per_step: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> rounds.FederatedAlgorithm:
@@ -105,7 +110,7 @@ def local_pretraining(
   Raises:
     ValueError: if `representation` is neither "delta" nor "state".
   """
-  cg_fed_llm.channel(base.identity(), representation)  # Refuses another.
+  codec_rounds.channel(base.identity(), representation)  # Refuses another.
 
   def answer(shared, train, client, own, key):
     del client, key  # Nothing is random.

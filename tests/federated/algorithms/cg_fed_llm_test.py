@@ -9,7 +9,7 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators
+from fedjax_llm.federated import aggregators, codec_rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 
 KEY = jax.random.key(4)
@@ -180,7 +180,7 @@ def test_a_client_pays_for_the_encoder_on_its_first_visit(problem):
   assert down == [[new, new], [old, new], [old, old]]
   latent = pca.Latent(np.zeros(COMPONENTS, np.float32), ENTRIES)
   assert metrics[0]["upload_bytes"].tolist() == [len(wire.dumps(latent))] * 2
-  state = cg_fed_llm.refitted(states[-1], basis(1))
+  state = codec_rounds.refitted(states[-1], basis(1))
   _, metrics = play(problem, MEAN, [visits[0], visits[1]], state)
   down = [line["download_bytes"].tolist() for line in metrics]
   assert down == [[new, new], [old, new]]
@@ -212,9 +212,9 @@ def test_the_server_knows_what_it_decoded_and_what_is_volunteered(
   own = np.array(own)
   expected = own if representation == "state" else start - own
   expected[1] = mean + rows.T @ (rows @ (expected[1] - mean))
-  got = cg_fed_llm.known(states[1])
+  got = codec_rounds.known(states[1])
   np.testing.assert_allclose(got, expected, atol=1e-6)
-  assert cg_fed_llm.known(states[2]).shape == (4, ENTRIES)
+  assert codec_rounds.known(states[2]).shape == (4, ENTRIES)
   # Entry by entry, beside the latent.
   latent = metrics[1]["upload_bytes"][1]
   up = [latent + DENSE, latent, latent + DENSE]
@@ -231,11 +231,11 @@ def test_a_new_codec_compiles_nothing_and_is_used(problem):
   states, _ = play(problem, MEAN, cohorts[:2], volunteers=VOLUNTEERS)
   algorithm, step = composed(problem, MEAN, volunteers=VOLUNTEERS)
   before = step._cache_size()
-  recorded = cg_fed_llm.known(states[-1])
+  recorded = codec_rounds.known(states[-1])
   fitted = pca.fit(jnp.array(recorded), 1)
   rows = np.zeros((COMPONENTS, ENTRIES), np.float32)
   rows[:1] = fitted.components
-  state = cg_fed_llm.refitted(states[-1], pca.Basis(fitted.mean, rows))
+  state = codec_rounds.refitted(states[-1], pca.Basis(fitted.mean, rows))
   new, _ = play(problem, MEAN, cohorts[2:], state, volunteers=VOLUNTEERS)
   old, _ = play(problem, MEAN, cohorts[2:], states[-1], volunteers=VOLUNTEERS)
   assert step._cache_size() == before
@@ -298,10 +298,10 @@ def test_a_codec_of_another_shape_is_refused(problem):
   states, _ = play(problem, MEAN, [])
   mean, rows = basis()
   with pytest.raises(ValueError, match="the same shapes"):
-    cg_fed_llm.refitted(states[0], pca.Basis(mean, rows[1:]))
+    codec_rounds.refitted(states[0], pca.Basis(mean, rows[1:]))
 
 
 def test_a_server_that_keeps_nothing_knows_nothing(problem):
   states, _ = play(problem, MEAN, [])
   with pytest.raises(ValueError, match="with `volunteers`"):
-    cg_fed_llm.known(states[0])
+    codec_rounds.known(states[0])
