@@ -39,6 +39,13 @@ class Arrangement:
   size: int
   digest: str
 
+  def __eq__(self, other: object) -> bool:
+    """Whether both mean the same entries, as static arguments need it."""
+    return isinstance(other, Arrangement) and self.digest == other.digest
+
+  def __hash__(self) -> int:
+    return hash(self.digest)
+
   def pack(self, vector: Float[Array, " n"]) -> Float[Array, "height width"]:
     """The image of a vector.
 
@@ -145,6 +152,28 @@ def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
   width = max(LEAST, MULTIPLE * -(-size // (height * MULTIPLE)))
   positions = np.minimum(np.arange(height * width), size)
   return _arranged(trainable, positions.reshape(height, width))
+
+
+def columns(trainable: Any, *, width: int) -> Arrangement:
+  """Any tree, column by column in the order of its leaves.
+
+  A column is then a stretch of one layer's factor, or of few, and each row has
+  an entry of every stretch: what differs between layers, modules and factors
+  differs between columns, and rows are alike, for `networks.rows`.
+
+  Args:
+    trainable: any tree of arrays, or their shapes.
+    width: of the image, positive.
+
+  Raises:
+    ValueError: if `width` is not.
+  """
+  if width < 1:
+    raise ValueError(f"columns expected width >= 1, got {width=}.")
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+  height = -(-size // width)
+  positions = np.minimum(np.arange(height * width), size)
+  return _arranged(trainable, positions.reshape(width, height).T)
 
 
 def _numbered(trainable: Any) -> dict[str, np.ndarray]:
