@@ -1,23 +1,45 @@
-"""Codecs in experiments: updates are recorded, and codecs are fitted anew.
+"""CG-FedLLM's codecs in experiments: recorded, fitted, loaded, fitted anew.
 
-made = learned_compression.recorded(task, tgap.federated_pretraining(...), ...)
-made = learned_compression.refitted(made, refit, every=5)
+`configs/tgap.py` and `configs/cg_fedllm.py` are composed of these.
 """
 
 import dataclasses
+import json
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import tqdm
 
 from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, tasks
-from fedjax_llm.codecs import gaussian_prior, recording
+from fedjax_llm.codecs import (
+  arrangements,
+  autoencoder,
+  fitting,
+  gaussian_prior,
+  recording,
+)
+from fedjax_llm.data import division
 from fedjax_llm.federated import codec_rounds, rounds
 
 Source = Literal["updates", "gaussian_prior"]
-FOLDER = "recording"
+_RECORDED = "recorded.json"
+
+
+def divided(
+  task: tasks.Task, share: float, *, seed: int
+) -> tuple[tasks.Task, tasks.Task]:
+  """A task on D1 and the same on D2, see `data.division.divide`."""
+  parts = division.divide(task.population, share, seed=seed)
+  names = (f"D1, {share:g} by seed {seed}", f"D2, without {share:g} by {seed}")
+  first, second = (
+    dataclasses.replace(task, population=part, data={**task.data, "part": name})
+    for part, name in zip(parts, names, strict=True)
+  )
+  return first, second
 
 
 def recorded(
@@ -26,6 +48,7 @@ def recorded(
   *,
   representation: codec_rounds.Representation,
   source: Source = "updates",
+  about: Mapping[str, Any],
   finish: Callable[[recording.Store, pathlib.Path], None],
   **schedule: Any,
 ) -> experiments.Experiment:
@@ -37,6 +60,7 @@ def recorded(
     representation: what its snapshots are.
     source: "updates", or as many samples of the "gaussian_prior" that has the
       moments of each round's updates: these are then not kept.
+    about: what else the store should tell, such as how D1 was divided off.
     finish: (what was recorded, folder of the run) -> None; fits and writes.
     **schedule: `rounds`, `clients_per_round` and the others of
       `finetuning.federated`.
@@ -58,10 +82,11 @@ def recorded(
   def prepare(folder):
     stores[:] = [
       recording.Store.create(
-        folder / FOLDER,
+        folder / "recording",
         task.trainable,
         representation=representation,
         source=source,
+        **about,
       )
     ]
 
@@ -88,6 +113,75 @@ def recorded(
     finish(stores[0], folder)
 
   return dataclasses.replace(made, prepare=prepare, export=export)
+
+
+def fit_codec(
+  store: recording.Store,
+  folder: pathlib.Path,
+  *,
+  arrangement: arrangements.Arrangement,
+  **settings: Any,
+) -> None:
+  """TGAP's second half: fits an autoencoder and writes the folder `codec`.
+
+  With it come `report.txt`, which is printed too, and `recorded.json`, what it
+  was fitted to. A fit that was stopped goes on.
+
+  Args:
+    store: what was recorded.
+    folder: of the run.
+    arrangement: of the adapter.
+    **settings: `network`, `steps` and the others of `codecs.fitting.fit`.
+  """
+  with tqdm.tqdm(total=settings["steps"], desc="codec", unit="step") as bar:
+
+    def progress(step, loss, error):
+      bar.update(step - bar.n)
+      bar.set_postfix({"held-out squared error": f"{error:.3f}"})
+
+    codec, report = fitting.fit(
+      store.snapshots,
+      arrangement,
+      rounds=store.rounds,
+      folder=folder / "fit",
+      progress=progress,
+      **settings,
+    )
+  codec_folder = folder / "codec"
+  autoencoder.save(codec_folder, codec)
+  about = json.dumps({**store.about, "snapshots": len(store)}, indent=2)
+  (codec_folder / _RECORDED).write_text(about + "\n")
+  (codec_folder / "report.txt").write_text(report.describe() + "\n")
+  print(f"\n{report.describe()}\n\nCodec: {codec_folder}")
+
+
+def load_codec(
+  folder: str | os.PathLike, trainable: Any
+) -> tuple[autoencoder.Codec, dict[str, Any]]:
+  """The codec that `fit_codec` wrote, and what it was fitted to.
+
+  Args:
+    folder: `codec` in the folder of a run.
+    trainable: what it is to serve.
+
+  Raises:
+    ValueError: if there is none, or it was fitted to another adapter.
+  """
+  folder = pathlib.Path(folder)
+  path = folder / _RECORDED
+  if not path.is_file():
+    raise ValueError(
+      f"expected a codec in {folder}, found no {_RECORDED}. `fedjax-llm run"
+      " tgap` makes runs/tgap/codec."
+    )
+  about = json.loads(path.read_text())
+  if about["layout"] != recording.layout(trainable):
+    raise ValueError(
+      f"the codec in {folder} was fitted to an adapter of other shapes, of"
+      f" {about['size']} entries. Give the model, rank and targets that it was"
+      " recorded with, or run tgap with yours."
+    )
+  return autoencoder.load(folder), about
 
 
 def refitted(

@@ -1,0 +1,153 @@
+"""CG-FedLLM: federated fine-tuning through a learned codec, and without it.
+
+fedjax-llm run tgap
+fedjax-llm run cg_fedllm --codec runs/tgap/codec
+
+On D2, the rows of every client that the codec of `tgap` has not seen (arXiv
+2405.13746, which calls this stage FAF). See `docs/learned_compression.md`.
+"""
+
+from typing import Literal
+
+import numpy as np
+import optax
+
+from fedjax_llm import experiment as experiments
+from fedjax_llm import finetuning, learned_compression, tasks
+from fedjax_llm.codecs import autoencoder, fitting
+from fedjax_llm.compression import base
+from fedjax_llm.data import corpora, records
+from fedjax_llm.federated import aggregators, codec_rounds
+from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
+from fedjax_llm.models import decoder, lora
+
+
+def experiment(
+  *,
+  codec: str = "runs/tgap/codec",
+  representation: codec_rounds.Representation | None = None,
+  aggregation: Literal["mean", "sum", "product"] = "mean",
+  error_feedback: bool = False,
+  refit_every: int | None = None,
+  volunteers: float = 0.2,
+  fit_steps: int = 300,
+  fit_learning_rate: float = 1e-3,
+  seed: int = 0,
+  rounds: int = 16,
+  clients_per_round: int = 6,
+  clients_per_step: int = 1,
+  rank: int = 8,
+  alpha: float = 4.0,
+  dropout: float = 0.0,
+  targets: tuple[str, ...] = decoder.LINEAR,
+  client_learning_rate: float = 3e-3,
+  local_epochs: int = 1,
+  local_steps: int = 4,
+  batch_size: int = 4,
+  sequence_length: int = 128,
+  held_out_rows: int = 2,
+  dtype: tasks.Dtype = "float32",
+) -> dict[str, experiments.Experiment]:
+  """Fine-tune the shipped model, uncompressed and compressed, from one seed.
+
+  Args:
+    codec: folder that `tgap` wrote, of the same adapter.
+    representation: what goes through the codec, see `tgap`; None for what it
+      was fitted to.
+    aggregation: "mean" of what arrives, weighted by the clients' examples; the
+      "sum", as in Algorithm 1 of the paper; or the mean "product" of the
+      factors, decomposed.
+    error_feedback: add what the codec lost of an update to the client's next.
+    refit_every: rounds between fits of the codec to what the server has got;
+      None for a frozen codec.
+    volunteers: share of the clients that send their updates uncompressed too,
+      to refit the codec on.
+    fit_steps: of a refit.
+    fit_learning_rate: of a refit.
+    seed: of everything random but D1 and D2, which are those of the codec.
+    rounds: how many rounds.
+    clients_per_round: clients that train in a round, of 30 or more.
+    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    rank: of the LoRA factors.
+    alpha: the factors' product is scaled by alpha / rank.
+    dropout: on the inputs of the factors.
+    targets: names of the layers that get factors.
+    client_learning_rate: of the clients' AdamW.
+    local_epochs: passes of a client over its rows in a round.
+    local_steps: at most so many local steps in a round.
+    batch_size: rows a local step.
+    sequence_length: tokens a row.
+    held_out_rows: rows evaluated of each client's held-out files.
+    dtype: what the base model is computed in.
+  """
+  task = tasks.language_model(
+    records.streams(corpora.standard_library(), held_out_rows),
+    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    sequence_length=sequence_length,
+    dtype=dtype,
+    seed=seed,
+  )
+  fitted, about = learned_compression.load_codec(codec, task.trainable)
+  representation = representation or about["representation"]
+  if representation != about["representation"]:
+    raise ValueError(
+      f"the codec in {codec} was fitted to the {about['representation']}, got"
+      f" {representation=}. Run tgap with it."
+    )
+  _, task = learned_compression.divided(
+    task, about["share"], seed=about["seed"]
+  )
+  population = len(task.population.names)
+  client = optax.adamw(client_learning_rate, weight_decay=0.0)
+  placement = dict(clients_per_step=clients_per_step, mesh=task.mesh)
+
+  def made(algorithm):
+    return finetuning.federated(
+      task,
+      algorithm,
+      rounds=rounds,
+      clients_per_round=clients_per_round,
+      batch_size=batch_size,
+      local_epochs=local_epochs,
+      local_steps=local_steps,
+      weighting="examples",
+      evaluate_every=4,
+    )
+
+  def compressor_of(codec):
+    compressor = autoencoder.autoencoder(codec)
+    return base.error_feedback(compressor) if error_feedback else compressor
+
+  def refit(vectors, codec):
+    settings = dict(steps=fit_steps, learning_rate=fit_learning_rate, seed=seed)
+    return fitting.fit(vectors, codec.arrangement, codec.network, **settings)[0]
+
+  coding = dict(
+    codec=fitted,
+    compressor_of=compressor_of,
+    setup_bytes=autoencoder.setup_bytes(fitted),
+    population=population,
+    representation=representation,
+    volunteers=refit_every
+    and np.arange(population) < round(volunteers * population),
+    **placement,
+  )
+  if aggregation == "product":
+    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **coding)
+  else:
+    algorithm = cg_fed_llm.cg_fed_llm(
+      task.loss_fn,
+      client,
+      optax.sgd(1.0),
+      aggregate=aggregators.total() if aggregation == "sum" else None,
+      **coding,
+    )
+  compressed = made(algorithm)
+  if refit_every:
+    compressed = learned_compression.refitted(
+      compressed, refit, every=refit_every
+    )
+  uncompressed = fed_avg.fed_avg(
+    task.loss_fn, client, optax.sgd(1.0), **placement
+  )
+  return {"uncompressed": made(uncompressed), "cg_fedllm": compressed}
