@@ -20,9 +20,9 @@ SETTINGS = {
     *itertools.product(["dense"], [1.0], [16, 4]),
     *itertools.product(["compact"], [1.0], [16, 4]),
     *itertools.product(["coarse", "compact, b alone"], [1.0], [16]),
-    *itertools.product(["FLASC"], ALL, [16]),
-    *itertools.product(SPARSE, ALL, [16]),
-    *itertools.product(["FLASC, what moved"], MOST, [16]),
+    *itertools.product(["FLASC"], ALL, [16, 4]),
+    *itertools.product(SPARSE, ALL, [16, 4]),
+    *itertools.product(["FLASC, what moved"], MOST, [16, 4]),
     *itertools.product(["FLASC, factors apart"], MOST, [16]),
     ("FLASC, download alone", 1 / 4, 16),
     ("FLASC, upload alone", 1 / 16, 16),
@@ -37,14 +37,15 @@ SETTINGS = {
   ],
   "library": [
     *itertools.product(["dense", "compact"], [1.0], [16]),
-    *itertools.product(["FLASC", "FLASC, what moved"], [1 / 4], [16]),
+    *itertools.product(["FLASC", "FLASC, what moved"], MOST, [16]),
+    *itertools.product(SPARSE, [1 / 16], [16]),
+    *itertools.product(["quantised"], [1 / 8], [16]),
   ],
 }
 
 # With the first seed alone.
 ONCE = {
   "shakespeare": [
-    *itertools.product(["FLASC", "FLASC, what moved"], MOST, [4]),
     ("SparseAdapter, one Top-K", 1 / 4, 16),
     ("Federated Select, one Top-K", 1 / 4, 16),
   ]
