@@ -1,16 +1,15 @@
 """Utility against bytes: methods, densities, ranks and seeds on one task.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/utility.py TASK [--seeds 3]
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.utility TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/TASK.jsonl
 
-TASK is shakespeare, newsgroups or library; `rates.py TASK` comes first.
+TASK is shakespeare, newsgroups or library; `rates TASK` comes first.
 """
 
 import itertools
 
-import problems
-import rates
-import study
+from benchmarks import problems, study
+from benchmarks.flasc import methods, rates
 
 ALL, MOST = (1 / 4, 1 / 16, 1 / 64), (1 / 4, 1 / 16)
 SPARSE = ("SparseAdapter", "Adapter-LTH", "Federated Select")
@@ -93,7 +92,6 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
-  study.run(
-    cells(given), given.out / f"{given.task}.jsonl", processes=given.processes
-  )
+  given = study.arguments(__doc__, "flasc")
+  path = given.out / f"{given.task}.jsonl"
+  study.run(cells(given), path, methods.experiment, processes=given.processes)
