@@ -31,6 +31,19 @@ for name, value in CACHE.items():
   os.environ[name.upper()] = str(value)
 
 
+# Each compiled program takes a dozen memory maps, and XLA:CPU crashes when the
+# process has as many as Linux allows, 65,530 by default.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+  """Forgets what was compiled before the process has too many maps."""
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data() -> pathlib.Path:
   """The folder of real weights and data sets, or a skip that says so."""

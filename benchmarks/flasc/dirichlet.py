@@ -1,14 +1,13 @@
 """The effect of skewed labels: 20 Newsgroups divided by Dirichlet shares.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/dirichlet.py [--seeds 3]
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.dirichlet [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/newsgroups_dirichlet.jsonl
 
 The lower alpha, the fewer groups a client has posts of.
 """
 
-import problems
-import rates
-import study
+from benchmarks import problems, study
+from benchmarks.flasc import methods, rates
 
 ALPHAS = (1.0, 0.01)
 METHODS = {"dense": 1.0, "FLASC": 1 / 16}
@@ -34,6 +33,6 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
+  given = study.arguments(__doc__, "flasc")
   path = given.out / "newsgroups_dirichlet.jsonl"
-  study.run(cells(given), path, processes=given.processes)
+  study.run(cells(given), path, methods.experiment, processes=given.processes)

@@ -7,7 +7,9 @@ from typing import Any
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm import compression
+from benchmarks import problems, study
+from fedjax_llm import compression, finetuning, tasks
+from fedjax_llm import experiment as experiments
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import (
   aggregators,
@@ -29,6 +31,20 @@ from fedjax_llm.federated.algorithms import (
   partial,
   pruning,
 )
+
+
+def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
+  """The task of a cell, and its method run on it."""
+  knobs = dict(cell.knobs)
+  task = problems.make(cell, knobs)
+  made = finetuning.federated(
+    task,
+    make(cell, task, knobs),
+    rounds=cell.rounds,
+    **problems.training(cell, knobs),
+    **options(cell, knobs),
+  )
+  return task, made
 
 
 def make(

@@ -1,6 +1,6 @@
 """Client-level differential privacy: dense LoRA, FLASC and FFA-LoRA.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/private.py TASK [--seeds 3]
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.private TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/TASK_private.jsonl
 
 Poisson cohorts, adaptive clipping at the median, PLD accountant, delta below
@@ -8,9 +8,8 @@ one in the population. A larger population is simulated: the noise is that of a
 hundred times as many clients, divided among them.
 """
 
-import problems
-import rates
-import study
+from benchmarks import problems, study
+from benchmarks.flasc import methods, rates
 
 EPSILONS = (2.0, 8.0)
 METHODS = {"dense": 1.0, "FLASC": 1 / 4, "FFA-LoRA": 1.0}
@@ -53,6 +52,6 @@ def _knobs(epsilon):
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
+  given = study.arguments(__doc__, "flasc")
   path = given.out / f"{given.task}_private.jsonl"
-  study.run(cells(given), path, processes=given.processes)
+  study.run(cells(given), path, methods.experiment, processes=given.processes)

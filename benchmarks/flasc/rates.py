@@ -1,6 +1,6 @@
 """Learning rates: the same small grid for every method, on validation rows.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/rates.py TASK
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.rates TASK
 
 At rank 16, over few rounds, with one seed that no figure uses; methods that
 have a density at 1/16. The other programs take the best rates of the grid that
@@ -12,7 +12,8 @@ import json
 import pathlib
 from typing import Any
 
-import study
+from benchmarks import study
+from benchmarks.flasc import methods
 
 # Client rates of SGD with momentum 0.9, server rates of AdamW.
 GRID = {
@@ -102,7 +103,7 @@ def of(
   ]
   if not records:
     raise ValueError(
-      f"no rates of {wanted} in {path}: run rates.py {task}, after adding the"
+      f"no rates of {wanted} in {path}: run rates {task}, after adding the"
       " method to OTHERS if it is not tuned on this task."
     )
   best = min(records, key=lambda record: record["lines"][-1]["loss"])
@@ -119,10 +120,9 @@ def _grid(task, method, knobs):
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
+  given = study.arguments(__doc__, "flasc")
   made = cells(given.task, given.rounds or ROUNDS[given.task])
-  study.run(
-    made, given.out / f"{given.task}_rates.jsonl", processes=given.processes
-  )
+  path = given.out / f"{given.task}_rates.jsonl"
+  study.run(made, path, methods.experiment, processes=given.processes)
   for method, knobs in tuned(given.task):
     print(method, dict(knobs), *of(given.task, method, given.out, knobs))

@@ -1,6 +1,6 @@
 """Heterogeneous clients: three tiers, of ranks 1, 4 and 16 or as dense as that.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/tiers.py TASK [--seeds 3]
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.tiers TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/TASK_tiers.jsonl
 
 A third of the clients can hold or send a sixteenth, a third a quarter, a third
@@ -8,9 +8,8 @@ everything. Their links (`methods.TIERS`) turn a run into simulated seconds.
 HetLoRA and FlexLoRA replace the server's factors and have no server rate.
 """
 
-import problems
-import rates
-import study
+from benchmarks import problems, study
+from benchmarks.flasc import methods, rates
 
 METHODS = (
   "dense",
@@ -41,6 +40,6 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
+  given = study.arguments(__doc__, "flasc")
   path = given.out / f"{given.task}_tiers.jsonl"
-  study.run(cells(given), path, processes=given.processes)
+  study.run(cells(given), path, methods.experiment, processes=given.processes)

@@ -1,16 +1,15 @@
 """Utility against bytes: methods, densities, ranks and seeds on one task.
 
-  FEDJAX_LLM_DATA=folder python benchmarks/flasc/utility.py TASK [--seeds 3]
+  FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.utility TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/TASK.jsonl
 
-TASK is shakespeare, newsgroups or library; `rates.py TASK` comes first.
+TASK is shakespeare, newsgroups or library; `rates TASK` comes first.
 """
 
 import itertools
 
-import problems
-import rates
-import study
+from benchmarks import problems, study
+from benchmarks.flasc import methods, rates
 
 ALL, MOST = (1 / 4, 1 / 16, 1 / 64), (1 / 4, 1 / 16)
 SPARSE = ("SparseAdapter", "Adapter-LTH", "Federated Select")
@@ -20,9 +19,9 @@ SETTINGS = {
     *itertools.product(["dense"], [1.0], [16, 4]),
     *itertools.product(["compact"], [1.0], [16, 4]),
     *itertools.product(["coarse", "compact, b alone"], [1.0], [16]),
-    *itertools.product(["FLASC"], ALL, [16]),
-    *itertools.product(SPARSE, ALL, [16]),
-    *itertools.product(["FLASC, what moved"], MOST, [16]),
+    *itertools.product(["FLASC"], ALL, [16, 4]),
+    *itertools.product(SPARSE, ALL, [16, 4]),
+    *itertools.product(["FLASC, what moved"], MOST, [16, 4]),
     *itertools.product(["FLASC, factors apart"], MOST, [16]),
     ("FLASC, download alone", 1 / 4, 16),
     ("FLASC, upload alone", 1 / 16, 16),
@@ -37,14 +36,15 @@ SETTINGS = {
   ],
   "library": [
     *itertools.product(["dense", "compact"], [1.0], [16]),
-    *itertools.product(["FLASC", "FLASC, what moved"], [1 / 4], [16]),
+    *itertools.product(["FLASC", "FLASC, what moved"], MOST, [16]),
+    *itertools.product(SPARSE, [1 / 16], [16]),
+    *itertools.product(["quantised"], [1 / 8], [16]),
   ],
 }
 
 # With the first seed alone.
 ONCE = {
   "shakespeare": [
-    *itertools.product(["FLASC", "FLASC, what moved"], MOST, [4]),
     ("SparseAdapter, one Top-K", 1 / 4, 16),
     ("Federated Select, one Top-K", 1 / 4, 16),
   ]
@@ -92,7 +92,6 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__)
-  study.run(
-    cells(given), given.out / f"{given.task}.jsonl", processes=given.processes
-  )
+  given = study.arguments(__doc__, "flasc")
+  path = given.out / f"{given.task}.jsonl"
+  study.run(cells(given), path, methods.experiment, processes=given.processes)

@@ -1,9 +1,10 @@
 """Cells of a study: one method, density, rank and seed each, run and recorded.
 
-A figure is a program that lists cells. `run` computes those that its result
-file does not hold yet, some at a time, each in a process with one core, and
-appends a line of JSON for each, so that an interrupted study goes on where it
-stopped. `fedjax-llm compare FILE` makes the tables and plots.
+A figure is a program that lists cells, started from the repository's root.
+`run` computes those that its result file does not hold yet, some at a time,
+each in a process with one core, and appends a line of JSON for each, so that an
+interrupted study goes on where it stopped. `fedjax-llm compare FILE` makes the
+tables and plots.
 """
 
 import argparse
@@ -17,12 +18,15 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results" / "flasc"
+from fedjax_llm import experiment, tasks
+
+RESULTS = pathlib.Path(__file__).parent / "results"
 _SUMMED = {
   "download_bytes",
   "upload_bytes",
@@ -71,8 +75,8 @@ class Cell:
     return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-  """The command line of a figure's program."""
+def arguments(description: str | None, name: str) -> argparse.Namespace:
+  """The command line of a figure's program, of the study called `name`."""
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -80,12 +84,16 @@ def arguments(description: str | None) -> argparse.Namespace:
   parser.add_argument("--processes", type=int, default=os.cpu_count())
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--rounds", type=int)
-  parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+  parser.add_argument("--out", type=pathlib.Path, default=RESULTS / name)
   return parser.parse_args()
 
 
 def run(
-  cells: Sequence[Cell], path: pathlib.Path, *, processes: int
+  cells: Sequence[Cell],
+  path: pathlib.Path,
+  make: Callable[[Cell], tuple[tasks.Task, experiment.Experiment]],
+  *,
+  processes: int,
 ) -> list[dict[str, Any]]:
   """Computes the cells that `path` lacks; returns all that are there then.
 
@@ -94,6 +102,7 @@ def run(
   Args:
     cells: what to compute, in this order.
     path: the result file; made if absent.
+    make: what a cell stands for: a task, and what is run on it.
     processes: how many cells at a time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +114,7 @@ def run(
     processes, multiprocessing.get_context("spawn"), _one_core
   )
   with pool:
-    futures = {pool.submit(_compute, cell): cell for cell in missing}
+    futures = {pool.submit(_compute, cell, make): cell for cell in missing}
     try:
       for future in concurrent.futures.as_completed(futures):
         try:
@@ -151,36 +160,21 @@ def _key(record):
 
 
 def _one_core():
-  """Settings of a worker, before it imports JAX."""
+  """Settings of a worker, before it starts JAX."""
   os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
   )
   os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _compute(cell: Cell) -> dict[str, Any]:
-  import jax
-  import methods
-  import problems
-
-  from fedjax_llm import finetuning
-
+def _compute(cell: Cell, make: Callable[..., Any]) -> dict[str, Any]:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
   cache = pathlib.Path(cache).expanduser() / "programs"
   jax.config.update("jax_compilation_cache_dir", str(cache))
-  knobs = dict(cell.knobs)
-  task = problems.make(cell, knobs)
-  algorithm = methods.make(cell, task, knobs)
-  experiment = finetuning.federated(
-    task,
-    algorithm,
-    rounds=cell.rounds,
-    **problems.training(cell, knobs),
-    **methods.options(cell, knobs),
-  )
+  task, made = make(cell)
   start = time.perf_counter()
-  lines = _lines(experiment, cell.rounds, problems.EVALUATIONS[cell.task])
+  lines = _lines(made)
   return {
     "cell": dataclasses.asdict(cell),
     "lines": lines,
@@ -193,21 +187,19 @@ def _compute(cell: Cell) -> dict[str, Any]:
   }
 
 
-def _lines(experiment: Any, rounds: int, evaluations: int) -> list[Any]:
+def _lines(experiment: Any) -> list[Any]:
   """Lines as of `metrics.jsonl`, but one for all rounds up to an evaluation."""
   state = experiment.init()
   lines: list[dict[str, Any]] = [{"round": 0, **_evaluate(experiment, state)}]
   line: dict[str, Any] = {}
-  every = max(1, rounds // evaluations)
-  for number in range(rounds):
+  for number in range(experiment.rounds):
     state, metrics = experiment.round(state, number)
     for name in _SUMMED & metrics.keys():
       line[name] = line.get(name, 0) + np.asarray(metrics[name]).item()
     line["trainable"] = metrics["trainable"]
-    if (number + 1) % every == 0 or number + 1 == rounds:
-      lines.append(
-        {"round": number + 1, **line, **_evaluate(experiment, state)}
-      )
+    done = number + 1
+    if done % experiment.evaluate_every == 0 or done == experiment.rounds:
+      lines.append({"round": done, **line, **_evaluate(experiment, state)})
       line = {}
   return lines
 

@@ -101,6 +101,7 @@ def training(cell: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     clients_per_round=CLIENTS_PER_ROUND,
     batch_size=size,
     local_steps=knobs.get("local_steps", steps),
+    evaluate_every=max(1, cell.rounds // EVALUATIONS[cell.task]),
   )
 
 
