@@ -1,0 +1,169 @@
+"""What arrives of recorded updates: squared errors and cosines by bits.
+
+  FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.distortion TASK
+
+TASK is shakespeare or library. Updates of 20 rounds on D1 are recorded; codecs
+that learn are fitted to the first 16 rounds, and all are measured on the last
+four. Every message is a real one. A second call computes what is missing, and
+prints and draws what there is.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import tabulate
+from matplotlib import pyplot as plt
+
+from benchmarks import study
+from benchmarks.cg_fedllm import codecs, rates, recordings
+from fedjax_llm.codecs import controls, reports
+
+COLUMNS = {
+  "relative_squared_error": "squared error",
+  "aggregate_cosine": "cosine of the mean",
+  "innovation_cosine": "innovation cosine",
+}
+
+
+def main() -> None:
+  """Measures, tells and draws."""
+  given = study.arguments(__doc__, "cg_fedllm")
+  path = given.out / f"{given.task}_distortion.jsonl"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  for seed in range(given.seeds):
+    _measure(given.task, seed, path)
+  records = read(path)
+  print(table(records))
+  plot(records, path.with_suffix(".png"))
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a result file."""
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _measure(task: str, seed: int, path: pathlib.Path) -> None:
+  """Appends a line for each codec and budget that the file lacks."""
+  done = {(x["codec"], x["budget"], x["seed"]) for x in read(path)}
+  wanted = [(name, bits) for bits in codecs.BITS for name in codecs.CODECS]
+  wanted += [(name, 0.0) for name in _controls(None)]
+  missing = [x for x in wanted if (*x, seed) not in done]
+  if not missing:
+    return
+  recorded = recordings.of(
+    study.Cell(task, "", 1.0, 16, seed, rates.of(task), 1.0, 0)
+  )
+  size = recorded.store.about["size"]
+  others = _controls(recorded)
+  for name, bits in missing:
+    codec = others[name] if name in others else codecs.of(name, bits, recorded)
+    if codec is None:
+      continue
+    received = jax.jit(reports.receiver(codec))
+    found = reports.quality(received, recorded.store.snapshots, recorded.groups)
+    record = {
+      "task": task,
+      "codec": name,
+      "budget": bits,
+      "seed": seed,
+      "bits": 8 * codecs.nbytes(codec, size) / size,
+      "entries": size,
+      **found._asdict(),
+      "snapshots": len(recorded.fitted),
+      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "versions": {
+        name: importlib.metadata.version(name) for name in ("fedjax-llm", "jax")
+      },
+      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    with path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    print(f"{name:24} {bits:5} {found.relative_squared_error:.4f}", flush=True)
+
+
+def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
+  """Codecs that transmit nothing."""
+  make: dict[str, Callable[[Any], Any]] = {
+    "constant mean": lambda x: controls.constant_mean(
+      jnp.asarray(x.mean(axis=0))
+    ),
+    "Gaussian noise": lambda x: controls.gaussian_noise(
+      float(np.sqrt(np.mean(np.square(x)))), x.shape[1]
+    ),
+  }
+  if recorded is None:
+    return dict.fromkeys(make)
+  return {name: fn(recorded.fitted) for name, fn in make.items()}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+  """A Markdown table: a codec a row, means and deviations over seeds."""
+  budgets = sorted({x["budget"] for x in records})
+  names = dict.fromkeys(x["codec"] for x in records)
+  rows = []
+  for budget in budgets:
+    for name in names:
+      found = [
+        x for x in records if (x["codec"], x["budget"]) == (name, budget)
+      ]
+      if not found:
+        continue
+      row: dict[str, str] = {"bits": f"{budget:g}", "codec": name}
+      row["sent"] = f"{np.mean([x['bits'] for x in found]):.3f}"
+      for key, title in COLUMNS.items():
+        values = np.array([x[key] for x in found])
+        spread = values.std(ddof=1) if values.size > 1 else 0.0
+        row[title] = f"{values.mean():.3f} ± {spread:.3f}"
+      rows.append(row)
+  return tabulate.tabulate(
+    rows, headers="keys", tablefmt="github", disable_numparse=True
+  )
+
+
+def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Squared error against the bits that were sent, and Shannon's bound."""
+  matplotlib.use("agg")
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  names = [x for x in dict.fromkeys(r["codec"] for r in records)]
+  colours = matplotlib.colormaps["tab20"]
+  for number, name in enumerate(names):
+    found = [x for x in records if x["codec"] == name and x["budget"]]
+    if not found:
+      continue
+    budgets = sorted({x["budget"] for x in found})
+    mean = lambda key, budget, found=found: np.mean(
+      [x[key] for x in found if x["budget"] == budget]
+    )
+    axes.plot(
+      [mean("bits", x) for x in budgets],
+      [mean("relative_squared_error", x) for x in budgets],
+      marker=".",
+      linewidth=2 if name.startswith("our") else 1,
+      color=colours(number % 20),
+      label=name,
+    )
+  bits = np.linspace(0.05, 2, 100)
+  axes.plot(bits, 4.0**-bits, "k:", label="bound, if Gaussian and white")
+  axes.set(
+    xscale="log",
+    yscale="log",
+    xlabel="bits an entry, of real messages",
+    ylabel="relative squared error",
+    title=records[0]["task"],
+  )
+  axes.legend(fontsize=7)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  main()
