@@ -1,4 +1,4 @@
-"""What the study trains on: three tasks, each with rows to tune on and to test.
+"""What studies train on: tasks, each with rows to tune on and to test.
 
 shakespeare   stories260k, a Llama of 260,032 parameters that knows children's
               stories, learns the language of 105 speakers, next-token loss
@@ -7,6 +7,7 @@ newsgroups    the shipped Llama of 1.4 M parameters, which knows Python, learns
               post, 350 clients rich in some groups
 library       the shipped Llama on the modules of the standard library that its
               own training left out: little is left to learn
+dolly         the same on answers to instructions, ten clients as in FedIT
 """
 
 import os
@@ -29,8 +30,8 @@ from fedjax_llm.models import decoder, lora, pretrained
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 NEWSGROUPS = DATA / "20news_bydate" / "20news-bydate.tar.gz"
 CLIENTS_PER_ROUND = 10
-ROUNDS = {"shakespeare": 40, "newsgroups": 100, "library": 20}
-EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5}
+ROUNDS = {"shakespeare": 40, "newsgroups": 100, "library": 20, "dolly": 20}
+EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5, "dolly": 5}
 
 
 def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
@@ -86,10 +87,30 @@ def newsgroups(cell, knobs, adapter):
   )
 
 
+def dolly(cell, knobs, adapter):
+  folder = DATA / "dolly15k_fed10"
+  source = records.instructions(
+    sources.load(str(folder / "local_training_*.json")),
+    templates.dolly(),
+    partition.natural(),
+    client_column="file",
+    label_column="category",
+    held_out=sources.load(str(folder / "global_test.json")),
+    seed=cell.seed,
+  )
+  return tasks.language_model(
+    _side(source, cell.validation),
+    adapter=adapter,
+    sequence_length=128,
+    seed=cell.seed,
+  )
+
+
 TASKS = {
   "shakespeare": shakespeare,
   "newsgroups": newsgroups,
   "library": library,
+  "dolly": dolly,
 }
 
 

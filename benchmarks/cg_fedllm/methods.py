@@ -20,13 +20,17 @@ from fedjax_llm.federated.algorithms import fed_avg
 def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
   """The task of a cell, and its codec in it."""
   knobs = dict(cell.knobs)
-  recorded = recordings.of(cell)
-  task = recorded.task
+  upload = compression.identity()
+  if cell.method == "uncompressed":
+    _, task = recordings.parts(cell)
+  else:
+    recorded = recordings.of(cell)
+    task, upload = recorded.task, _upload(cell.method, knobs, recorded)
   algorithm = fed_avg.fed_avg(
     task.loss_fn,
     recordings.client_optimizer(cell.client_rate),
     optax.sgd(cell.server_rate),
-    channel=channels.Channel(upload=_upload(cell.method, knobs, recorded)),
+    channel=channels.Channel(upload=upload),
     population=len(task.population.names),
     clients_per_step=1,
     mesh=task.mesh,
@@ -40,8 +44,6 @@ def _upload(
   name: str, knobs: dict[str, Any], recorded: recordings.Recorded
 ) -> compression.Compressor:
   """The codec of a cell."""
-  if name == "uncompressed":
-    return compression.identity()
   codec = codecs.of(name, knobs["bits"], recorded)
   if codec is None:
     raise ValueError(f"{name} has no message of {knobs['bits']} bits an entry.")

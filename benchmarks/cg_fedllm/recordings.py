@@ -49,15 +49,19 @@ class Recorded(NamedTuple):
     return np.asarray(self.store.snapshots[:first])
 
 
+def parts(cell: Any) -> tuple[tasks.Task, tasks.Task]:
+  """The task of a cell on D1 and on D2."""
+  task = problems.make(cell, dict(cell.knobs))
+  return learned_compression.divided(task, SHARE, seed=cell.seed)
+
+
 def of(cell: Any) -> Recorded:
-  """What was recorded for a cell's task, rank, seed and client rate."""
-  knobs = dict(cell.knobs)
-  whole = problems.make(cell, knobs)
-  first, second = learned_compression.divided(whole, SHARE, seed=cell.seed)
+  """What is recorded for a cell's task, rank, seed and client rate."""
+  first, second = parts(cell)
   cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
   name = f"{cell.task}_{cell.rank}_{cell.seed}_{cell.client_rate:g}"
   folder = pathlib.Path(cache).expanduser() / "recordings" / name
-  experiment.run(_recording(first, cell, knobs), folder)
+  experiment.run(_recording(first, cell), folder)
   return Recorded(second, recording.Store(folder / "recording"), folder)
 
 
@@ -66,7 +70,7 @@ def client_optimizer(rate: float) -> optax.GradientTransformation:
   return optax.adamw(rate, weight_decay=0.0)
 
 
-def _recording(task, cell, knobs):
+def _recording(task, cell):
   algorithm = tgap.federated_pretraining(
     task.loss_fn,
     client_optimizer(cell.client_rate),
@@ -82,5 +86,5 @@ def _recording(task, cell, knobs):
     about={"share": SHARE, "seed": cell.seed},
     finish=lambda store, folder: None,
     rounds=ROUNDS,
-    **problems.training(cell, knobs) | {"evaluate_every": ROUNDS},
+    **problems.training(cell, {}) | {"evaluate_every": ROUNDS},
   )
