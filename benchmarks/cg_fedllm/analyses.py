@@ -129,13 +129,14 @@ def _ratios(recorded, made) -> list[dict[str, str]]:
       if codec is None
       else jax.jit(reports.receiver(codec))(vectors)
     )
+    error = jnp.mean((vectors - received) ** 2)
     paper = measures.snr_of_the_paper(vectors, received)
     usual = measures.snr_db(vectors, received)
     rows.append(
       {
         "codec": name,
         "squared norm": f"{float(jnp.sum(vectors**2, axis=1).mean()):.3g}",
-        "mean squared error": f"{float(jnp.mean((vectors - received) ** 2)):.3g}",
+        "mean squared error": f"{float(error):.3g}",
         "the paper's ratio": f"{float(paper.mean()):.3g}",
         "decibels": f"{float(usual.mean()):.2f}",
       }
