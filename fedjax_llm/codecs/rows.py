@@ -1,12 +1,13 @@
 """Our network: the rows of an image, each by the same small perceptron.
 
 Updates are nearly white along any axis that a convolution could slide over, but
-for what differs between layers, modules and factors. In the columns of
-`arrangements.columns` and `square` these lie side by side, in the same place of
-every row, so that dense layers over a row have weights of their own for each:
-they learn which entries are worth a bit and which are not. The latent is
-quantised while the network trains (`networks.Network.bits`), so that its bytes
-are what is made the most of.
+for what differs between layers, modules and factors, and between entries: some
+move far more than others. `arrangements.columns` and `square` lay the former
+side by side, in the same place of every row, `arrangements.ranked` the latter,
+so that dense layers over a row have weights of their own for each: they learn
+which entries are worth a bit and which are not. The latent is quantised while
+the network trains (`networks.Network.bits`), so that its bytes are what is made
+the most of.
 """
 
 import flax.linen as nn
@@ -90,5 +91,7 @@ class _Perceptron(nn.Module):
     if self.hidden:
       x = nn.gelu(nn.Dense(self.hidden)(x))
       x = nn.gelu(nn.Dense(self.hidden)(x))
-      y = y + nn.Dense(self.features)(x)
+      # It starts as nothing, or quantised training would not settle.
+      zeros = nn.initializers.zeros
+      y = y + nn.Dense(self.features, kernel_init=zeros)(x)
     return y
