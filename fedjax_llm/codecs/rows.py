@@ -10,7 +10,11 @@ the network trains (`networks.Network.bits`), so that its bytes are what is made
 the most of.
 """
 
+import math
+
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedjax_llm.codecs import networks
@@ -80,18 +84,29 @@ class RowDecoder(nn.Module):
 
 
 class _Perceptron(nn.Module):
-  """A linear map of the last axis, plus a perceptron of it."""
+  """A linear map of the last axis, plus a perceptron of it; zero stays zero."""
 
   features: int
   hidden: int
 
   @nn.compact
   def __call__(self, x):
-    y = nn.Dense(self.features)(x)
+    y = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)(x)
     if self.hidden:
-      x = nn.gelu(nn.Dense(self.hidden)(x))
-      x = nn.gelu(nn.Dense(self.hidden)(x))
+      for _ in range(2):
+        x = nn.gelu(nn.Dense(self.hidden, use_bias=False)(x))
       # It starts as nothing, or quantised training would not settle.
       zeros = nn.initializers.zeros
-      y = y + nn.Dense(self.features, kernel_init=zeros)(x)
+      y = y + nn.Dense(self.features, use_bias=False, kernel_init=zeros)(x)
     return y
+
+
+def _last_columns(key, shape, dtype=jnp.float32):
+  """Nearly the map that keeps the last columns, or puts them back.
+
+  In `arrangements.ranked` they move most. So training starts from their signs,
+  or whatever quantises the latent, and mixes columns where that is better.
+  """
+  inputs, outputs = shape
+  start = jnp.eye(inputs, outputs, outputs - inputs, dtype)
+  return start + 0.01 * jax.random.normal(key, shape, dtype) / math.sqrt(inputs)
