@@ -130,6 +130,7 @@ def experiment(
     batch_size=batch_size,
     local_epochs=local_epochs,
     local_steps=local_steps,
+    weighting="examples",
   )
 
 

@@ -34,14 +34,30 @@ SCHEDULE = dict(
 
 
 @pytest.fixture(scope="module")
-def task(toy_model):
+def halves(toy_model):
+  """A task on D1, and on D2."""
   whole = tasks.language_model(
     records.streams(TOY.corpus(), held_out_rows=1),
     model=str(toy_model),
     adapter=lora.LoRA(rank=2, alpha=4.0),
     sequence_length=8,
   )
-  return learned_compression.divided(whole, 0.3, seed=0)[0]
+  return learned_compression.divided(whole, 0.3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def task(halves):
+  return halves[0]
+
+
+def test_tasks_are_divided_with_their_rows_and_say_so(halves):
+  # Law 11: numbers are counted on, so no row is like another.
+  first, second = (
+    {tuple(row) for row in half.population.examples.tokens.tolist()}
+    for half in halves
+  )
+  assert first and second and not first & second
+  assert halves[0].data["part"] != halves[1].data["part"]
 
 
 def recorded(task, finish=lambda store, folder: None, **knobs):
