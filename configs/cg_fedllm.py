@@ -7,6 +7,7 @@ On D2, the rows of every client that the codec of `tgap` has not seen (arXiv
 2405.13746, which calls this stage FAF). See `docs/learned_compression.md`.
 """
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import optax
 
 from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, learned_compression, tasks
-from fedjax_llm.codecs import autoencoder, fitting
+from fedjax_llm.codecs import autoencoder
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import aggregators, codec_rounds
@@ -118,10 +119,6 @@ def experiment(
     compressor = autoencoder.autoencoder(codec)
     return base.error_feedback(compressor) if error_feedback else compressor
 
-  def refit(vectors, codec):
-    settings = dict(steps=fit_steps, learning_rate=fit_learning_rate, seed=seed)
-    return fitting.fit(vectors, codec.arrangement, codec.network, **settings)[0]
-
   coding = dict(
     codec=fitted,
     compressor_of=compressor_of,
@@ -144,6 +141,12 @@ def experiment(
     )
   compressed = made(algorithm)
   if refit_every:
+    refit = functools.partial(
+      learned_compression.refit,
+      steps=fit_steps,
+      learning_rate=fit_learning_rate,
+      seed=seed,
+    )
     compressed = learned_compression.refitted(
       compressed, refit, every=refit_every
     )

@@ -34,7 +34,7 @@ def experiment(
   network: Network = "rows",
   latent_bits: int | None = 1,
   normalise: fitting.Normalise = "columns",
-  fit_steps: int = 1000,
+  fit_steps: int = 400,
   fit_batch_size: int = 4,
   fit_learning_rate: float = 1e-3,
   seed: int = 0,
@@ -130,6 +130,7 @@ def experiment(
     batch_size=batch_size,
     local_epochs=local_epochs,
     local_steps=local_steps,
+    weighting="examples",
   )
 
 

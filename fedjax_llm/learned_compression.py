@@ -184,9 +184,30 @@ def load_codec(
   return autoencoder.load(folder), about
 
 
+def refit(
+  vectors: np.ndarray, codec: autoencoder.Codec, **settings: Any
+) -> autoencoder.Codec:
+  """The network of a codec, fitted anew to what the server has of clients.
+
+  Args:
+    vectors: [count, n]; of fewer than three the codec stays what it is. Those
+      that were decoded have nothing that the codec did not already transmit.
+    codec: the last one.
+    **settings: `steps` and the others of `codecs.fitting.fit`.
+  """
+  if len(vectors) < 3:
+    return codec
+  # Two at least, to compare.
+  share = max(0.2, 2 / len(vectors))
+  new, _ = fitting.fit(
+    vectors, codec.arrangement, codec.network, held_out=share, **settings
+  )
+  return new
+
+
 def refitted(
   made: experiments.Experiment,
-  refit: Callable[[np.ndarray, Any], Any],
+  fit: Callable[[np.ndarray, Any], Any],
   *,
   every: int,
 ) -> experiments.Experiment:
@@ -194,7 +215,7 @@ def refitted(
 
   Args:
     made: of an algorithm of `codec_rounds.with_codec`, with `volunteers`.
-    refit: (vectors [count, n], of `codec_rounds.known`; codec) -> the next.
+    fit: (vectors [count, n], of `codec_rounds.known`; codec) -> the next one.
     every: rounds between fits.
 
   Raises:
@@ -206,7 +227,7 @@ def refitted(
   def round_fn(state, number):
     if number and number % every == 0:
       vectors = codec_rounds.known(state)
-      state = codec_rounds.refitted(state, refit(vectors, state.codec))
+      state = codec_rounds.refitted(state, fit(vectors, state.codec))
     return made.round(state, number)
 
   return dataclasses.replace(made, round=round_fn)

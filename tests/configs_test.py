@@ -31,6 +31,8 @@ PRETRAINING = {
   "layers": 1,
 }
 
+TGAP = {"fit_steps": 2, "fit_batch_size": 2}
+
 
 # Of the configs on data sets: little enough of them, and rows long enough.
 DATA = {
@@ -67,6 +69,15 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
       knob: str(data / value) if knob in paths else value
       for knob, value in DATA[name].items()
     }
+  if name == "tgap":
+    toy = toy | TGAP
+  if name == "cg_fedllm":
+    # Two commands: the other one first.
+    made = cli.load_config("tgap").experiment
+    out = tmp_path / "tgap"
+    commands.run(made, out, name="toy", knobs=toy | TGAP)
+    toy = toy | {"codec": str(out / "codec"), "refit_every": 1}
+    toy = toy | {"fit_steps": 2, "volunteers": 1.0}
   commands.run(config.experiment, tmp_path, name="toy", knobs=toy)
   records = [
     json.loads(path.read_text()) for path in tmp_path.rglob("run.json")

@@ -294,3 +294,16 @@ def test_only_a_run_of_its_own_is_exported(whole, tmp_path):
     experiment.export(made(), tmp_path / "nowhere", name="root")
   with pytest.raises(ValueError, match="other settings"):
     experiment.export(made(), whole, name="root", knobs={"rate": 0.1})
+
+
+def test_what_writes_into_the_folder_is_told_of_it_first(tmp_path):
+  told = []
+
+  def prepare(folder):
+    assert (folder / "run.json").exists()
+    assert (folder / "result").exists() == bool(told)
+    told.append(folder)
+
+  experiment.run(made(prepare=prepare), tmp_path, name="root")
+  experiment.export(made(prepare=prepare), tmp_path, name="root")
+  assert told == [tmp_path, tmp_path]

@@ -7,10 +7,15 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fedjax_llm import checkpoints, cli, tasks
-from fedjax_llm.models import adapters, families
+from fedjax_llm import checkpoints, cli, compression, finetuning, tasks
+from fedjax_llm.codecs import controls
+from fedjax_llm.data import records
+from fedjax_llm.federated import channels
+from fedjax_llm.federated.algorithms import fed_avg
+from fedjax_llm.models import adapters, families, lora
 
 TOY = cli.load_config(str(pathlib.Path(__file__).parent / "toy_config.py"))
 
@@ -168,6 +173,67 @@ def test_a_client_that_diverges_is_named(toy_model):
     state = made.init()
     for number in range(3):
       state, _ = made.round(state, number)
+
+
+def through(codec_of, toy_model, clients_per_round=3):
+  """What is observed of four rounds, and their metrics."""
+  task = tasks.language_model(
+    records.streams(TOY.corpus(), held_out_rows=1),
+    model=str(toy_model),
+    adapter=lora.LoRA(rank=2, alpha=4.0),
+    sequence_length=16,
+  )
+  size = sum(leaf.size for leaf in jax.tree.leaves(task.trainable))
+  algorithm = fed_avg.fed_avg(
+    task.loss_fn,
+    optax.sgd(0.1),
+    optax.sgd(1.0),
+    channel=channels.Channel(upload=codec_of(size)),
+    clients_per_step=1,
+  )
+  observed, lines = [], []
+  made = finetuning.federated(
+    task,
+    algorithm,
+    rounds=4,
+    clients_per_round=clients_per_round,
+    batch_size=2,
+    local_steps=1,
+    observe=lambda *what: observed.append(what),
+  )
+  state = made.init()
+  for number in range(4):
+    state, line = made.round(state, number)
+    lines.append(line)
+  return observed, lines
+
+
+def test_a_codec_that_transmits_nothing_is_told_of_once(toy_model, capsys):
+  # The mean of what was recorded is a codec of a small error.
+  constant = lambda size: controls.constant_mean(jnp.full(size, 1e-3))
+  _, lines = through(constant, toy_model)
+  assert [line["innovation_cosine"] for line in lines] == [0] * 4
+  said = capsys.readouterr().out
+  assert said.count("warning: the innovation cosine of 3 rounds is 0.000") == 1
+  assert "delta" in said and "PCA" in said
+
+
+def test_a_codec_that_transmits_is_not(toy_model, capsys):
+  observed, lines = through(lambda size: compression.sign(), toy_model)
+  assert all(0.05 < line["innovation_cosine"] < 1 for line in lines)
+  assert all(0 < line["update_cosine"] < 1 for line in lines)
+  assert "warning" not in capsys.readouterr().out
+  # Rounds are observed with all that the algorithm tells of each client.
+  assert [number for number, _, _ in observed] == [0, 1, 2, 3]
+  for _, cohort, metrics in observed:
+    assert len(cohort.clients) == 3
+    assert metrics["finite"].tolist() == [True] * 3
+
+
+def test_of_one_client_there_is_no_innovation(toy_model):
+  _, lines = through(lambda size: compression.sign(), toy_model, 1)
+  assert all("innovation_cosine" not in line for line in lines)
+  assert all("update_cosine" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,21 @@ def from_image(
 
 
 def setup_bytes(codec: Codec) -> int:
-  """The length of the message that brings a client all it encodes by.
+  """The length of the messages that bring a client all it encodes by.
 
-  The encoder's variables and the scale; their names and shapes follow from the
-  network, the positions from the adapter, which both ends know.
+  The encoder's variables and the scale, in float32, and of an arrangement that
+  is learned the column of each entry. Names and shapes follow from the network
+  and the adapter, which both ends know.
   """
   vector, _ = ravel_pytree((codec.scale, codec.encoder))
-  return wire.nbytes(base.Dense(vector))
+  total = wire.nbytes(base.Dense(vector))
+  if codec.arrangement.is_learned:
+    few = codec.arrangement.positions.shape[1] <= 256
+    column = jax.ShapeDtypeStruct(
+      (codec.arrangement.size,), np.uint8 if few else np.uint16
+    )
+    total += wire.nbytes(base.Dense(column))
+  return total
 
 
 def save(folder: pathlib.Path, codec: Codec) -> None:
@@ -156,6 +164,7 @@ def save(folder: pathlib.Path, codec: Codec) -> None:
     "version": _VERSION,
     "arrangement": codec.arrangement.digest,
     "size": codec.arrangement.size,
+    "is_learned": codec.arrangement.is_learned,
     "encoder": _described(codec.network.encoder),
     "decoder": _described(codec.network.decoder),
     "bits": codec.network.bits,
@@ -188,7 +197,10 @@ def load(
       f" reads version {_VERSION}."
     )
   found = arrangements.Arrangement(
-    tensors.pop("positions"), fields["size"], fields["arrangement"]
+    tensors.pop("positions"),
+    fields["size"],
+    fields["arrangement"],
+    fields["is_learned"],
   )
   if arrangement is not None and found != arrangement:
     raise ValueError(

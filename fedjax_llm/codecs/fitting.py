@@ -213,20 +213,21 @@ def _split(snapshots, arrangement, rounds, held_out) -> _Snapshots:
 
 def _scale(known, arrangement, normalise) -> jax.Array:
   """What images are divided by."""
-  energy = np.append(known.energy, 0)[arrangement.positions]
-  is_real = arrangement.positions < arrangement.size
-  axis = {"columns": 0, "one": None}
   if normalise == "none":
     return jnp.ones(1)
-  if normalise not in axis:
+  if normalise not in ("columns", "one"):
     raise ValueError(
       f'fit expected normalise "columns", "one" or "none", got {normalise=}.'
     )
-  total = np.atleast_1d(energy.sum(axis=axis[normalise]))
-  count = np.atleast_1d(is_real.sum(axis=axis[normalise]))
-  mean = total / np.maximum(count, 1)
+  average = known.energy.mean()
+  means = np.array([average])
+  if normalise == "columns":
+    energy = np.append(known.energy, 0)[arrangement.positions]
+    count = (arrangement.positions < arrangement.size).sum(axis=0)
+    means = energy.sum(axis=0) / np.maximum(count, 1)
   # What never moved is not divided by nothing.
-  return jnp.asarray(np.sqrt(np.where(mean > 0, mean, 1)), jnp.float32)
+  means = np.where(means > 0, means, average or 1)
+  return jnp.asarray(np.sqrt(means), jnp.float32)
 
 
 def _init(network, arrangement, optimizer, settings, seed) -> _State:

@@ -64,11 +64,11 @@ class Report(NamedTuple):
     if self.transmits:
       return ""
     return (
-      f"this codec transmits nothing: {'; '.join(self._problems())}. Training"
-      " on what it sends is training on noise. Normalise its input"
-      ' (normalise="columns"), leave out the tanh, train for more steps, record'
-      " more updates, or send by a codec that is not learned, such as"
-      " eden(0.5, unbiased=False) or pca.pca."
+      "this codec is no better than one that transmits nothing:"
+      f" {'; '.join(self._problems())}. Normalise its input"
+      ' (normalise="columns"), leave out the tanh, fit for more steps, record'
+      " more updates, or send by a compressor that is not learned, such as"
+      " eden(0.5, unbiased=False)."
     )
 
   def describe(self) -> str:

@@ -1,15 +1,20 @@
 """Our network: the rows of an image, each by the same small perceptron.
 
 Updates are nearly white along any axis that a convolution could slide over, but
-for what differs between layers, modules and factors. In the columns of
-`arrangements.columns` and `square` these lie side by side, in the same place of
-every row, so that dense layers over a row have weights of their own for each:
-they learn which entries are worth a bit and which are not. The latent is
-quantised while the network trains (`networks.Network.bits`), so that its bytes
-are what is made the most of.
+for what differs between layers, modules and factors, and between entries: some
+move far more than others. `arrangements.columns` and `square` lay the former
+side by side, in the same place of every row, `arrangements.ranked` the latter,
+so that dense layers over a row have weights of their own for each: they learn
+which entries are worth a bit and which are not. The latent is quantised while
+the network trains (`networks.Network.bits`), so that its bytes are what is made
+the most of.
 """
 
+import math
+
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedjax_llm.codecs import networks
@@ -79,16 +84,29 @@ class RowDecoder(nn.Module):
 
 
 class _Perceptron(nn.Module):
-  """A linear map of the last axis, plus a perceptron of it."""
+  """A linear map of the last axis, plus a perceptron of it; zero stays zero."""
 
   features: int
   hidden: int
 
   @nn.compact
   def __call__(self, x):
-    y = nn.Dense(self.features)(x)
+    y = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)(x)
     if self.hidden:
-      x = nn.gelu(nn.Dense(self.hidden)(x))
-      x = nn.gelu(nn.Dense(self.hidden)(x))
-      y = y + nn.Dense(self.features)(x)
+      for _ in range(2):
+        x = nn.gelu(nn.Dense(self.hidden, use_bias=False)(x))
+      # It starts as nothing, or quantised training would not settle.
+      zeros = nn.initializers.zeros
+      y = y + nn.Dense(self.features, use_bias=False, kernel_init=zeros)(x)
     return y
+
+
+def _last_columns(key, shape, dtype=jnp.float32):
+  """Nearly the map that keeps the last columns, or puts them back.
+
+  In `arrangements.ranked` they move most. So training starts from their signs,
+  or whatever quantises the latent, and mixes columns where that is better.
+  """
+  inputs, outputs = shape
+  start = jnp.eye(inputs, outputs, outputs - inputs, dtype)
+  return start + 0.01 * jax.random.normal(key, shape, dtype) / math.sqrt(inputs)

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fedjax_llm.codecs import arrangements, autoencoder, networks
-from fedjax_llm.compression import base
+from fedjax_llm.compression import base, quantize
 
 
 def step(
@@ -36,7 +36,6 @@ def step(
     loss)`; variables are those of "encoder" and "decoder", and `vectors` are
     [batch, n]. The loss is in units of the root mean square of `scale`.
   """
-  quantiser = autoencoder.latent_quantiser(network)
   encoder, decoder = map(_in_training, (network.encoder, network.decoder))
   # The error of a column counts as it does in the vector.
   weights = (scale**2 / jnp.mean(scale**2)).reshape(1, 1, -1)
@@ -46,9 +45,9 @@ def step(
       {**variables[end], "params": parameters[end]}, x, mutable="batch_stats"
     )
     latents, encoder_stats = apply(encoder, "encoder", images[..., None])
-    if quantiser:
-      latents = _straight_through(quantiser, latents)
-    received, decoder_stats = apply(decoder, "decoder", latents)
+    received, decoder_stats = apply(
+      decoder, "decoder", _as_sent(network, latents)
+    )
     error = received.reshape(images.shape) - images
     moments = {"encoder": encoder_stats, "decoder": decoder_stats}
     return jnp.mean(weights * error**2), moments
@@ -72,16 +71,25 @@ def parameters_of(variables: dict[str, Any]) -> dict[str, Any]:
   return {end: variables[end]["params"] for end in variables}
 
 
-def _straight_through(quantiser: base.Compressor, latents):
-  """What arrives of latents, with the gradient of sending them as they are."""
+def _as_sent(network: networks.Network, latents: jax.Array) -> jax.Array:
+  """What arrives of latents, with the gradient of sending them as they are.
+
+  But for entries far beyond the last level, which would grow without end.
+  """
+  quantiser, bits = autoencoder.latent_quantiser(network), network.bits
+  if quantiser is None or bits is None:
+    return latents
+  farthest = 2 * float(quantize.gaussian_levels(bits)[-1])
 
   def one(latent):
     flat, key = latent.ravel(), jax.random.key(0)
     arrived = base.transmit(quantiser, flat, (), key).received
-    return arrived.reshape(latent.shape)
+    limit = farthest * jnp.sqrt(jnp.mean(jax.lax.stop_gradient(flat) ** 2))
+    within = jnp.clip(flat, -limit, limit)
+    through = within + jax.lax.stop_gradient(arrived - within)
+    return through.reshape(latent.shape)
 
-  arrived = jax.vmap(one)(latents)
-  return latents + jax.lax.stop_gradient(arrived - latents)
+  return jax.vmap(one)(latents)
 
 
 def _in_training(module):
