@@ -9,6 +9,7 @@ from fedjax_llm.compression import (
   Compressor,
   cast,
   chain,
+  count_sketch,
   deep_gradient_compression,
   drive,
   eden,
