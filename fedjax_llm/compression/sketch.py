@@ -69,11 +69,14 @@ def count_sketch(
   def encode(vector, key):
     del key  # Deterministic: the hashes are common to all senders.
     vector = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
-    table = [
-      _add(vector, columns, *_draw(seed, row, vector.size, columns))
-      for row in range(rows)
-    ]
-    return Sketch(jnp.concatenate(table), rows, seed, vector.size)
+    # One row after the other, which takes the memory of one.
+    table = jax.lax.map(
+      lambda row: _add(
+        vector, columns, *_draw(seed, row, vector.size, columns)
+      ),
+      jnp.arange(rows),
+    )
+    return Sketch(table.ravel(), rows, seed, vector.size)
 
   def decode(payload):
     estimate = _median(estimates(payload))
@@ -87,19 +90,17 @@ def count_sketch(
 def estimates(payload: Sketch) -> Float[Array, "rows n"]:
   """What each row of a sketch takes the vector for, without bias."""
   table = jnp.asarray(payload.values).reshape(payload.rows, -1)
-  places = [
-    hashes(payload.seed, row, payload.size, table.shape[1])
-    for row in range(payload.rows)
-  ]
-  looked_up = [
-    row[column] * sign.astype(row.dtype)
-    for row, (column, sign) in zip(table, places, strict=True)
-  ]
-  return jnp.stack(looked_up)
+
+  def look_up(row):
+    number, cells = row
+    places, signs = hashes(payload.seed, number, payload.size, cells.size)
+    return cells[places] * signs.astype(cells.dtype)
+
+  return jax.lax.map(look_up, (jnp.arange(payload.rows), table))
 
 
 def hashes(
-  seed: int, row: int, size: int, columns: int
+  seed: int, row: int | Int[Array, ""], size: int, columns: int
 ) -> tuple[Int[Array, " n"], Int8[Array, " n"]]:
   """The column and the sign of every entry in a row of the table.
 
@@ -108,7 +109,7 @@ def hashes(
   """
   starts, signs = _draw(seed, row, size, columns)
   entry = jnp.arange(size)
-  return (entry + starts[entry // columns]) % columns, signs
+  return (entry % columns + starts[entry // columns]) % columns, signs
 
 
 def _draw(seed, row, size, columns):
@@ -120,8 +121,8 @@ def _draw(seed, row, size, columns):
   """
   # Named and fixed, so that it is not a setting of either end.
   key = jax.random.key(seed, impl="threefry2x32")
-  start_key, sign_key = jax.random.split(jax.random.fold_in(key, row))
   with jax.threefry_partitionable(True):
+    start_key, sign_key = jax.random.split(jax.random.fold_in(key, row))
     starts = jax.random.bits(start_key, (-(-size // columns),), jnp.uint32)
     words = jax.random.bits(sign_key, (-(-size // 32),), jnp.uint32)
   bits = words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
@@ -141,9 +142,6 @@ def _median(rows: Float[Array, "rows n"]) -> Float[Array, " n"]:
   ordered = list(rows)
   for last in range(len(ordered) - 1, 0, -1):
     for i in range(last):
-      low, high = ordered[i], ordered[i + 1]
-      ordered[i], ordered[i + 1] = (
-        jnp.minimum(low, high),
-        jnp.maximum(low, high),
-      )
+      low, high = ordered[i : i + 2]
+      ordered[i : i + 2] = jnp.minimum(low, high), jnp.maximum(low, high)
   return ordered[(len(ordered) - 1) // 2] / 2 + ordered[len(ordered) // 2] / 2
