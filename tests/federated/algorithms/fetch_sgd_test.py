@@ -129,6 +129,23 @@ def test_what_is_subtracted_and_what_moved_are_all_that_came(problem, oracle):
   )
 
 
+def test_a_narrow_sketch_diverges_unless_cells_are_cleared(problem):
+  # Which the authors' code tells of, in a comment.
+  everyone = np.ones(len(problem.examples["y"]), bool)
+
+  def loss(state):
+    arguments = (problem.frozen, problem.examples, everyone, KEY)
+    return float(problem.loss_fn(state.trainable, *arguments)[0])
+
+  ends = {}
+  for settle in (fetch_sgd.subtract, fetch_sgd.clear):
+    knobs = dict(seed=0, momentum=0.5, settle=settle)
+    states, _ = run(problem, problem.cohorts(15), **knobs)
+    ends[settle] = loss(states[-1]) / loss(states[0])
+  assert ends[fetch_sgd.subtract] > 2
+  assert ends[fetch_sgd.clear] < 0.8
+
+
 def test_a_client_fetches_the_moves_it_missed_or_the_parameters(problem):
   cohorts = [problem.cohort(*who) for who in ([0, 1], [0], [0], [1], [2])]
   _, seen = run(problem, cohorts)
