@@ -84,6 +84,7 @@ from fedjax_llm.federated.private_aggregation import (
   adaptive_private_mean,
   private_mean,
 )
+from fedjax_llm.federated.private_messages import gaussian_mechanism
 from fedjax_llm.federated.rounds import (
   FederatedAlgorithm,
   ServerState,
