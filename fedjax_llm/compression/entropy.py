@@ -119,8 +119,6 @@ def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
 
 def _coded(node: Any) -> Any:
   """The payload, with lengths in the place of the parts that are coded."""
-  if not dataclasses.is_dataclass(node) or isinstance(node, type):
-    return node
   parts: dict[str, Any] = {}
   if isinstance(node, sparse.Sparse):
     parts["support"] = _shorter(node.support, _support_nbytes(node))
@@ -131,7 +129,7 @@ def _coded(node: Any) -> Any:
     parts["codes"] = _shorter(node.codes, math.ceil(bits / 8))
   if hasattr(node, "values"):
     parts["values"] = _coded(node.values)
-  return dataclasses.replace(node, **parts)
+  return dataclasses.replace(node, **parts) if parts else node
 
 
 # How each payload that has codes unpacks them, and how many codes there are.

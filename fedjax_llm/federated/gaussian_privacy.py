@@ -43,7 +43,14 @@ def delta(mu: float, epsilon: float) -> float:
 
   Returns:
     Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2).
+
+  Raises:
+    ValueError: if a number is out of range.
   """
+  if not (0 < mu < math.inf and epsilon >= 0):
+    raise ValueError(
+      f"expected mu > 0 and finite, and epsilon >= 0, got {mu=}, {epsilon=}."
+    )
   near, far = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2
   # Both are tiny where it matters: their ratio is taken, of logarithms.
   log_ratio = epsilon + special.log_ndtr(far) - special.log_ndtr(near)
@@ -56,8 +63,6 @@ def epsilon(mu: float, target_delta: float) -> float:
   Raises:
     ValueError: if `mu` is not positive, or the delta is not in (0, 1).
   """
-  if not 0 < mu < math.inf:
-    raise ValueError(f"expected {mu=} to be > 0 and finite.")
   _check_delta(target_delta)
   if delta(mu, 0.0) <= target_delta:
     return 0.0
@@ -92,7 +97,7 @@ def _root(fn):
     high *= 2
   while fn(low) > 0:
     low /= 2
-  return optimize.brentq(fn, low, high, xtol=1e-300, rtol=1e-12)
+  return optimize.root_scalar(fn, bracket=(low, high), rtol=1e-12).root
 
 
 def _check_delta(target_delta):

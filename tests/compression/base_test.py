@@ -101,7 +101,7 @@ def test_error_feedback_loses_nothing_in_the_long_run(compressor):
   [
     compression.top_k(0.1),
     compression.random_k(0.3, unbiased=False),
-    # Of each block the first half is sent, whatever the other one is.
+    # Some are never sent.
     compression.select(np.arange(50) % 10 < 5),
   ],
 )

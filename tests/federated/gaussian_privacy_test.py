@@ -64,7 +64,8 @@ def test_numbers_out_of_range_are_named():
   cases = [
     (lambda: gaussian_privacy.mu(0.0), "noise_multiplier=0.0"),
     (lambda: gaussian_privacy.mu(1.0, 0), "one release, got 0"),
-    (lambda: gaussian_privacy.epsilon(0.0, DELTA), "mu=0.0 to be > 0"),
+    (lambda: gaussian_privacy.epsilon(0.0, DELTA), "got mu=0.0"),
+    (lambda: gaussian_privacy.delta(1.0, -0.1), "epsilon=-0.1"),
     (lambda: gaussian_privacy.epsilon(1.0, 1.0), r"\(0, 1\), got 1.0"),
     (
       lambda: gaussian_privacy.noise_multiplier_for(0.0, DELTA),

@@ -3,10 +3,10 @@
 Richtárik, Sokolov, Fatkhullin, "EF21: A New, Simpler, Theoretically Better, and
 Practically Faster Error Feedback", 2021 (arXiv 2106.05203); clients that are
 not there change nothing, as in Fatkhullin et al., "EF21 with Bells & Whistles",
-2021 (arXiv 2110.03294). Client and server keep g_i, what the server takes the
-client's update for. Up travels C(update - g_i), which both add to g_i, and the
-server steps on the mean of all g_i, also of those who are not there. If updates
-settle, the g_i settle at the updates: nothing is lost.
+2021 (arXiv 2110.03294). A client keeps g_i, what the server takes its update
+for. Up travels C(update - g_i), which is added to g_i, and at the server to the
+mean of all g_i, also of those who are not there; on this mean it steps. If
+updates settle, the g_i settle at the updates: nothing is lost.
 """
 
 import jax

@@ -133,8 +133,8 @@ def fetch_sgd(
     vector, unravel = ravel_pytree(state.trainable)
     velocity = momentum * state.momentum + table
     error = state.error + learning_rate * velocity
-    whole = to_server.decode(sketch.Sketch(error, rows, seed, vector.size))
-    sent = base.transmit(largest, whole.astype(vector.dtype), (), key)
+    estimate = to_server.decode(sketch.Sketch(error, rows, seed, vector.size))
+    sent = base.transmit(largest, estimate.astype(vector.dtype), (), key)
     sketched, _ = to_server.encode(sent.received, (), key)
     velocity, error = settle(velocity, error, sketched.values)
     after = state._replace(
@@ -150,16 +150,17 @@ def fetch_sgd(
     (share, loss, count), (present, metrics) = answers(shared, cohort)
     table, _ = mean.finish(share, (), key)
     after, payload = move(state, table, key)
-    down, most = _downloads(payload, state.trainable)
-    old = state.missed[cohort.clients]
-    missed = state.missed.at[cohort.clients].set(jnp.where(present, 0, old))
+    missed = state.missed[cohort.clients]
+    fetched, most = _fetch(missed, payload, state.trainable)
+    missed = jnp.where(present, 0, missed)
+    missed = state.missed.at[cohort.clients].set(missed)
     after = after._replace(missed=jnp.minimum(missed + 1, most))
     after = rounds.unless_nobody(present.any(), after, state)
     return rounds.replicate(after, mesh), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
-      "download_bytes": down[old, 0],
-      "download_entries": down[old, 1],
+      "download_bytes": fetched[:, 0],
+      "download_entries": fetched[:, 1],
       **metrics,
     }
 
@@ -199,23 +200,22 @@ def _answer(local_update, to_server, mean):
   return fn
 
 
-def _downloads(payload, trainable):
-  """What fetching 0, 1, 2, ... moves takes, and the number that is the most.
-
-  So many, or more, are the parameters themselves.
+def _fetch(missed, payload, trainable):
+  """What fetching so many moves takes, or the parameters if that is less.
 
   Args:
+    missed: how many moves, int32 [cohort].
     payload: of one move.
     trainable: the parameters.
 
   Returns:
-    Bytes and numbers, int32 [most + 1, 2], and `most`.
+    Bytes and numbers, int32 [cohort, 2]; and how many moves are too many.
   """
   vector, _ = ravel_pytree(trainable)
-  sizes = [
-    (wire.nbytes(x), wire.entries(x)) for x in (payload, base.Dense(vector))
-  ]
-  move, whole = np.array(sizes)
+  move, whole = (
+    np.array([wire.nbytes(x), wire.entries(x)], np.int32)
+    for x in (payload, base.Dense(vector))
+  )
   most = -(-whole[0] // move[0])
-  each = np.arange(most)[:, None] * move
-  return jnp.asarray(np.append(each, whole[None], axis=0), jnp.int32), most
+  moves = missed[:, None] * move[None]
+  return jnp.where((missed < most)[:, None], moves, whole[None]), most
