@@ -36,12 +36,14 @@ from fedjax_llm.federated import (
 )
 from fedjax_llm.federated.algorithms import (
   eco_lora,
+  ef21,
   fed_avg,
   fed_ex,
   fed_sa,
   fed_sb,
   fed_srd,
   federated_select,
+  fetch_sgd,
   flasc,
   flex_lora,
   flora,
@@ -67,6 +69,8 @@ Method = Literal[
   "flasc",
   "flasc_tiers",
   "top_k_with_error_feedback",
+  "ef21",
+  "fetch_sgd",
   "quantised",
   "incremental",
   "sparse_adapter",
@@ -141,6 +145,20 @@ def _error_feedback(k: Knobs) -> Any:
   return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
 
 
+def _fetch_sgd(k: Knobs) -> Any:
+  """Sketches of `density`, and a tenth of it for what moves."""
+  vector, _ = ravel_pytree(k.task.trainable)
+  return fetch_sgd.fetch_sgd(
+    k.task.loss_fn,
+    k.client,
+    rows=5,
+    columns=max(1, round(k.density * vector.size / 5)),
+    density=k.density / 10,
+    settle=fetch_sgd.clear,
+    **k.parts,
+  )
+
+
 def _quantised(k: Knobs) -> Any:
   """The share of 32 bits that the density says: 1 to 6, or 8."""
   bits = max(1, min(8, round(32 * k.density)))
@@ -193,6 +211,10 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   ),
   "flasc_tiers": _flasc_tiers,
   "top_k_with_error_feedback": _error_feedback,
+  "ef21": lambda k: ef21.ef21(
+    *k.averaging, upload=sparse.top_k(k.density), **k.parts
+  ),
+  "fetch_sgd": _fetch_sgd,
   "quantised": _quantised,
   "incremental": lambda k: incremental.incremental(
     *k.optimizers,

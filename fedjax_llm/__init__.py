@@ -9,6 +9,7 @@ from fedjax_llm.compression import (
   Compressor,
   cast,
   chain,
+  count_sketch,
   deep_gradient_compression,
   drive,
   eden,
@@ -37,6 +38,7 @@ from fedjax_llm.federated.aggregators import (
   weighted_mean,
 )
 from fedjax_llm.federated.algorithms.eco_lora import eco_lora
+from fedjax_llm.federated.algorithms.ef21 import ef21
 from fedjax_llm.federated.algorithms.fed_avg import (
   fed_adagrad,
   fed_adam,
@@ -52,6 +54,7 @@ from fedjax_llm.federated.algorithms.federated_select import (
   federated_select,
   federated_select_ranks,
 )
+from fedjax_llm.federated.algorithms.fetch_sgd import fetch_sgd
 from fedjax_llm.federated.algorithms.flasc import (
   flasc,
   flasc_tiers,
@@ -81,6 +84,7 @@ from fedjax_llm.federated.private_aggregation import (
   adaptive_private_mean,
   private_mean,
 )
+from fedjax_llm.federated.private_messages import gaussian_mechanism
 from fedjax_llm.federated.rounds import (
   FederatedAlgorithm,
   ServerState,

@@ -22,6 +22,7 @@ from fedjax_llm.compression.quantize import cast as cast
 from fedjax_llm.compression.quantize import lloyd_max as lloyd_max
 from fedjax_llm.compression.quantize import natural as natural
 from fedjax_llm.compression.rotation import rotate as rotate
+from fedjax_llm.compression.sketch import count_sketch as count_sketch
 from fedjax_llm.compression.sparse import random_k as random_k
 from fedjax_llm.compression.sparse import select as select
 from fedjax_llm.compression.sparse import top_k as top_k

@@ -96,6 +96,25 @@ def test_error_feedback_loses_nothing_in_the_long_run(compressor):
   )
 
 
+@pytest.mark.parametrize(
+  "compressor",
+  [
+    compression.top_k(0.1),
+    compression.random_k(0.3, unbiased=False),
+    # Some are never sent.
+    compression.select(np.arange(50) % 10 < 5),
+  ],
+)
+def test_of_whole_numbers_the_feedback_is_exact(compressor):
+  sent = jax.random.randint(KEY, (20, 50), -1000, 1000).astype(jnp.float32)
+  compressor = compression.error_feedback(compressor)
+  state, received = compressor.init(sent[0]), 0.0
+  for vector in sent:
+    message = transmit(compressor, vector, state, KEY)
+    state, received = message.state, received + message.received
+  np.testing.assert_array_equal(received + state[0], sent.sum(0))
+
+
 def test_what_both_ends_know_is_not_sent():
   known = jnp.array([5.0, -3.0, 2.0, 1.0])
   compressor = compression.relative_to(known, compression.top_k(0.25))

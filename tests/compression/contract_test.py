@@ -78,6 +78,13 @@ COMPRESSORS = {
   "eden(2)": lambda n: compression.eden(2, block=64),
   "dgc": lambda n: compression.deep_gradient_compression(1 / 4),
   "power_sgd": lambda n: compression.power_sgd(2),
+  "count_sketch": lambda n: compression.count_sketch(5, 40),
+  "count_sketch + top_k": lambda n: compression.count_sketch(
+    4, 64, density=1 / 8
+  ),
+  "count_sketch + uniform": lambda n: chain(
+    compression.count_sketch(3, 50), uniform(8)
+  ),
   "relative_to": lambda n: compression.relative_to(
     jnp.linspace(-1, 1, n), compression.identity()
   ),
@@ -116,7 +123,7 @@ COMPRESSORS = {
 PRODUCTS = {name for name in COMPRESSORS if "autoencoder" in name} | {"pca"}
 MANY_LENGTHS = (
   *("identity", "top_k + uniform", "uniform(3)", "natural", "tern_grad"),
-  *("stc", "rotate + uniform", "eden(0.5)", "power_sgd"),
+  *("stc", "rotate + uniform", "eden(0.5)", "power_sgd", "count_sketch"),
 )
 ROWS = [(name, 257) for name in COMPRESSORS]
 ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256)]

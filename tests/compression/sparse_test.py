@@ -93,6 +93,20 @@ def test_no_support_of_that_many_entries_loses_less_than_top_k():
   )
 
 
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.9])
+@pytest.mark.parametrize("case", ["normal", "mostly zero"])
+def test_top_k_loses_at_most_the_share_that_it_does_not_send(case, density):
+  vector = CASES[case].astype(np.float64)
+  sent = transmit(compression.top_k(density), CASES[case], (), KEY)
+  lost = np.sum((vector - sent.received) ** 2)
+  share = 1 - int(density * N) / N
+  assert lost <= share * np.sum(vector**2)
+  # Of equal magnitudes, and of none else, all of that.
+  signs = np.where(vector >= 0, np.float32(1), np.float32(-1))
+  sent = transmit(compression.top_k(density), signs, (), KEY)
+  assert np.sum((signs - sent.received) ** 2) == N - int(density * N)
+
+
 def test_top_k_is_by_index_and_not_by_threshold():
   # The tenth magnitude is 0, and every entry reaches that.
   compressor = compression.top_k(0.1)

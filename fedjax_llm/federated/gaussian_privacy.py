@@ -1,0 +1,110 @@
+"""Gaussian differential privacy: one number, mu, for any number of releases.
+
+Dong, Roth, Su, "Gaussian Differential Privacy", 2022 (arXiv 1905.02383). To
+tell two neighbours by mu-GDP releases is as hard as to tell N(0, 1) from
+N(mu, 1). A sum of clipped vectors with noise of z clip norms is 1/z-GDP, T of
+them sqrt(T)/z, exactly; nor does anything change that is computed of them, such
+as what a decoder makes of a noisy code.
+
+This is for full participation: everyone is in every release. It claims nothing
+for the sampling of clients, which `privacy.ClientLevel` accounts for.
+Neighbours differ by a presence; if one is replaced, by other data of its own,
+two clipped vectors are up to two clip norms apart, and mu is twice as large.
+"""
+
+import math
+
+import numpy as np
+from scipy import optimize, special
+
+
+def mu(noise_multiplier: float, count: int = 1) -> float:
+  """Of `count` releases with noise of so many clip norms.
+
+  Args:
+    noise_multiplier: z > 0.
+    count: T >= 1.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  if not 0 < noise_multiplier < math.inf:
+    raise ValueError(f"expected {noise_multiplier=} to be > 0 and finite.")
+  _check_count(count)
+  return math.sqrt(count) / noise_multiplier
+
+
+def delta(mu: float, epsilon: float) -> float:
+  """The least delta at which mu-GDP is (epsilon, delta)-DP.
+
+  Args:
+    mu: > 0.
+    epsilon: >= 0.
+
+  Returns:
+    Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2).
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  if not (0 < mu < math.inf and epsilon >= 0):
+    raise ValueError(
+      f"expected mu > 0 and finite, and epsilon >= 0, got {mu=}, {epsilon=}."
+    )
+  near, far = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2
+  # Both are tiny where it matters: their ratio is taken, of logarithms.
+  log_ratio = epsilon + special.log_ndtr(far) - special.log_ndtr(near)
+  return float(-special.ndtr(near) * np.expm1(log_ratio))
+
+
+def epsilon(mu: float, target_delta: float) -> float:
+  """The least epsilon at which mu-GDP is (epsilon, target_delta)-DP.
+
+  Raises:
+    ValueError: if `mu` is not positive, or the delta is not in (0, 1).
+  """
+  _check_delta(target_delta)
+  if delta(mu, 0.0) <= target_delta:
+    return 0.0
+  return _root(lambda value: target_delta - delta(mu, value))
+
+
+def noise_multiplier_for(
+  target_epsilon: float, target_delta: float, count: int = 1
+) -> float:
+  """The noise, in clip norms, by which `count` releases keep a budget.
+
+  Args:
+    target_epsilon: > 0.
+    target_delta: in (0, 1).
+    count: of releases, >= 1.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  if not 0 < target_epsilon < math.inf:
+    raise ValueError(f"expected {target_epsilon=} to be > 0 and finite.")
+  _check_delta(target_delta)
+  _check_count(count)
+  together = _root(lambda mu: delta(mu, target_epsilon) - target_delta)
+  return math.sqrt(count) / together
+
+
+def _root(fn):
+  """Where an increasing function of positive numbers is zero."""
+  low = high = 1.0
+  while fn(high) < 0:
+    high *= 2
+  while fn(low) > 0:
+    low /= 2
+  return optimize.root_scalar(fn, bracket=(low, high), rtol=1e-12).root
+
+
+def _check_delta(target_delta):
+  if not 0 < target_delta < 1:
+    raise ValueError(f"expected delta in (0, 1), got {target_delta}.")
+
+
+def _check_count(count):
+  if count < 1:
+    raise ValueError(f"expected at least one release, got {count}.")
