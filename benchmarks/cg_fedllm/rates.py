@@ -11,7 +11,7 @@ import pathlib
 from benchmarks import study
 from benchmarks.cg_fedllm import methods
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 ROUNDS = 10
 SEED = 100
 
