@@ -27,4 +27,4 @@ from fedjax_llm.compression.sparse import random_k as random_k
 from fedjax_llm.compression.sparse import select as select
 from fedjax_llm.compression.sparse import top_k as top_k
 from fedjax_llm.compression.sparse import top_k_apart as top_k_apart
-from fedjax_llm.compression.trellis import trellis as trellis
+from fedjax_llm.compression.trellises import trellis as trellis

@@ -85,6 +85,13 @@ COMPRESSORS = {
   "count_sketch + uniform": lambda n: chain(
     compression.count_sketch(3, 50), uniform(8)
   ),
+  "trellis(1/2)": lambda n: compression.trellis(1 / 2, memory=5, block=100),
+  "rotate + trellis": lambda n: chain(
+    compression.rotate(block=64), compression.trellis(2, memory=4)
+  ),
+  "trellis, profile": lambda n: compression.trellis(
+    1, memory=5, profile=jnp.linspace(1, 9, n)
+  ),
   "relative_to": lambda n: compression.relative_to(
     jnp.linspace(-1, 1, n), compression.identity()
   ),
@@ -124,6 +131,7 @@ PRODUCTS = {name for name in COMPRESSORS if "autoencoder" in name} | {"pca"}
 MANY_LENGTHS = (
   *("identity", "top_k + uniform", "uniform(3)", "natural", "tern_grad"),
   *("stc", "rotate + uniform", "eden(0.5)", "power_sgd", "count_sketch"),
+  "trellis(1/2)",
 )
 ROWS = [(name, 257) for name in COMPRESSORS]
 ROWS += [(name, n) for name in MANY_LENGTHS for n in (1, 2, 7, 255, 256)]
