@@ -72,7 +72,6 @@ def autoencoder(codec: Codec) -> base.Compressor:
     after it in a `chain`, or quantised already if the network's `bits` say so.
     It raises a `ValueError` for a vector of another length, or a latent.
   """
-
   scale = codec.scale.reshape(1, -1)
 
   def encode(vector, key):
