@@ -30,7 +30,14 @@ BITS = 0.5
 SIGMAS = (5e-5, 5e-4, 5e-3, 5e-2, 5e-1)
 # By task, another with the same model.
 OTHER = {"library": "dolly", "dolly": "library"}
-CODECS = ("STC", "EDEN", "PCA", "paper's autoencoder", "our autoencoder")
+CODECS = (
+  "STC",
+  "EDEN",
+  "PCA",
+  "paper's autoencoder",
+  "our autoencoder",
+  "our transform code",
+)
 
 
 def main() -> None:
