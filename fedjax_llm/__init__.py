@@ -30,6 +30,7 @@ from fedjax_llm.compression import (
   top_k,
   top_k_apart,
   transmit,
+  trellis,
   uniform,
 )
 from fedjax_llm.federated.aggregators import (

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fedjax_llm import compression
 from fedjax_llm.compression import base, wire
 
-RATES = (0, 1 / 8, 1 / 4, 1 / 2, 1, 2, 3, 4)
+RATES = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6)
 # Above the bytes that a class takes for its header, and for a scale more.
 _HEADER = 24
 
@@ -37,7 +37,7 @@ class Classes:
 
 
 def rates(
-  variances: Float[Array, " n"],
+  variances: Float[np.ndarray, " n"],
   bits: float,
   *,
   choices: Sequence[float] = RATES,
@@ -54,13 +54,13 @@ def rates(
     choices: what rates there are, 0 among them.
     extra: bits that an entry takes beside its rate, unless that is 0.
   """
-  choices = np.asarray(choices)
-  taken = choices + extra * (choices > 0)
+  offered = np.asarray(choices)
+  taken = offered + extra * (offered > 0)
   variances = np.asarray(variances, np.float64)
   variances = variances / variances.max()
 
   def chosen(price):
-    cost = variances[:, None] / 4**choices + price * taken
+    cost = variances[:, None] / 4**offered + price * taken
     return np.argmin(cost, axis=1)
 
   # At the highest nobody buys, as no bit takes away so much.
@@ -71,11 +71,11 @@ def rates(
       low = price
     else:
       high = price
-  return choices[chosen(high)]
+  return offered[chosen(high)]
 
 
 def allocated(
-  variances: Float[Array, " n"],
+  variances: Float[np.ndarray, " n"],
   bits: float,
   *,
   memory: int = 12,
@@ -89,7 +89,7 @@ def allocated(
   Args:
     variances: of the entries, above zero and known when this is called.
     bits: of an entry, on average and all included: a message is no longer.
-    memory: of the trellises, see `trellis`.
+    memory: of the trellises, 6 or more, see `trellis`.
     block: how many entries share a scale.
 
   Returns:
@@ -140,12 +140,13 @@ def allocated(
     return functools.reduce(lambda rest, x: Classes(x, rest), payloads[::-1])
 
   def decode(payload):
-    vector = jnp.zeros(size)
-    for i, (part, entries) in enumerate(zip(parts, members, strict=True)):
-      first, payload = payload, None
-      if i < len(parts) - 1:
-        first, payload = first.first, first.rest
-      vector = vector.at[entries].set(part.decode(first), unique_indices=True)
+    vector, payloads = jnp.zeros(size), []
+    for _ in parts[1:]:
+      payloads.append(payload.first)
+      payload = payload.rest
+    payloads.append(payload)
+    for part, entries, each in zip(parts, members, payloads, strict=True):
+      vector = vector.at[entries].set(part.decode(each), unique_indices=True)
     return vector
 
   return base.stateless(encode, decode)

@@ -81,7 +81,7 @@ def fit(
     leaf = snapshots[:, start:end] * weights[:, None].astype(np.float32)
     leaf, start = leaf.reshape(-1, *shape), end
     turned = [
-      _axes(x) if 1 < x.shape[-1] <= largest else None
+      _axes(x) if min(x.shape[2:]) > 1 and x.shape[3] <= largest else None
       for x in (leaf.swapaxes(2, 3), leaf)
     ]
     energy = np.mean(np.square(_turn(leaf, *turned)), axis=0) + _LEAST

@@ -1,10 +1,10 @@
 """Trellis codes: a whole block is rounded at once, close to Shannon's bound.
 
-Quantisers that round each entry by itself lose at least a quarter of a bit an
-entry, and know nothing below one bit. Here each entry is read off the last
-`memory` bits of a stream, by a table of pseudo-random Gaussian numbers. New
-bits shift old ones out, so neighbours share most of theirs, and no decision is
-for one entry alone; the best stream of all is found by Viterbi's algorithm.
+Quantisers that round each entry by itself stay away from that bound, and know
+nothing below one bit. Here each entry is read off the last `memory` bits of a
+stream, by a table of pseudo-random Gaussian numbers. New bits shift old ones
+out, so neighbours share most of theirs, and no decision is for one entry alone;
+the best stream of all is found by Viterbi's algorithm.
 """
 
 import fractions
@@ -69,10 +69,10 @@ def trellis(
   Trellis-coded quantisation (Marcellin and Fischer, "Trellis coded quantization
   of memoryless and Gauss-Markov sources", 1990) with a table in place of the
   structured code, the bitshift trellis of QTIP (Tseng et al., 2024, arXiv
-  2406.11235, section 3.1). Of Gaussian vectors the squared error is within half
-  a decibel of the rate-distortion bound up to one bit. The error is not zero on
-  average: send updates by it under `error_feedback`. What is far from Gaussian
-  is served better after `rotate`, or by a profile.
+  2406.11235). The squared error of Gaussian vectors comes near the rate-
+  distortion bound, 4**-bits. The error is not zero on average: send updates by
+  it under `error_feedback`. What is far from Gaussian is served better after
+  `rotate`, or by a profile.
 
   With a profile, entries are told apart for free: what is small is coarse, what
   is large is fine, as the search minimises the squared error of the whole.

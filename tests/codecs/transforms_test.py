@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from fedjax_llm.codecs import transforms
 from fedjax_llm.compression import wire
 
 KEY = jax.random.key(0)
-SHAPES = {"a": (3, 40, 8), "b": (3, 8, 24), "scale": (24,)}
+LAYERS = 10
+SHAPES = {"a": (LAYERS, 40, 8), "b": (LAYERS, 8, 24), "scale": (24,)}
 TREE = {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in SHAPES.items()}
 SIZE = sum(map(np.prod, SHAPES.values()))
 
@@ -23,7 +26,7 @@ def updates(count, seed):
       for side in (1, 2):
         length = shape[side]
         turn = np.linalg.qr(axes.normal(size=(length, length)))[0]
-        turn = np.geomspace(1, 0.01, length)[:, None] * turn
+        turn = np.geomspace(1, 0.1, length)[:, None] * turn
         x = np.moveaxis(np.moveaxis(x, side + 1, -1) @ turn, -1, side + 1)
     leaves.append(x.reshape(count, -1))
   return np.concatenate(leaves, axis=1).astype(np.float32)
@@ -32,6 +35,7 @@ def updates(count, seed):
 TRANSFORM = transforms.fit(updates(60, 1), TREE)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def transmit(compressor, vector):
   return compression.transmit(compressor, vector, compressor.init(vector), KEY)
 
@@ -40,8 +44,8 @@ def test_coordinates_are_those_of_the_matrices_of_each_layer():
   (vector,) = updates(1, 2)
   values = transmit(transforms.rotated(TRANSFORM), vector).payload.values
   rows, columns = TRANSFORM.rotations[1]
-  start = 3 * 40 * 8
-  for layer in range(3):
+  start = LAYERS * 40 * 8
+  for layer in range(LAYERS):
     part = slice(start + layer * 192, start + (layer + 1) * 192)
     expected = (
       np.asarray(rows[layer], np.float32).T
@@ -53,15 +57,18 @@ def test_coordinates_are_those_of_the_matrices_of_each_layer():
     )
   # Of 40 rows, too many, and of what is no matrix there is no rotation.
   assert TRANSFORM.rotations[0][0] is None
-  np.testing.assert_array_equal(TRANSFORM.rotations[2][1] is None, False)
+  assert TRANSFORM.rotations[2] == (None, None)
+  np.testing.assert_array_equal(values[-24:], vector[-24:])
 
 
 def test_axes_are_those_of_the_covariance():
   snapshots = updates(60, 1)
   weights = 1 / np.linalg.norm(snapshots, axis=1)
-  leaf = (snapshots * weights[:, None])[:, : 3 * 40 * 8].reshape(60, 3, 40, 8)
+  leaf = (snapshots * weights[:, None])[:, : LAYERS * 40 * 8].reshape(
+    60, LAYERS, 40, 8
+  )
   axes = np.asarray(TRANSFORM.rotations[0][1], np.float64)
-  for layer in range(3):
+  for layer in range(LAYERS):
     stacked = leaf[:, layer].reshape(-1, 8)
     _, _, directions = np.linalg.svd(stacked, full_matrices=False)
     np.testing.assert_allclose(
@@ -89,15 +96,15 @@ def test_the_profile_is_the_variance_of_coordinates():
 
 
 def test_the_code_is_far_better_than_what_knows_nothing():
-  code = transforms.transform_code(TRANSFORM, 1.5, memory=5)
-  blind = compression.trellis(1.5, memory=5)
+  code = transforms.transform_code(TRANSFORM, 1.5, memory=6)
+  blind = compression.trellis(1.5, memory=6)
   for vector in updates(2, 4):
     errors = []
     for compressor in (code, blind):
       received, _, payload = transmit(compressor, vector)
       errors.append(np.sum((received - vector) ** 2) / np.sum(vector**2))
       assert 8 * wire.nbytes(payload) <= 1.6 * SIZE
-    assert errors[0] < errors[1] / 2
+    assert errors[0] < errors[1] / 1.5
 
 
 def test_setup_is_the_length_of_a_message():
