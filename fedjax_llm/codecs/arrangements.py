@@ -60,7 +60,8 @@ class Arrangement:
         f"the arrangement is of vectors of {self.size} entries, got"
         f" {vector.shape}. A codec serves the adapter that it was fitted on."
       )
-    return jnp.asarray(vector).at[self.positions].get(mode="fill", fill_value=0)
+    vector = jnp.asarray(vector)
+    return vector.at[self._places()].get(mode="fill", fill_value=0)
 
   def unpack(self, image: Float[Array, "height width"]) -> Float[Array, " n"]:
     """The vector of an image.
@@ -74,9 +75,13 @@ class Arrangement:
         f" {image.shape}."
       )
     blank = jnp.zeros(self.size, image.dtype)
-    return blank.at[self.positions].set(
+    return blank.at[self._places()].set(
       image, mode="drop", unique_indices=self.positions.size == self.size
     )
+
+  def _places(self) -> jax.Array:
+    # XLA would spend seconds on computing ahead with millions of constants.
+    return jax.lax.optimization_barrier(jnp.asarray(self.positions))
 
 
 def square(

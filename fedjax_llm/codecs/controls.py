@@ -70,11 +70,4 @@ def shuffled_clients(
     received: what arrived of them.
   """
   other = jnp.roll(received, 1, axis=0)
-  return pooled_error(vectors, other)
-
-
-def pooled_error(
-  vectors: Float[Array, "count n"], received: Float[Array, "count n"]
-) -> Float[Array, ""]:
-  """The squared error of all vectors together over their squared norm."""
-  return measures.relative_squared_error(vectors.ravel(), received.ravel())
+  return measures.relative_squared_error(vectors.ravel(), other.ravel())

@@ -133,6 +133,38 @@ def fit(
     quality = reports.quality(receive, snapshots, known.held_out)
     return quality.relative_squared_error
 
+  state = _loop(
+    state,
+    advance,
+    error_of,
+    steps=steps,
+    evaluate_every=evaluate_every,
+    patience=patience,
+    folder=folder,
+    progress=progress,
+  )
+  codec = to_codec(state.best)
+  return codec, reports.report(
+    autoencoder.autoencoder(codec),
+    snapshots,
+    known.held_out,
+    mean=known.mean,
+    scale=math.sqrt(known.energy.mean()),
+  )
+
+
+def _loop(
+  state,
+  advance,
+  error_of,
+  *,
+  steps,
+  evaluate_every,
+  patience,
+  folder,
+  progress,
+) -> _State:
+  """Advances until `steps` are done or it gets no better; see `fit`."""
   with contextlib.ExitStack() as stack:
     keeper = None
     if folder:
@@ -149,14 +181,7 @@ def fit(
           progress(number, float(loss), error)
         if keeper:
           keeper.save(number, state)
-  codec = to_codec(state.best)
-  return codec, reports.report(
-    autoencoder.autoencoder(codec),
-    snapshots,
-    known.held_out,
-    mean=known.mean,
-    scale=math.sqrt(known.energy.mean()),
-  )
+  return state
 
 
 def _best(state: _State, error: float) -> _State:

@@ -37,8 +37,9 @@ def step(
     [batch, n]. The loss is in units of the root mean square of `scale`.
   """
   encoder, decoder = map(_in_training, (network.encoder, network.decoder))
-  # The error of a column counts as it does in the vector.
-  weights = (scale**2 / jnp.mean(scale**2)).reshape(1, 1, -1)
+  # An error counts as it does in the vector, and padding does not.
+  is_real = (arrangement.positions < arrangement.size)[None]
+  weights = is_real * (scale**2 / jnp.mean(scale**2)).reshape(1, 1, -1)
 
   def loss_fn(parameters, variables, images):
     apply = lambda module, end, x: module.apply(
@@ -50,7 +51,8 @@ def step(
     )
     error = received.reshape(images.shape) - images
     moments = {"encoder": encoder_stats, "decoder": decoder_stats}
-    return jnp.mean(weights * error**2), moments
+    loss = jnp.sum(weights * error**2) / (len(images) * arrangement.size)
+    return loss, moments
 
   def fn(variables, memory, batch):
     images = jax.vmap(arrangement.pack)(batch) / scale.reshape(1, 1, -1)

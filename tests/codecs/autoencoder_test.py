@@ -45,11 +45,7 @@ NETWORKS = {
     arrangements.columns(TREE, width=32),
   ),
   "rows": lambda: (
-    rows.network(64, latents=20, hidden=16, bits=None),
-    arrangements.columns(TREE, width=64),
-  ),
-  "quantised rows": lambda: (
-    rows.network(64, latents=32, bits=1),
+    rows.network(64, latents=32, hidden=16, bits=1),
     arrangements.ranked(TREE, np.arange(SIZE) % 7, width=64),
   ),
 }
@@ -207,7 +203,8 @@ def test_vectors_and_latents_of_another_codec_are_refused(resnet):
 
 
 def test_a_codec_serves_chains_and_error_feedback(vector):
-  codec = made(*NETWORKS["rows"](), 0.1)
+  network = rows.network(64, latents=20, bits=None)
+  codec = made(network, arrangements.columns(TREE, width=64), 0.1)
   short = compression.chain(
     autoencoder.autoencoder(codec), compression.uniform(4)
   )

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import compression
-from fedjax_llm.codecs import controls
+from fedjax_llm.codecs import controls, measures
 from fedjax_llm.compression import wire
 
 RANDOM = np.random.default_rng(0)
@@ -41,9 +41,19 @@ def test_only_what_transmits_loses_by_confusing_clients():
   mean = 3 * RANDOM.normal(size=400)
   vectors = jnp.asarray(mean + VECTORS, jnp.float32)
   noisy = vectors + 0.5 * RANDOM.normal(size=vectors.shape)
-  matched = controls.pooled_error(vectors, noisy)
-  assert controls.shuffled_clients(vectors, noisy) > 1.01 * matched
+  matched = measures.relative_squared_error(vectors, noisy).mean()
+  assert controls.shuffled_clients(vectors, noisy) > 1.1 * matched
   constant = jnp.tile(vectors.mean(axis=0), (5, 1))
-  matched = controls.pooled_error(vectors, constant)
+  error = np.sum((vectors - constant) ** 2) / np.sum(vectors**2)
   shuffled = controls.shuffled_clients(vectors, constant)
-  np.testing.assert_allclose(shuffled, matched, rtol=1e-5)
+  np.testing.assert_allclose(shuffled, error, rtol=1e-5)
+
+
+def test_confused_clients_get_each_others_vectors():
+  received = VECTORS + 1
+  error = 0.0
+  for i, vector in enumerate(VECTORS):
+    error += np.sum((vector - received[i - 1]) ** 2)
+  expected = error / np.sum(VECTORS**2)
+  found = controls.shuffled_clients(VECTORS, received)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
