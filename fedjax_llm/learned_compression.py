@@ -197,10 +197,15 @@ def refit(
   """
   if len(vectors) < 3:
     return codec
-  # Two at least, to compare.
-  share = max(0.2, 2 / len(vectors))
   new, _ = fitting.fit(
-    vectors, codec.arrangement, codec.network, held_out=share, **settings
+    vectors,
+    codec.arrangement,
+    codec.network,
+    # Two at least, to compare.
+    held_out=max(0.2, 2 / len(vectors)),
+    # Of the shape of the last one.
+    normalise="columns" if codec.scale.size > 1 else "one",
+    **settings,
   )
   return new
 
