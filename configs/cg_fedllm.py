@@ -7,6 +7,7 @@ On D2, the rows of every client that the codec of `tgap` has not seen (arXiv
 2405.13746, which calls this stage FAF). See `docs/learned_compression.md`.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -61,8 +62,8 @@ def experiment(
     error_feedback: add what the codec lost of an update to the client's next.
     refit_every: rounds between fits of the codec to what the server has got;
       None for a frozen codec.
-    volunteers: share of the clients that send their updates uncompressed too,
-      to refit the codec on.
+    volunteers: share of the clients, the first ones, that send their updates
+      uncompressed too, to refit the codec on.
     fit_steps: of a refit.
     fit_learning_rate: of a refit.
     seed: of everything random but D1 and D2, which are those of the codec.
@@ -98,6 +99,8 @@ def experiment(
   _, task = learned_compression.divided(
     task, about["share"], seed=about["seed"]
   )
+  data = {**task.data, "codec_fingerprint": about["fingerprint"]}
+  task = dataclasses.replace(task, data=data)
   population = len(task.population.names)
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
   placement = dict(clients_per_step=clients_per_step, mesh=task.mesh)
@@ -125,8 +128,9 @@ def experiment(
     setup_bytes=autoencoder.setup_bytes(fitted),
     population=population,
     representation=representation,
-    volunteers=refit_every
-    and np.arange(population) < round(volunteers * population),
+    volunteers=None
+    if refit_every is None
+    else np.arange(population) < round(volunteers * population),
     **placement,
   )
   if aggregation == "product":
@@ -140,7 +144,7 @@ def experiment(
       **coding,
     )
   compressed = made(algorithm)
-  if refit_every:
+  if refit_every is not None:
     refit = functools.partial(
       learned_compression.refit,
       steps=fit_steps,

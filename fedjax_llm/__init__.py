@@ -35,8 +35,13 @@ from fedjax_llm.compression import (
 )
 from fedjax_llm.federated.aggregators import (
   mean_of_senders,
+  total,
   uniform_mean,
   weighted_mean,
+)
+from fedjax_llm.federated.algorithms.cg_fed_llm import (
+  cg_fed_llm,
+  cg_fed_llm_products,
 )
 from fedjax_llm.federated.algorithms.eco_lora import eco_lora
 from fedjax_llm.federated.algorithms.ef21 import ef21

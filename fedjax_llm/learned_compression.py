@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -92,6 +93,8 @@ def recorded(
 
   def observe(number, cohort, metrics):
     present = (cohort.weights > 0) & metrics["finite"]
+    if not present.any():
+      return
     vectors = metrics["snapshots"][present]
     if source == "gaussian_prior":
       told = gaussian_prior.moments(vectors, blocks)
@@ -160,6 +163,8 @@ def load_codec(
 ) -> tuple[autoencoder.Codec, dict[str, Any]]:
   """The codec that `fit_codec` wrote, and what it was fitted to.
 
+  With the latter is its `fingerprint`.
+
   Args:
     folder: `codec` in the folder of a run.
     trainable: what it is to serve.
@@ -181,7 +186,10 @@ def load_codec(
       f" {about['size']} entries. Give the model, rank and targets that it was"
       " recorded with, or run tgap with yours."
     )
-  return autoencoder.load(folder), about
+  codec = autoencoder.load(folder)
+  written = (folder / autoencoder.FILES[1]).read_bytes()
+  about["fingerprint"] = hashlib.sha256(written).hexdigest()[:16]
+  return codec, about
 
 
 def refit(
@@ -197,10 +205,15 @@ def refit(
   """
   if len(vectors) < 3:
     return codec
-  # Two at least, to compare.
-  share = max(0.2, 2 / len(vectors))
   new, _ = fitting.fit(
-    vectors, codec.arrangement, codec.network, held_out=share, **settings
+    vectors,
+    codec.arrangement,
+    codec.network,
+    # Two at least, to compare.
+    held_out=max(0.2, 2 / len(vectors)),
+    # Of the shape of the last one.
+    normalise="columns" if codec.scale.size > 1 else "one",
+    **settings,
   )
   return new
 

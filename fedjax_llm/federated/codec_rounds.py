@@ -117,7 +117,7 @@ def with_codec(
   volunteers: Any = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """An algorithm whose uploads a codec compresses, of which state `CodecState`.
+  """An algorithm whose uploads a codec compresses; its state is `CodecState`.
 
   A client fetches the encoder on its first visit, and again when there is a new
   one: that is in its `download_bytes`. The decoder stays at the server.
@@ -153,16 +153,13 @@ def with_codec(
   def init(trainable):
     state = first.init(trainable)
     if volunteers is not None:
-      # A copy of the state's is not a constant, which must not be donated.
-      (known,) = state.upload
-      willing = known.volunteers | jnp.asarray(volunteers, bool)
-      state = state._replace(upload=(known._replace(volunteers=willing),))
+      (memory,) = state.upload
+      memory = memory._replace(volunteers=jnp.array(volunteers, bool))
+      state = state._replace(upload=(memory,))
     # Copied, so that donating the state leaves the caller's arrays alone.
-    copy, none = (
-      jax.tree.map(jnp.array, codec),
-      jnp.zeros(population, jnp.int32),
-    )
-    return rounds.replicate(CodecState(state, copy, jnp.int32(1), none), mesh)
+    copy = jax.tree.map(jnp.array, codec)
+    held = jnp.zeros(population, jnp.int32)
+    return rounds.replicate(CodecState(state, copy, jnp.int32(1), held), mesh)
 
   def round_fn(state, frozen, examples, cohort, key):
     after, metrics = inner(state.codec).round(
@@ -174,11 +171,10 @@ def with_codec(
     setup = jnp.where(old < state.version, setup_bytes, 0)
     metrics = metrics | {"download_bytes": metrics["download_bytes"] + setup}
     if volunteers is not None:
-      (known,) = after.upload
+      (memory,) = after.upload
       vector, _ = ravel_pytree(state.trainable)
-      raw = jnp.where(
-        known.volunteers[cohort.clients], wire.nbytes(base.Dense(vector)), 0
-      )
+      dense = wire.nbytes(base.Dense(vector))
+      raw = jnp.where(memory.volunteers[cohort.clients], dense, 0)
       metrics |= {"upload_bytes": metrics["upload_bytes"] + raw}
     held = state.held.at[cohort.clients].set(new)
     after = state._replace(inner=after, held=held)
