@@ -14,7 +14,8 @@ ALLOWED = {
   "federated": {"compression", "models.lora"},
   "data": {"models", "federated", "compression"},
   "evaluation": {"models", "federated", "compression", "data"},
-  "codecs": {"compression", "federated.partition"},
+  # A fit that was stopped goes on.
+  "codecs": {"compression", "federated.partition", "checkpoints"},
 }
 # What the parts that a reader starts with do without.
 PURE = ("models", "compression", "federated", "codecs")

@@ -33,11 +33,21 @@ class Arrangement:
     size: of the vectors.
     digest: a hash of the names and shapes of the leaves and of their places:
       two ends with the same one mean the same entries.
+    is_learned: whether the places come from recorded updates, so that a client
+      has to be told them; else they follow from the adapter.
   """
 
   positions: np.ndarray
   size: int
   digest: str
+  is_learned: bool = False
+
+  def __eq__(self, other: object) -> bool:
+    """Whether both mean the same entries, as static arguments need it."""
+    return isinstance(other, Arrangement) and self.digest == other.digest
+
+  def __hash__(self) -> int:
+    return hash(self.digest)
 
   def pack(self, vector: Float[Array, " n"]) -> Float[Array, "height width"]:
     """The image of a vector.
@@ -50,7 +60,8 @@ class Arrangement:
         f"the arrangement is of vectors of {self.size} entries, got"
         f" {vector.shape}. A codec serves the adapter that it was fitted on."
       )
-    return jnp.asarray(vector).at[self.positions].get(mode="fill", fill_value=0)
+    vector = jnp.asarray(vector)
+    return vector.at[self._places()].get(mode="fill", fill_value=0)
 
   def unpack(self, image: Float[Array, "height width"]) -> Float[Array, " n"]:
     """The vector of an image.
@@ -64,9 +75,13 @@ class Arrangement:
         f" {image.shape}."
       )
     blank = jnp.zeros(self.size, image.dtype)
-    return blank.at[self.positions].set(
+    return blank.at[self._places()].set(
       image, mode="drop", unique_indices=self.positions.size == self.size
     )
+
+  def _places(self) -> jax.Array:
+    # XLA would spend seconds on computing ahead with millions of constants.
+    return jax.lax.optimization_barrier(jnp.asarray(self.positions))
 
 
 def square(
@@ -134,7 +149,7 @@ def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
   Raises:
     ValueError: if `height` is another one.
   """
-  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+  size = _size(trainable)
   if height is None:
     height = max(LEAST, MULTIPLE * round(math.sqrt(size) / MULTIPLE))
   if height < LEAST or height % MULTIPLE:
@@ -145,6 +160,57 @@ def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
   width = max(LEAST, MULTIPLE * -(-size // (height * MULTIPLE)))
   positions = np.minimum(np.arange(height * width), size)
   return _arranged(trainable, positions.reshape(height, width))
+
+
+def columns(trainable: Any, *, width: int) -> Arrangement:
+  """Any tree, column by column in the order of its leaves.
+
+  A column is then a stretch of one layer's factor, or of few, and each row has
+  an entry of every stretch: what differs between layers, modules and factors
+  differs between columns, and rows are alike, for `rows.network`.
+
+  Args:
+    trainable: any tree of arrays, or their shapes.
+    width: of the image, positive.
+
+  Raises:
+    ValueError: if `width` is not.
+  """
+  return _in_columns(trainable, np.arange(_size(trainable)), width)
+
+
+def ranked(
+  trainable: Any, energies: Float[np.ndarray, " n"], *, width: int
+) -> Arrangement:
+  """Any tree, entries that move as much as each other in a column.
+
+  As `columns`, but the first column has the entries of least energy, the last
+  those of most. Which column an entry is in has to be told once; in a column
+  entries keep their order.
+
+  Args:
+    trainable: any tree of arrays, or their shapes.
+    energies: of each entry of the raveled tree, the mean square of recorded
+      updates; not of those that are held out to judge the codec by.
+    width: of the image, positive.
+
+  Raises:
+    ValueError: if `width` is not, or there are not as many energies as entries.
+  """
+  if energies.shape != (size := _size(trainable),):
+    raise ValueError(
+      f"ranked expected energies of {size} entries, got {energies.shape}."
+    )
+  arrangement = _in_columns(trainable, np.arange(size), width)
+  order, height = (
+    np.argsort(energies, kind="stable"),
+    len(arrangement.positions),
+  )
+  for start in range(0, size, height):
+    order[start : start + height].sort()
+  return dataclasses.replace(
+    _in_columns(trainable, order, width), is_learned=True
+  )
 
 
 def _numbered(trainable: Any) -> dict[str, np.ndarray]:
@@ -175,5 +241,18 @@ def _arranged(trainable, positions):
   positions = positions.astype(np.int32)
   digest = hashlib.sha256("\n".join(described).encode())
   digest.update(repr(positions.shape).encode() + positions.tobytes())
-  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
-  return Arrangement(positions, size, digest.hexdigest()[:16])
+  return Arrangement(positions, _size(trainable), digest.hexdigest()[:16])
+
+
+def _in_columns(trainable, order, width):
+  """Column by column, as `order` has the entries."""
+  if width < 1:
+    raise ValueError(f"an image expected width >= 1, got {width=}.")
+  height = -(-order.size // width)
+  padding = np.full(height * width - order.size, order.size)
+  positions = np.concatenate([order, padding]).reshape(width, height).T
+  return _arranged(trainable, positions)
+
+
+def _size(trainable):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))

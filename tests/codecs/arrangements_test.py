@@ -126,3 +126,42 @@ def test_what_is_not_square_is_told_to_be_flat():
 
 def test_a_small_tree_has_an_image_that_the_networks_take():
   assert arrangements.flat(np.zeros(5)).positions.shape == (128, 128)
+
+
+def test_columns_are_stretches_of_the_raveled_tree():
+  tree = filled(shapes(2, 6, 3, k_proj=4))
+  vector, _ = ravel_pytree(tree)
+  arrangement = arrangements.columns(tree, width=7)
+  height = -(-vector.size // 7)
+  padded = np.pad(vector, (0, 7 * height - vector.size))
+  image = arrangement.pack(vector)
+  np.testing.assert_array_equal(image, padded.reshape(7, height).T)
+  np.testing.assert_array_equal(arrangement.unpack(image), vector)
+  assert not arrangement.is_learned
+
+
+def test_ranked_columns_are_of_rising_energy_and_keep_their_order():
+  tree = {"w": np.zeros(50, np.float32)}
+  energies = np.random.default_rng(0).permutation(50) / 50
+  arrangement = arrangements.ranked(tree, energies, width=7)
+  columns = [x[x < 50] for x in arrangement.positions.T]
+  assert sorted(np.concatenate(columns)) == list(range(50))
+  for column in columns:
+    assert (np.diff(column) > 0).all()
+  for before, after in zip(columns[:-1], columns[1:], strict=True):
+    assert not len(after) or energies[before].max() < energies[after].min()
+  vector = np.arange(50, dtype=np.float32)
+  received = arrangement.unpack(arrangement.pack(vector))
+  np.testing.assert_array_equal(received, vector)
+  assert arrangement.is_learned
+  assert arrangement != arrangements.columns(tree, width=7)
+  same = arrangements.ranked(tree, energies, width=7)
+  assert arrangement == same and hash(arrangement) == hash(same)
+
+
+def test_images_of_no_width_and_energies_of_another_tree_are_refused():
+  tree = {"w": np.zeros(50, np.float32)}
+  with pytest.raises(ValueError, match="width >= 1, got width=0"):
+    arrangements.columns(tree, width=0)
+  with pytest.raises(ValueError, match=r"50 entries, got \(49,\)"):
+    arrangements.ranked(tree, np.ones(49), width=4)

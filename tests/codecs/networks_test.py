@@ -106,3 +106,27 @@ def test_in_training_batches_are_normalised_by_themselves(codec):
   before = jax.tree.leaves(encoder["batch_stats"])
   moved = jax.tree.leaves(after["batch_stats"])
   assert not np.allclose(before[0], moved[0])
+
+
+@pytest.mark.parametrize(
+  ("network", "share"),
+  [(networks.resnet(stem=5, linear=True), 64), (networks.convolutional(), 32)],
+)
+def test_other_networks_have_latents_of_a_constant_share(network, share):
+  _, latent = shapes(network.encoder, 2, 128, 192, 1)
+  assert latent.size * share == 2 * 128 * 192
+  _, image = shapes(network.decoder, *latent.shape)
+  assert image.size == 2 * 128 * 192 and image.shape[0] == 2
+
+
+def test_a_linear_head_is_not_bounded(codec):
+  _, latents, decoder = codec
+  linear = networks.ResNetDecoder(linear=True)
+  free = jax.jit(linear.apply)(decoder, latents)
+  images = jax.jit(DECODER.apply)(decoder, latents)
+  np.testing.assert_allclose(np.tanh(free), images, atol=1e-6)
+
+
+def test_sequences_that_would_not_come_back_are_refused():
+  with pytest.raises(ValueError, match="a multiple of 32, got 5 x 7"):
+    shapes(networks.ConvolutionalEncoder(), 1, 5, 7, 1)
