@@ -18,7 +18,6 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
 
 from fedjax_llm import compression
 from fedjax_llm.codecs import arrangements, networks, pca, rows
@@ -73,10 +72,12 @@ def autoencoder(codec: Codec) -> base.Compressor:
     after it in a `chain`, or quantised already if the network's `bits` say so.
     It raises a `ValueError` for a vector of another length, or a latent.
   """
+  scale = codec.scale.reshape(1, -1)
 
   def encode(vector, key):
     del key  # Deterministic.
-    images = to_image(codec, vector)[None, :, :, None]
+    image = codec.arrangement.pack(vector.astype(jnp.float32)) / scale
+    images = image[None, :, :, None]
     latents: Any = codec.network.encoder.apply(codec.encoder, images)
     return pca.Latent(latents.ravel(), vector.size)
 
@@ -91,7 +92,8 @@ def autoencoder(codec: Codec) -> base.Compressor:
       )
     latents = jnp.asarray(payload.values).reshape(1, *shape)
     images: Any = codec.network.decoder.apply(codec.decoder, latents)
-    return from_image(codec, images.reshape(codec.arrangement.positions.shape))
+    image = images.reshape(codec.arrangement.positions.shape)
+    return codec.arrangement.unpack(image * scale)
 
   latent = base.stateless(encode, decode)
   quantiser = latent_quantiser(codec.network)
@@ -113,21 +115,6 @@ def latent_shape(
   init = network.encoder.init_with_output
   latents, _ = jax.eval_shape(init, jax.random.key(0), image)
   return latents.shape[1:]
-
-
-def to_image(
-  codec: Codec, vector: Float[Array, " n"]
-) -> Float[Array, "height width"]:
-  """What the encoder sees of a vector."""
-  image = codec.arrangement.pack(vector.astype(jnp.float32))
-  return image / codec.scale.reshape(1, -1)
-
-
-def from_image(
-  codec: Codec, image: Float[Array, "height width"]
-) -> Float[Array, " n"]:
-  """The vector of what the decoder returns."""
-  return codec.arrangement.unpack(image * codec.scale.reshape(1, -1))
 
 
 def setup_bytes(codec: Codec) -> int:

@@ -66,9 +66,9 @@ class Report(NamedTuple):
     return (
       "this codec is no better than one that transmits nothing:"
       f" {'; '.join(self._problems())}. Normalise its input"
-      ' (normalise="columns"), leave out the tanh, fit for more steps, record'
-      " more updates, or send by a compressor that is not learned, such as"
-      " eden(0.5, unbiased=False)."
+      ' (normalise="columns"), fit a rows.network to arrangements.ranked, fit'
+      " for more steps or to more updates, or send by a compressor that is not"
+      " learned, such as eden(0.5, unbiased=False)."
     )
 
   def describe(self) -> str:
