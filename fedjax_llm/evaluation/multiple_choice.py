@@ -23,8 +23,8 @@ from fedjax_llm.data import tokenised
 from fedjax_llm.models import attention
 
 # The shortest lengths that are compiled for: of what is shared, of the rest.
-_SHORTEST_PREFIX = 64
-_SHORTEST_REST = 32
+_SHORTEST_PREFIX = 512
+_SHORTEST_REST = 64
 
 
 class Paper(NamedTuple):
