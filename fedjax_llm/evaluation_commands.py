@@ -65,8 +65,8 @@ class _Settings(NamedTuple):
     length = self.sequence_length or min(context, most or context)
     if not 1 <= length <= context:
       raise ValueError(
-        f"--sequence-length expected at most {context}, the model's context,"
-        f" got {length}."
+        f"--sequence-length expected at least 1 and at most {context}, the"
+        f" model's context, got {length}."
       )
     return length
 
@@ -113,6 +113,7 @@ def evaluate(
     dtype: what to compute in.
     as_json: print one line of JSON.
   """
+  _check(task, text, data, exam)
   if run is not None:
     if adapter is not None:
       raise ValueError(f"expected RUN or --adapter, got {run} and {adapter}.")
@@ -134,6 +135,20 @@ def evaluate(
       result = _classification(data, columns, model, adapter, settings)
     shown = _lines(result)
   print(json.dumps({"task": task, **result}) if as_json else shown)
+
+
+def _check(
+  task: str,
+  text: pathlib.Path | None,
+  data: str | None,
+  exam: ExamOptions,
+) -> None:
+  """Refuses options that the task does not read."""
+  if exam != ExamOptions() and task not in ("ceval", "mmlu"):
+    raise ValueError(f"{task} is no exam, got options of one: {exam}.")
+  if (data if task == "perplexity" else text) is not None:
+    expected = "--text FILE" if task == "perplexity" else "--data"
+    raise ValueError(f"{task} expected {expected}, got {text=!s}, {data=!s}.")
 
 
 def _lines(values: Mapping[str, Any]) -> str:

@@ -337,6 +337,16 @@ def test_subjects_may_be_named_in_chinese(
   ]
 
 
+def test_options_of_other_tasks_are_refused(toy_model, tmp_path):
+  for arguments, message in (
+    (dict(exam=options()), "perplexity is no exam"),
+    (dict(data="rows.jsonl"), "perplexity expected --text FILE"),
+    (dict(task="mmlu", text=tmp_path / "text.txt"), "mmlu expected --data"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluation_commands.evaluate(str(toy_model), **arguments)
+
+
 # Classification.
 
 

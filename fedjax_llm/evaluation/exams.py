@@ -110,7 +110,7 @@ def papers(
 
   result = []
   for subject in subjects or exam.subjects:
-    solved = questions(subject, "dev") if shots else []
+    solved = questions(subject, "dev")[:shots] if shots else []
     asked = questions(subject, split or exam.split)[:limit]
     if len(solved) < shots or not asked:
       raise ValueError(
@@ -121,9 +121,7 @@ def papers(
       multiple_choice.Paper(
         subject,
         exam.header(subject),
-        tuple(f"{exam.ask(x)}{exam.answer(x.answer)}\n\n" for x in solved)[
-          :shots
-        ],
+        tuple(f"{exam.ask(x)}{exam.answer(x.answer)}\n\n" for x in solved),
         tuple(map(exam.ask, asked)),
         tuple(x.id for x in asked),
         tuple(x.answer for x in asked),

@@ -117,7 +117,7 @@ def paper(shots, questions):
 
 def test_shots_are_left_out_one_by_one_until_a_prompt_fits(toy_model):
   tokenizer = tasks.load_tokenizer(toy_model)
-  ids = lambda text: tokenizer(text)["input_ids"]
+  ids = lambda text: tokenizer(text, verbose=False)["input_ids"]
   end = ids("1")[-1:] == [tokenizer.eos_token_id]
   shots = ("1 2 3\n", "11 12 13 14\n", "21 22\n")
   questions = tuple(
