@@ -4,7 +4,9 @@ import pathlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import transformers
 
+from fedjax_llm import tasks
 from fedjax_llm.models import (
   adapters,
   families,
@@ -37,6 +39,32 @@ class Model(NamedTuple):
   def network(self, dtype: Any) -> nn.Module:
     """The model, with its adapter if there is one."""
     return families.model(self.config, self.adapter, self.head, dtype=dtype)
+
+
+class Settings(NamedTuple):
+  """What every task computes with.
+
+  Attributes:
+    dtype: of activations and of the base model.
+    sequence_length: tokens that a model is given at once; None for what the
+      task has by default.
+    batch_size: rows scored at once.
+  """
+
+  dtype: Any
+  sequence_length: int | None
+  batch_size: int
+
+  def length(self, config: Any, most: int | None) -> int:
+    """Tokens that a model is given at once, by default at most `most`."""
+    context = config.max_position_embeddings
+    length = self.sequence_length or min(context, most or context)
+    if not 1 <= length <= context:
+      raise ValueError(
+        f"--sequence-length expected at least 1 and at most {context}, the"
+        f" model's context, got {length}."
+      )
+    return length
 
 
 def load(model: str | None, adapter: str | None, dtype: Any) -> Model:
@@ -79,3 +107,14 @@ def of_run(run: str) -> tuple[str | None, str | None]:
   if (folder / peft_files.FILES[0]).is_file():
     return None, str(folder)
   return str(folder), None
+
+
+def tokenizer_of(loaded: Model) -> transformers.PreTrainedTokenizerBase:
+  """The tokenizer of a language model; refuses what is none."""
+  families.check_predicts(loaded.config)
+  if loaded.head is not None:
+    raise ValueError(
+      "expected a language model, got the adapter of a classifier, whose task"
+      " is classification."
+    )
+  return tasks.load_tokenizer(loaded.folder)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import evaluation_commands, tasks
+from fedjax_llm import evaluation_commands, examination, tasks
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
 from fedjax_llm.models import (
@@ -173,7 +173,7 @@ def data(tmp_path_factory):
 
 
 def options(name="mmlu", **changes):
-  return evaluation_commands.ExamOptions(
+  return examination.Options(
     **{"shots": 1, "subjects": SUBJECTS[name]} | changes
   )
 
@@ -352,7 +352,10 @@ def test_options_of_other_tasks_are_refused(toy_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def classifier(toy_model, tmp_path_factory):
-  """An adapter with a head of three labels, far from its start: its folder."""
+  """An adapter with a head of three labels, far from its start: its folder.
+
+  Beside it, with names of the labels, is the same without, "unnamed".
+  """
   config = families.read_config(toy_model)
   head = heads.Classifier(3, "mean", names=("one", "two", "three"))
   settings = lora.LoRA(rank=2)
@@ -361,16 +364,14 @@ def classifier(toy_model, tmp_path_factory):
   trained = jax.tree.map(
     lambda x: x + generator.standard_normal(x.shape, np.float32), trained
   )
-  folder = tmp_path_factory.mktemp("adapters") / "classifier"
-  adapters.save(
-    folder,
-    trained,
-    settings,
-    config=config,
-    base_model=str(toy_model),
-    head=head,
-  )
-  return str(folder)
+  folder = tmp_path_factory.mktemp("adapters")
+  shared = dict(config=config, base_model=str(toy_model))
+  for name, saved in (
+    ("classifier", head),
+    ("unnamed", heads.Classifier(3, "mean")),
+  ):
+    adapters.save(folder / name, trained, settings, head=saved, **shared)
+  return str(folder / "classifier")
 
 
 def test_a_classifier_is_evaluated_on_labelled_texts(
@@ -409,6 +410,18 @@ def test_a_classifier_is_evaluated_on_labelled_texts(
   assert (result["rows"], result["without_text"]) == (3, 1)
   assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
   assert result["accuracy"] == pytest.approx(np.mean(right))
+  # Numbers are those of the head, though not all of them occur.
+  numbered = tmp_path / "numbers.jsonl"
+  numbered.write_text(
+    '{"text": "1 2 3", "label": 2}\n{"text": "5 6 7 8 9 10 11", "label": 1}'
+  )
+  result = evaluate(
+    capsys,
+    task="classification",
+    adapter=str(pathlib.Path(classifier).parent / "unnamed"),
+    data=str(numbered),
+  )
+  assert result["loss"] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-4)
 
 
 def test_what_does_not_classify_is_refused(toy_model, classifier, tmp_path):

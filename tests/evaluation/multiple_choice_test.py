@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import evaluation_commands, tasks
+from fedjax_llm import evaluation_commands, examination, tasks
 from fedjax_llm.evaluation import ceval, mmlu, multiple_choice
 from fedjax_llm.models import decoder, gpt2, lora
 
@@ -287,7 +287,7 @@ def test_every_answer_is_that_of_transformers(
     str(folder),
     task=exam,
     data=str(data / exam),
-    exam=evaluation_commands.ExamOptions(
+    exam=examination.Options(
       subjects=subjects, limit=limit, predictions=tmp_path / "chosen.json"
     ),
   )
