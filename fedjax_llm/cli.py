@@ -59,6 +59,7 @@ def _command(arguments: list[str]) -> None:
     return
   if command not in _COMMANDS:
     raise ValueError(f"unknown command {command!r}.\n\n{_USAGE}")
+  # Slow to import.
   from fedjax_llm import commands, evaluation_commands, model_commands
 
   functions: dict[str, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import evaluation_commands, examination, tasks
+from fedjax_llm import cli, evaluation_commands, examination, tasks
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
 from fedjax_llm.models import (
@@ -214,10 +214,15 @@ def test_an_exam_of_a_run_is_what_whole_prompts_say(
     "mmlu", "test", 1
   )  # fmt: skip
   assert result["subjects"].keys() == set(SUBJECTS["mmlu"])
-  named = dict(adapter=toy_adapter, exam=options(), **arguments)
-  assert evaluate(capsys, **named) == {
-    name: x for name, x in result.items() if name != "predictions"
-  }
+  # The same by the command line, but for one of the subjects.
+  cli._command(
+    ["evaluate", "--adapter", toy_adapter, "--model", long_model, "--json"]
+    + ["--task", "mmlu", "--data", str(data / "mmlu"), "--shots", "1"]
+    + ["--subjects", "anatomy", "--predictions", str(path)]
+  )
+  alone = json.loads(capsys.readouterr().out)["subjects"]
+  assert alone == {"anatomy": result["subjects"]["anatomy"]}
+  assert json.loads(path.read_text()) == {"anatomy": expected["anatomy"]}
 
 
 def test_two_models_are_compared_question_by_question(
