@@ -26,7 +26,7 @@ _USAGE = """usage: fedjax-llm COMMAND ...
   data CONFIG [--knobs] [--out DIR]    show which client has what
   export CONFIG [--knobs] [--out DIR]  write a run's adapter so far
   compare DIR DIR ...                  utility against bytes of finished runs
-  evaluate --text FILE ...             held-out loss of a model or adapter
+  evaluate RUN --task TASK ...         ceval, mmlu, perplexity, classification
   merge --adapter FOLDER --out DIR     put an adapter into its base model
   chat --adapter FOLDER ...            see what an adapter changes
   pretrain [CONFIG] [--knobs]          train a base model
@@ -59,11 +59,12 @@ def _command(arguments: list[str]) -> None:
     return
   if command not in _COMMANDS:
     raise ValueError(f"unknown command {command!r}.\n\n{_USAGE}")
-  from fedjax_llm import commands, model_commands  # Slow to import.
+  # Slow to import.
+  from fedjax_llm import commands, evaluation_commands, model_commands
 
   functions: dict[str, Callable[..., Any]] = {
     "compare": commands.compare,
-    "evaluate": model_commands.evaluate,
+    "evaluate": evaluation_commands.evaluate,
     "merge": model_commands.merge,
     "chat": model_commands.chat,
   }

@@ -1,121 +1,23 @@
 """What the commands on models and adapters do, once arguments are parsed."""
 
-import json
 import pathlib
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import transformers
-import tyro
 
-from fedjax_llm import tasks
-from fedjax_llm.data import batches, templates
-from fedjax_llm.evaluation import likelihood
+from fedjax_llm import adapted, tasks
+from fedjax_llm.data import templates
 from fedjax_llm.models import (
   adapters,
   families,
   generation,
-  heads,
   hub_config,
-  language,
   lora,
   pretrained,
 )
-
-
-class _Model(NamedTuple):
-  """A base model, with what an adapter adds to it."""
-
-  folder: pathlib.Path
-  config: Any
-  params: dict[str, Any]
-  adapter: lora.LoRA | None
-  trained: Any
-  head: heads.Classifier | None
-
-  def network(self, dtype: Any) -> nn.Module:
-    """The model, with its adapter if there is one."""
-    return families.model(self.config, self.adapter, self.head, dtype=dtype)
-
-
-def _load(model: str | None, adapter: str | None, dtype: Any) -> _Model:
-  """Loads a base model, by default the one that the adapter is for."""
-  if model is None and adapter is None:
-    raise ValueError("expected --model, --adapter or both, got neither.")
-  from_peft = None if adapter is None else pretrained.resolve(adapter)
-  folder = pretrained.resolve(model or adapters.base_model(str(from_peft)))
-  config = families.read_config(folder)
-  settings, trained, head = None, None, None
-  if from_peft is not None:
-    settings, trained = adapters.load(from_peft, config)
-    head = adapters.head_of(from_peft, trained)
-  config, params = pretrained.load(folder, head=head, dtype=dtype)
-  loaded = _Model(folder, config, params, settings, trained, head)
-  if trained is not None:
-    lora.check(loaded.network(dtype), trained)
-  return loaded
-
-
-def evaluate(
-  *,
-  text: pathlib.Path,
-  model: str | None = None,
-  adapter: str | None = None,
-  task: Literal["perplexity"] = "perplexity",
-  sequence_length: int | None = None,
-  dtype: tasks.Dtype = "float32",
-  as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-  """Evaluate a model, with or without an adapter, on a text.
-
-  The text is tokenised once, with the tokenizer's special tokens, and scored
-  in one pass where it fits a window, else in several. The loss is the mean over
-  all predicted tokens.
-
-  Args:
-    text: a UTF-8 file.
-    model: Hugging Face folder or hub name of the base model; by default the
-      one that the adapter names.
-    adapter: PEFT folder or hub name of a LoRA adapter for it.
-    task: what to measure.
-    sequence_length: tokens of a window; by default the model's context, but at
-      most 2048.
-    dtype: what to compute in.
-    as_json: print one line of JSON.
-  """
-  if not text.is_file():
-    raise ValueError(f"--text expected a file, got {text}, which is none.")
-  loaded = _load(model, adapter, jnp.dtype(dtype))
-  config = loaded.config
-  families.check_predicts(config)
-  if loaded.head is not None:
-    raise ValueError(f"{adapter} is of a classifier, which has no perplexity.")
-  tokenizer = tasks.load_tokenizer(loaded.folder)
-  context = config.max_position_embeddings
-  window = sequence_length or min(context, 2048)
-  if window > context:
-    raise ValueError(
-      f"--sequence-length expected at most {context}, the model's context, got"
-      f" {window}."
-    )
-  rows = batches.rows_of_text(
-    [text.read_text(encoding="utf-8")], tokenizer, window
-  )
-  tasks.check_tokens(rows.tokens, config)
-  # A short text must not cost what the longest one would.
-  width = int(rows.mask.any(0).sum())
-  rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
-  network = loaded.network(jnp.dtype(dtype))
-  score = likelihood.evaluator(language.score_fn(network), rows, batch_size=1)
-  result = score(loaded.trained, loaded.params)
-  result |= {"tokens": int(rows.mask.sum())}
-  print(
-    json.dumps({"task": task, **result})
-    if as_json
-    else "\n".join(f"{name:<11}{value:.6g}" for name, value in result.items())
-  )
 
 
 def merge(
@@ -143,7 +45,7 @@ def merge(
   model = model or adapters.base_model(pretrained.resolve(adapter))
   folder = pretrained.resolve(model)
   kept = jnp.dtype(dtype or hub_config.stored_dtype(folder))
-  loaded = _load(str(folder), adapter, kept)
+  loaded = adapted.load(str(folder), adapter, kept)
   assert loaded.adapter is not None
   merged = lora.merge(loaded.params, loaded.trained, loaded.adapter.scale)
   pretrained.save(
@@ -185,7 +87,7 @@ def chat(
     seed: of the draws.
     dtype: what to compute in.
   """
-  loaded = _load(model, adapter, jnp.dtype(dtype))
+  loaded = adapted.load(model, adapter, jnp.dtype(dtype))
   families.check_predicts(loaded.config)
   if loaded.head is not None:
     raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")

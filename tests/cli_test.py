@@ -289,6 +289,7 @@ BAD = {
   "a knob of another type": (["run", "flasc", "--rounds", "many"], "many"),
   "no run folder": (["compare", "nowhere"], "nowhere"),
   "no text": (["evaluate", "--model", "m", "--text", "none.txt"], "none.txt"),
+  "no run": (["evaluate", "no/run", "--task", "mmlu"], "no/run"),
   "no model": (["run", TOY, "--model", "./no/model"], "no/model"),
 }
 

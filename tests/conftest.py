@@ -81,3 +81,19 @@ def toy_model(tmp_path_factory) -> pathlib.Path:
   tokenizer = pretraining.train_tokenizer(texts, 300, context=32)
   tokenizer.save_pretrained(folder)
   return folder
+
+
+@pytest.fixture(scope="session")
+def toy_adapter(toy_model, tmp_path_factory) -> str:
+  """An adapter that moves the toy model: its folder."""
+  from fedjax_llm.models import adapters, decoder, families, lora
+
+  config = families.read_config(toy_model)
+  settings = lora.LoRA(rank=2, targets=decoder.LINEAR)
+  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
+  factors = jax.tree.map(lambda x: x + 0.1, factors)
+  folder = tmp_path_factory.mktemp("adapter")
+  adapters.save(
+    folder, factors, settings, config=config, base_model=str(toy_model)
+  )
+  return str(folder)

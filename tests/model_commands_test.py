@@ -1,162 +1,59 @@
-"""The commands on models as functions: evaluation, merging, talking."""
+"""The commands on models as functions: merging and talking."""
 
 import json
-import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import model_commands, tasks
-from fedjax_llm.data import batches
+from fedjax_llm import evaluation_commands, model_commands, tasks
 from fedjax_llm.models import (
   adapters,
-  decoder,
   families,
   generation,
   heads,
-  language,
   lora,
   pretrained,
 )
 
 
-@pytest.fixture(scope="module")
-def adapter(toy_model, tmp_path_factory):
-  """An adapter that moves the toy model: its folder."""
-  config = families.read_config(toy_model)
-  settings = lora.LoRA(rank=2, targets=decoder.LINEAR)
-  factors = lora.init(decoder.Decoder(config, settings), jax.random.key(0))
-  factors = jax.tree.map(lambda x: x + 0.1, factors)
-  folder = tmp_path_factory.mktemp("adapter")
-  adapters.save(
-    folder, factors, settings, config=config, base_model=str(toy_model)
-  )
-  return str(folder)
-
-
 def evaluate(capsys, **arguments):
-  model_commands.evaluate(as_json=True, **arguments)
+  evaluation_commands.evaluate(as_json=True, **arguments)
   return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("count", [10, 100], ids=["one pass", "windows"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
-def test_evaluate_is_the_mean_over_all_predicted_tokens(
-  toy_model, adapter, tmp_path, capsys, count, adapted
-):
-  path = tmp_path / "text.txt"
-  path.write_text(" ".join(map(str, range(count))))
-  config, params = pretrained.load(toy_model)
-  tokenizer = tasks.load_tokenizer(toy_model)
-  ids = jnp.array(tokenizer(path.read_text())["input_ids"])
-  settings, factors = (
-    adapters.load(adapter, config) if adapted else (None, None)
-  )
-  variables = {"params": params} | ({"lora": factors} if adapted else {})
-  apply = jax.jit(decoder.Decoder(config, settings).apply)
-  total, context = 0.0, config.max_position_embeddings
-  for start in range(0, len(ids) - 1, context):
-    window = ids[None, start : start + context + 1]
-    logits = apply(variables, window[:, :-1])
-    total += language.token_losses(logits, window[:, 1:]).sum()
-  result = evaluate(
-    capsys,
-    model=str(toy_model),
-    text=path,
-    adapter=adapter if adapted else None,
-  )
-  assert result["task"] == "perplexity"
-  assert result["tokens"] == len(ids) - 1
-  assert (result["tokens"] > context) == (count == 100)
-  assert result["loss"] == pytest.approx(
-    float(total) / (len(ids) - 1), rel=1e-5
-  )
-
-
-def test_a_short_text_does_not_cost_the_whole_context(
-  toy_model, tmp_path, monkeypatch
-):
-  seen = []
-  evaluator = model_commands.likelihood.evaluator
-
-  def spy(score_fn, rows: batches.Examples, **options):
-    seen.append(rows.tokens.shape)
-    return evaluator(score_fn, rows, **options)
-
-  monkeypatch.setattr(model_commands.likelihood, "evaluator", spy)
-  (tmp_path / "text.txt").write_text("1")
-  model_commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
-  assert seen == [(1, 2)]
-
-
-def test_evaluate_prints_lines_for_people(toy_model, tmp_path, capsys):
-  (tmp_path / "text.txt").write_text("1 2 3")
-  model_commands.evaluate(model=str(toy_model), text=tmp_path / "text.txt")
-  names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-  assert names == ["loss", "perplexity", "accuracy", "tokens"]
-
-
-@pytest.mark.parametrize(
-  "content, message",
-  [(None, "expected a file"), (b"", "got none"), (b"\xff\xfe\x00", "utf-8")],
-  ids=["missing", "empty", "binary"],
-)
-def test_evaluate_refuses_what_is_no_text(
-  toy_model, tmp_path, content, message
-):
-  path = pathlib.Path(tmp_path / "text.txt")
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(ValueError, match=message):
-    model_commands.evaluate(model=str(toy_model), text=path)
-
-
-def test_the_base_model_is_the_one_that_the_adapter_names(
-  toy_model, adapter, tmp_path, capsys
-):
-  path = tmp_path / "text.txt"
-  path.write_text("1 2 3 4 5")
-  named = evaluate(capsys, text=path, adapter=adapter)
-  told = evaluate(capsys, text=path, adapter=adapter, model=str(toy_model))
-  assert named == told
-  with pytest.raises(ValueError, match="expected --model, --adapter or both"):
-    model_commands.evaluate(text=path)
-
-
 def test_a_merged_model_is_the_adapted_one(
-  toy_model, adapter, tmp_path, capsys
+  toy_model, toy_adapter, tmp_path, capsys
 ):
   out, path = tmp_path / "merged", tmp_path / "text.txt"
   path.write_text("7 14 21 28 35")
-  model_commands.merge(adapter=adapter, out=out)
+  model_commands.merge(adapter=toy_adapter, out=out)
   assert f"Model: {out}" in capsys.readouterr().out
   merged = evaluate(capsys, text=path, model=str(out))
-  adapted = evaluate(capsys, text=path, adapter=adapter)
+  adapted = evaluate(capsys, text=path, adapter=toy_adapter)
   assert merged["loss"] == pytest.approx(adapted["loss"], rel=1e-4)
   base = evaluate(capsys, text=path, model=str(toy_model))
   assert merged["loss"] != pytest.approx(base["loss"], rel=1e-2)
   with pytest.raises(ValueError, match="expected a new folder"):
-    model_commands.merge(adapter=adapter, out=out)
+    model_commands.merge(adapter=toy_adapter, out=out)
 
 
 def test_a_merged_model_has_the_dtype_of_its_base_unless_told(
-  adapter, tmp_path, capsys
+  toy_adapter, tmp_path, capsys
 ):
   for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16")):
     out = tmp_path / expected
-    model_commands.merge(adapter=adapter, out=out, dtype=dtype)
+    model_commands.merge(adapter=toy_adapter, out=out, dtype=dtype)
     fields = json.loads((out / "config.json").read_text())
     assert fields["dtype"] == expected
 
 
-def test_chat_shows_what_the_adapter_changes(toy_model, adapter, capsys):
-  model_commands.chat(adapter=adapter, prompt="1 2 3", max_new_tokens=6)
+def test_chat_shows_what_the_adapter_changes(toy_model, toy_adapter, capsys):
+  model_commands.chat(adapter=toy_adapter, prompt="1 2 3", max_new_tokens=6)
   said = capsys.readouterr().out
   config, params = pretrained.load(toy_model)
   tokenizer = tasks.load_tokenizer(toy_model)
-  settings, factors = adapters.load(adapter, config)
+  settings, factors = adapters.load(toy_adapter, config)
   ids = tokenizer("1 2 3")["input_ids"]
   ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
   expected = ""
@@ -260,14 +157,3 @@ def test_an_answer_ends_with_the_end_token_of_the_tokenizer(
   assert ends == [[tokenizer.eos_token_id]]
   with pytest.raises(ValueError, match="--system expected a chat template"):
     model_commands.chat(model=str(pretrained.SHIPPED), prompt="1", system="2")
-
-
-def test_windows_are_as_long_as_asked_for(toy_model, tmp_path, capsys):
-  path = tmp_path / "text.txt"
-  path.write_text(" ".join(map(str, range(30))))
-  whole = evaluate(capsys, model=str(toy_model), text=path)
-  parts = evaluate(capsys, model=str(toy_model), text=path, sequence_length=4)
-  assert whole["tokens"] == parts["tokens"]
-  assert whole["loss"] != parts["loss"]
-  with pytest.raises(ValueError, match="at most 32"):
-    evaluate(capsys, model=str(toy_model), text=path, sequence_length=33)
