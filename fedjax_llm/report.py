@@ -52,8 +52,12 @@ class Run:
 
   def megabytes(self, rounds: int | None = None) -> float:
     """Megabytes sent in both directions by all clients."""
-    sent = self.total("download_bytes", rounds)
-    return (sent + self.total("upload_bytes", rounds)) / _MEGA
+    sent = self.total("download_bytes", rounds) / _MEGA
+    return sent + self.megabytes_up(rounds)
+
+  def megabytes_up(self, rounds: int | None = None) -> float:
+    """Megabytes that all clients sent."""
+    return self.total("upload_bytes", rounds) / _MEGA
 
 
 def load(folder: str | os.PathLike) -> list[Run]:

@@ -61,6 +61,10 @@ class Entry:
     """Megabytes sent both ways in the first `rounds` rounds, or all."""
     return float(np.mean([run.megabytes(rounds) for run in self.runs]))
 
+  def megabytes_up(self, rounds: int | None = None) -> float:
+    """Megabytes of uploads in the first `rounds` rounds, or all."""
+    return float(np.mean([run.megabytes_up(rounds) for run in self.runs]))
+
   def seconds(self, rounds: int | None = None) -> float:
     """Simulated seconds of the first `rounds` rounds, or all; 0 if none."""
     totals = [run.total("simulated_seconds", rounds) for run in self.runs]
@@ -152,6 +156,15 @@ def rounds_to(
   met = np.flatnonzero(values >= target if higher else values <= target)
   evaluated = entry.runs[0].evaluated[1:]
   return evaluated[met[0]]["round"] if met.size else None
+
+
+def is_of_uploads(entries: Sequence[Entry]) -> bool:
+  """Whether downloads are alike, so that entries differ in uploads alone."""
+  down = [
+    (entry.megabytes() - entry.megabytes_up()) / entry.cell["rounds"]
+    for entry in entries
+  ]
+  return len(entries) > 1 and max(down) <= 1.01 * min(down)
 
 
 def shown(entries: Sequence[Entry]) -> list[str]:

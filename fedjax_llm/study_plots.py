@@ -18,6 +18,7 @@ _AXES = {
   "dirichlet_alpha": "Dirichlet alpha (the lower, the more skewed the labels)",
 }
 _BYTES = "megabytes sent, both directions, all clients"
+_UPLOADS = "megabytes of uploads, all clients"
 _MARKERS = "osD^vP*Xhd<>"
 
 
@@ -30,7 +31,8 @@ def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   reference. On the right: how many times fewer bytes than dense LoRA a method
   needed to be first as good as dense LoRA was on its way, at the best of its
   settings; dashed if only the values of sparse messages are counted. Of a study
-  with links, simulated seconds in place of bytes.
+  with links, simulated seconds in place of bytes; where downloads are alike,
+  uploads in place of both directions.
   """
   varied = studies.shown(entries)
   axis = next((name for name in _AXES if name in varied), None)
@@ -60,7 +62,9 @@ def _draw_ends(axes, entries, axis, colours):
   for entry in drawn:
     label = entry.label([name for name in varied if name in of_line])
     lines.setdefault(label, []).append(entry)
-  at = (lambda x: x.cell[axis]) if axis else studies.Entry.megabytes
+  uploads = studies.is_of_uploads(entries)
+  sent = studies.Entry.megabytes_up if uploads else studies.Entry.megabytes
+  at = (lambda x: x.cell[axis]) if axis else sent
   markers: dict[str, Any] = {}
   for label, points in lines.items():
     points = sorted(points, key=at)
@@ -84,7 +88,7 @@ def _draw_ends(axes, entries, axis, colours):
     low, high = middle - width, middle + width
     axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
   _logarithmic(axes, "x")
-  axes.set_xlabel(_AXES[axis] if axis else _BYTES)
+  axes.set_xlabel(_AXES[axis] if axis else _UPLOADS if uploads else _BYTES)
   axes.set_ylabel(_name(metric, higher))
 
 
@@ -95,7 +99,7 @@ def _draw_ratios(axes, entries, colours):
   if first is None:
     axes.set_visible(False)
     return
-  costs, label = _costs(first)
+  costs, label = _costs(first, studies.is_of_uploads(entries))
   for style, cost in costs.items():
     levels, ratios = studies.ratios(entries, cost)
     for method, ratio in ratios.items():
@@ -110,11 +114,14 @@ def _draw_ratios(axes, entries, colours):
   axes.set_ylabel(label)
 
 
-def _costs(entry):
+def _costs(entry, uploads):
   """What is compared, by line style: seconds if there are links, or bytes."""
   if entry.seconds():
     label = "times fewer simulated seconds until there"
     return {"-": studies.Entry.seconds}, label
+  if uploads:
+    label = "times fewer bytes of uploads until there"
+    return {"-": studies.Entry.megabytes_up}, label
   count = lambda x, rounds: x.as_papers_count(rounds).get("values", np.nan)
   values = lambda x, rounds: count(x, rounds) if rounds else 0.0
   label = "times fewer bytes until there (dashed: values alone)"

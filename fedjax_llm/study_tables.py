@@ -47,6 +47,8 @@ def _against(entry, reference, papers):
     studies.rounds_to(x, target, metric, higher) for x in (entry, reference)
   )
   columns = {"× fewer": f"{reference.megabytes() / entry.megabytes():.1f}"}
+  up = reference.megabytes_up() / entry.megabytes_up()
+  columns["× fewer up"] = f"{up:.1f}"
   if papers:
     columns |= _as_papers_count(entry, reference, "× fewer")
   columns |= {"MB to dense": "not met", "× fewer to dense": ""}

@@ -81,6 +81,7 @@ def test_an_entry_is_measured_by_the_dense_one(study):
   bitmap = 400 / (24 + 12.5)
   assert float(sparse["× fewer, bitmap"]) == pytest.approx(bitmap, abs=0.05)
   assert float(sparse["× fewer, COO"]) == pytest.approx(400 / 48, abs=0.05)
+  assert float(sparse["× fewer up"]) == pytest.approx(405 / 29, abs=0.05)
   coo = float(sparse["× fewer to dense, COO"])
   assert coo == pytest.approx(400 / 48, abs=0.05)
   assert "COO" not in study_tables.table(entries)
@@ -92,6 +93,16 @@ def test_a_target_that_is_not_met_is_told(study):
     studies.load(study([*DENSE, *slow]))
   ).splitlines()
   assert "not met" in row
+
+
+def test_uploads_alone_are_told_where_downloads_are_alike(study):
+  whole, coded = record("dense", 0, [3.0]), record("EDEN", 0, [3.1])
+  coded["lines"][1]["upload_bytes"] = 100
+  entries = studies.load(study([whole, coded]))
+  assert studies.is_of_uploads(entries)
+  assert not studies.is_of_uploads(studies.load(study([*DENSE, *SPARSE])))
+  sent = [entry.megabytes_up() for entry in entries]
+  np.testing.assert_allclose(sent, [4050e-6, 100e-6])
 
 
 def test_knobs_tell_runs_apart(study):

@@ -1,8 +1,8 @@
 """What a cell of the study runs: fine-tuning on D2 with a codec in the upload.
 
 As CG-FedLLM does, clients train by Adam, and what arrives is averaged, which
-replaces the adapter. Downloads are whole. Knobs are `bits`, of an entry of an
-upload, and `error_feedback`.
+replaces the adapter. Downloads are whole, and so are uploads if the method is
+"dense". Knobs are `bits`, of an entry of an upload, and `error_feedback`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
   """The task of a cell, and its codec in it."""
   knobs = dict(cell.knobs)
   upload = compression.identity()
-  if cell.method == "uncompressed":
+  if cell.method == "dense":
     _, task = recordings.parts(cell)
   else:
     recorded = recordings.of(cell)

@@ -19,9 +19,7 @@ SEED = 100
 def cells(task: str) -> list[study.Cell]:
   """The grid."""
   return [
-    study.Cell(
-      task, "uncompressed", 1.0, 16, SEED, rate, 1.0, ROUNDS, validation=True
-    )
+    study.Cell(task, "dense", 1.0, 16, SEED, rate, 1.0, ROUNDS, validation=True)
     for rate in RATES
   ]
 

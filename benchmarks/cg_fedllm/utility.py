@@ -33,7 +33,7 @@ def cells(given) -> list[study.Cell]:
   rate = rates.of(given.task, given.out)
 
   def settings(seed):
-    yield "uncompressed", ()
+    yield "dense", ()
     names = ALWAYS if seed else ALWAYS + ONCE
     for feedback, name in itertools.product((False, True), names):
       yield name, _knobs(0.5, feedback)
