@@ -106,27 +106,33 @@ def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-  """A Markdown table: a codec a row, means and deviations over seeds."""
-  budgets = sorted({x["budget"] for x in records})
-  names = dict.fromkeys(x["codec"] for x in records)
-  rows = []
-  for budget in budgets:
-    for name in names:
-      found = [
-        x for x in records if (x["codec"], x["budget"]) == (name, budget)
-      ]
-      if not found:
-        continue
-      row: dict[str, str] = {"bits": f"{budget:g}", "codec": name}
-      row["sent"] = f"{np.mean([x['bits'] for x in found]):.3f}"
-      for key, title in COLUMNS.items():
-        values = np.array([x[key] for x in found])
-        spread = values.std(ddof=1) if values.size > 1 else 0.0
-        row[title] = f"{values.mean():.3f} ± {spread:.3f}"
-      rows.append(row)
+  """A Markdown table: a codec a row, means, and deviations over seeds.
+
+  A codec that has no longer message is told once.
+  """
+  rows: list[dict[str, str]] = []
+  told = set()
+  for budget, name in sorted({(x["budget"], x["codec"]) for x in records}):
+    found = [x for x in records if (x["codec"], x["budget"]) == (name, budget)]
+    sent = np.mean([x["bits"] for x in found])
+    if (name, sent) in told:
+      continue
+    told.add((name, sent))
+    row = {"budget": f"{budget:g}", "codec": name, "bits": f"{sent:.3f}"}
+    for key, title in COLUMNS.items():
+      values = np.array([x[key] for x in found])
+      row[title] = f"{values.mean():.3f}"
+      if values.size > 1:
+        row[title] += f" ± {values.std(ddof=1):.3f}"
+    rows.append(row)
+  rows.sort(key=lambda row: (float(row["budget"]), -_error(row)))
   return tabulate.tabulate(
     rows, headers="keys", tablefmt="github", disable_numparse=True
   )
+
+
+def _error(row: dict[str, str]) -> float:
+  return float(row["squared error"].split()[0])
 
 
 def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -158,6 +164,7 @@ def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     yscale="log",
     xlabel="bits an entry, of real messages",
     ylabel="relative squared error",
+    ylim=(0.04, 1.5),
     title=records[0]["task"],
   )
   axes.legend(fontsize=7)

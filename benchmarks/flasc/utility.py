@@ -37,7 +37,6 @@ SETTINGS = {
   "library": [
     *itertools.product(["dense", "compact"], [1.0], [16]),
     *itertools.product(["FLASC", "FLASC, what moved"], MOST, [16]),
-    *itertools.product(SPARSE, [1 / 16], [16]),
     *itertools.product(["quantised"], [1 / 8], [16]),
   ],
 }
@@ -47,7 +46,8 @@ ONCE = {
   "shakespeare": [
     ("SparseAdapter, one Top-K", 1 / 4, 16),
     ("Federated Select, one Top-K", 1 / 4, 16),
-  ]
+  ],
+  "library": [*itertools.product(SPARSE, [1 / 16], [16])],
 }
 # For so many times the rounds, with so many local steps. Fewer bytes a round
 # leave some for more rounds, and more local steps want fewer rounds.
