@@ -7,10 +7,9 @@ TASK is shakespeare; `rates TASK` comes first. Uncompressed uploads, and codecs
 at half a bit an entry: ours with noise before it, PCA with noise after it. See
 `noise` for what epsilon is of, and why no other has noise after it. The server
 knows how much noise there is, and steps by as much less: `Noise.server_rate`.
-What PCA knows without clients, the mean update on D1, arrives as well. In the
-end the program tells how large the noise is that arrives, also if it
-were added before PCA.
-The same without noise is in `utility`, but for the reference here.
+What PCA knows without clients, the mean update on D1, arrives as well. The same
+without noise is in `utility`, but for the reference. In the end the program
+tells how large the noise is that arrives, also if it were added before PCA.
 """
 
 import tabulate
