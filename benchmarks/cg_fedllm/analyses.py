@@ -2,7 +2,8 @@
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.analyses TASK
 
-TASK is shakespeare or library. Of the recordings of `distortion`, seed 0:
+TASK is shakespeare, library or dolly; of the latter two, `rates` of both come
+first. Of the recordings of `distortion`, seed 0:
 
 updates    moments, likeness between clients and rounds, principal components
 ratios     signal to noise at half a bit, by CG-FedLLM's definition (Table 1)
@@ -11,6 +12,11 @@ noise      noise of growing size added to updates before the codec: the mean
            squared error of what arrives to what there was without the noise
 transfer   a codec that was fitted on one task's updates, on another's of the
            same model: the standard library and Dolly
+
+There is nothing to transfer to another rank, or to other layers. Axes, scales
+and weights that were learned are of entries by their place, and a codec refuses
+a vector of another layout, also the paper's, whose convolutions would slide
+over any. What learns nothing, as STC and EDEN, serves every adapter alike.
 """
 
 import datetime
@@ -65,15 +71,20 @@ def tables(found: dict[str, Any]) -> str:
 
 def _analyse(task: str) -> dict[str, Any]:
   recorded = _recorded(task)
-  made = {name: codecs.of(name, BITS, recorded) for name in CODECS}
-  made = {name: codec for name, codec in made.items() if codec is not None}
+  # First, as it may have no rate yet.
+  other = _recorded(OTHER[task]) if task in OTHER else None
+  receivers = {
+    name: jax.jit(reports.receiver(codec))
+    for name in CODECS
+    if (codec := codecs.of(name, BITS, recorded)) is not None
+  }
   result = {
     "updates": _updates(recorded),
-    "ratios": _ratios(recorded, made),
-    "noise": _noise(recorded, made),
+    "ratios": _ratios(recorded, receivers),
+    "noise": _noise(recorded, receivers),
   }
-  if task in OTHER:
-    result["transfer"] = _transfer(recorded, made, _recorded(OTHER[task]))
+  if other:
+    result["transfer"] = _transfer(recorded, other, receivers)
   return {
     "task": task,
     "tables": result,
@@ -125,17 +136,13 @@ def _updates(recorded: recordings.Recorded) -> list[dict[str, str]]:
   return [{"of updates": name, "": value} for name, value in values.items()]
 
 
-def _ratios(recorded, made) -> list[dict[str, str]]:
+def _ratios(recorded, receivers) -> list[dict[str, str]]:
   """Signal to noise of held-out updates."""
   members = np.concatenate(recorded.groups)
   vectors = jnp.asarray(np.asarray(recorded.store.snapshots[members]))
   rows = []
-  for name, codec in {"zero": None, **made}.items():
-    received = (
-      jnp.zeros_like(vectors)
-      if codec is None
-      else jax.jit(reports.receiver(codec))(vectors)
-    )
+  for name, receive in {"zero": jnp.zeros_like, **receivers}.items():
+    received = receive(vectors)
     error = jnp.mean((vectors - received) ** 2)
     paper = measures.snr_of_the_paper(vectors, received)
     usual = measures.snr_db(vectors, received)
@@ -151,15 +158,15 @@ def _ratios(recorded, made) -> list[dict[str, str]]:
   return rows
 
 
-def _noise(recorded, made) -> list[dict[str, str]]:
+def _noise(recorded, receivers) -> list[dict[str, str]]:
   """Errors to clean updates of a held-out round, of what arrives of noisy."""
   vectors = jnp.asarray(recorded.store.snapshots[recorded.groups[0]])
   rows = []
   for sigma in SIGMAS:
     noise = sigma * jax.random.normal(jax.random.key(0), vectors.shape)
     row = {"sigma": f"{sigma:g}", "uncompressed": f"{sigma**2:.2e}"}
-    for name, codec in made.items():
-      received = jax.jit(reports.receiver(codec))(vectors + noise)
+    for name, receive in receivers.items():
+      received = receive(vectors + noise)
       row[name] = f"{float(jnp.mean((vectors - received) ** 2)):.2e}"
     rows.append(row)
   nothing = f"{float(jnp.mean(vectors**2)):.2e}"
@@ -167,13 +174,12 @@ def _noise(recorded, made) -> list[dict[str, str]]:
   return rows
 
 
-def _transfer(recorded, made, other) -> list[dict[str, str]]:
+def _transfer(recorded, other, receivers) -> list[dict[str, str]]:
   """Squared errors on held-out updates of the own task and of the other."""
   rows = []
-  for name, codec in made.items():
-    received = jax.jit(reports.receiver(codec))
+  for name, receive in receivers.items():
     errors = [
-      reports.quality(received, x.store.snapshots, x.groups)
+      reports.quality(receive, x.store.snapshots, x.groups)
       for x in (recorded, other)
     ]
     home, away = (x.relative_squared_error for x in errors)

@@ -2,17 +2,17 @@
 
 As CG-FedLLM does, clients train by Adam, and what arrives is averaged, which
 replaces the adapter. Downloads are whole, and so are uploads if the method is
-"dense". Knobs are `bits`, of an entry of an upload, and `error_feedback`.
+"dense". Knobs are `bits`, of an entry of an upload, and `error_feedback`; of
+private messages `epsilon` and `place`, see `noise`.
 """
-
-from typing import Any
 
 import optax
 
 from benchmarks import problems, study
-from benchmarks.cg_fedllm import codecs, recordings
+from benchmarks.cg_fedllm import codecs, noise, recordings
 from fedjax_llm import compression, finetuning, tasks
 from fedjax_llm import experiment as experiments
+from fedjax_llm.compression import base
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_avg
 
@@ -21,11 +21,11 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
   """The task of a cell, and its codec in it."""
   knobs = dict(cell.knobs)
   upload = compression.identity()
-  if cell.method == "dense":
+  if cell.method == "dense" and "epsilon" not in knobs:
     _, task = recordings.parts(cell)
   else:
     recorded = recordings.of(cell)
-    task, upload = recorded.task, _upload(cell.method, knobs, recorded)
+    task, upload = recorded.task, _upload(cell, recorded)
   algorithm = fed_avg.fed_avg(
     task.loss_fn,
     recordings.client_optimizer(cell.client_rate),
@@ -40,11 +40,38 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
   )
 
 
-def _upload(
-  name: str, knobs: dict[str, Any], recorded: recordings.Recorded
-) -> compression.Compressor:
-  """The codec of a cell."""
-  codec = codecs.of(name, knobs["bits"], recorded)
+def noise_of(cell: study.Cell, recorded: recordings.Recorded) -> noise.Noise:
+  """The noise of a cell's messages."""
+  return _noise(cell, _codec(cell, recorded), recorded)
+
+
+def _upload(cell, recorded) -> base.Compressor:
+  """The codec of a cell, with its noise and its error feedback."""
+  knobs, codec = dict(cell.knobs), _codec(cell, recorded)
+  if "epsilon" in knobs:
+    codec = noise.added(_noise(cell, codec, recorded), codec, knobs["place"])
+  return (
+    compression.error_feedback(codec) if knobs.get("error_feedback") else codec
+  )
+
+
+def _noise(cell, codec, recorded):
+  knobs = dict(cell.knobs)
+  return noise.of(
+    cell.method,
+    codec,
+    recorded,
+    place=knobs["place"],
+    epsilon=knobs["epsilon"],
+    rounds=cell.rounds,
+  )
+
+
+def _codec(cell, recorded):
+  if cell.method == "dense":
+    return compression.identity()
+  bits = dict(cell.knobs)["bits"]
+  codec = codecs.of(cell.method, bits, recorded)
   if codec is None:
-    raise ValueError(f"{name} has no message of {knobs['bits']} bits an entry.")
-  return compression.error_feedback(codec) if knobs["error_feedback"] else codec
+    raise ValueError(f"{cell.method} has no message of {bits} bits an entry.")
+  return codec

@@ -134,35 +134,59 @@ def test_prompts_of_c_eval_are_the_authors(folders, layout):
   assert paper.answers == ("",)
 
 
-def test_rows_of_the_hub_make_the_same_papers(folders, monkeypatch):
-  """The hub's columns, as cais/mmlu and ceval/ceval-exam have them."""
-  splits = {"dev": "dev", "val": "validation", "test": "test"}
-  asked = []
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """The exams in the cache of `datasets`, as a download leaves them there.
 
-  def load(spec):
-    asked.append(spec)
-    name, split = spec.split("@")
-    if name == "ceval/ceval-exam:computer_network":
-      rows = [
-        dict(zip(["id", "question", *"ABCD", "answer"], [i, *row], strict=True))
-        | {"explanation": ""}
-        for i, row in enumerate(ROWS[split])
-      ]
-    else:
-      assert name == "cais/mmlu:us_foreign_policy"
-      (own,) = [key for key, there in splits.items() if there == split]
-      rows = [
+  With the hub's columns and splits, as cais/mmlu and ceval/ceval-exam have
+  them.
+  """
+  names = {"dev": "dev", "val": "validation", "test": "test"}
+  splits = {
+    "mmlu": {
+      names[split]: [
         {
           "question": text,
           "subject": "us_foreign_policy",
           "choices": choices,
           "answer": "ABCD".index(answer),
         }
-        for text, *choices, answer in ROWS[own]
+        for text, *choices, answer in rows
       ]
-    return datasets.Dataset.from_list(rows)
+      for split, rows in ROWS.items()
+    },
+    "ceval-exam": {
+      split: [
+        dict(zip(["id", "question", *"ABCD", "answer"], [i, *row], strict=True))
+        | {"explanation": ""}
+        for i, row in enumerate(rows)
+      ]
+      for split, rows in ROWS.items()
+    },
+  }
+  monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+  for owner, name, subject in (
+    ("cais", "mmlu", "us_foreign_policy"),
+    ("ceval", "ceval-exam", "computer_network"),
+  ):
+    repository = tmp_path / "repositories" / name
+    for split, rows in splits[name].items():
+      file = repository / subject / f"{split}-00000-of-00001.parquet"
+      datasets.Dataset.from_list(rows).to_parquet(file)
+    (repository / "README.md").write_text(
+      f"---\nconfigs:\n- config_name: {subject}\n  data_files:\n"
+      + "".join(
+        f"  - split: {split}\n    path: {subject}/{split}-*\n"
+        for split in splits[name]
+      )
+      + "---\n"
+    )
+    datasets.load_dataset(str(repository), subject)
+    cached = tmp_path / "cache" / name
+    cached.rename(cached.with_name(f"{owner}___{name}"))
 
-  monkeypatch.setattr(exams.sources, "load", load)
+
+def test_rows_of_the_hub_make_the_same_papers(folders, hub):
   for exam, subject in (
     (mmlu.EXAM, "us_foreign_policy"),
     (ceval.EXAM, "computer_network"),
@@ -171,8 +195,8 @@ def test_rows_of_the_hub_make_the_same_papers(folders, monkeypatch):
     assert exams.papers(exam, **arguments) == exams.papers(
       exam, folders[exam.name][0], **arguments
     )
-  assert "cais/mmlu:us_foreign_policy@validation" in asked
-  assert "ceval/ceval-exam:computer_network@val" in asked
+  with pytest.raises(ValueError, match="on the hub.*or cached.*anatomy"):
+    exams.papers(mmlu.EXAM, subjects=["anatomy"])
 
 
 def test_categories_are_the_published_ones():

@@ -1,0 +1,93 @@
+"""Fine-tuning by private messages: held-out loss against epsilon.
+
+  FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.private TASK --seeds 1
+  fedjax-llm compare benchmarks/results/cg_fedllm/TASK_private.jsonl
+
+TASK is shakespeare; `rates TASK` comes first. Uncompressed uploads, and codecs
+at half a bit an entry: ours with noise before it, PCA with noise after it. See
+`noise` for what epsilon is of, and why no other has noise after it. The server
+knows how much noise there is, and steps by as much less: `Noise.server_rate`.
+What PCA knows without clients, the mean update on D1, arrives as well. The same
+without noise is in `utility`, but for the reference. In the end the program
+tells how large the noise is that arrives, also if it were added before PCA.
+"""
+
+import tabulate
+
+from benchmarks import study
+from benchmarks.cg_fedllm import methods, rates, recordings, utility
+
+BITS = 0.5
+EPSILONS = (0.25, 2.0, 8.0)
+MECHANISMS = (
+  ("dense", "before"),
+  ("our transform code", "before"),
+  ("PCA", "after"),
+)
+# Measured, not run.
+ALSO = ("PCA", "before")
+
+
+def cells(given) -> list[study.Cell]:
+  """Every mechanism at every epsilon, and no noise, seed by seed."""
+  made = []
+  for seed in range(given.seeds):
+    plain = _cell(given, "dense", seed)
+    recorded = recordings.of(plain)
+    made.append(plain)
+    for epsilon in EPSILONS:
+      for method, place in MECHANISMS:
+        cell = _cell(given, method, seed, _knobs(method, place, epsilon))
+        rate = methods.noise_of(cell, recorded).server_rate
+        made.append(_cell(given, method, seed, cell.knobs, rate))
+  return made
+
+
+def table(given) -> str:
+  """Markdown: the noise of each mechanism, of the first seed."""
+  recorded = recordings.of(_cell(given, "dense", 0))
+  rows = []
+  for method, place in (*MECHANISMS, ALSO):
+    for epsilon in EPSILONS:
+      knobs = _knobs(method, place, epsilon)
+      found = methods.noise_of(_cell(given, method, 0, knobs), recorded)
+      rows.append(
+        {
+          "method": method,
+          "noise": place,
+          "epsilon": f"{epsilon:g}",
+          "entries": f"{found.entries:,}",
+          "clip norm": f"{found.clip_norm:.3g}",
+          "deviation in clip norms": f"{found.multiplier:.3g}",
+          "noise in a mean": f"{found.in_mean * found.clip_norm:.3g}",
+        }
+      )
+  return tabulate.tabulate(
+    rows, headers="keys", tablefmt="github", disable_numparse=True
+  )
+
+
+def _cell(given, method, seed, knobs=(), server_rate=1.0):
+  return study.Cell(
+    given.task,
+    method,
+    1.0,
+    16,
+    seed,
+    rates.of(given.task, given.out),
+    server_rate,
+    rounds=given.rounds or utility.ROUNDS[given.task],
+    knobs=knobs,
+  )
+
+
+def _knobs(method, place, epsilon):
+  codec = () if method == "dense" else (("bits", BITS),)
+  return (*codec, ("epsilon", epsilon), ("place", place))
+
+
+if __name__ == "__main__":
+  given = study.arguments(__doc__, "cg_fedllm")
+  path = given.out / f"{given.task}_private.jsonl"
+  study.run(cells(given), path, methods.experiment, processes=given.processes)
+  print(table(given))
