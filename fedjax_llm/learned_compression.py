@@ -22,11 +22,18 @@ from fedjax_llm.codecs import (
   fitting,
   gaussian_prior,
   recording,
+  reports,
+  splits,
+  transforms,
 )
 from fedjax_llm.data import division
 from fedjax_llm.federated import codec_rounds, rounds
 
 Source = Literal["updates", "gaussian_prior"]
+Codec = transforms.Transform | autoencoder.Codec
+# Of the trellises of a transform code: more takes longer, for a little less
+# error.
+MEMORY = 8
 _RECORDED = "recorded.json"
 
 
@@ -118,7 +125,7 @@ def recorded(
   return dataclasses.replace(made, prepare=prepare, export=export)
 
 
-def fit_codec(
+def fit_autoencoder(
   store: recording.Store,
   folder: pathlib.Path,
   *,
@@ -150,18 +157,55 @@ def fit_codec(
       progress=progress,
       **settings,
     )
-  codec_folder = folder / "codec"
-  autoencoder.save(codec_folder, codec)
+  autoencoder.save(folder / "codec", codec)
+  _describe(folder / "codec", store, report)
+
+
+def fit_transform(
+  store: recording.Store,
+  folder: pathlib.Path,
+  *,
+  trainable: Any,
+  bits: float = 0.5,
+) -> None:
+  """The same with a transform code, which takes no steps but a decomposition.
+
+  Args:
+    store: what was recorded.
+    folder: of the run.
+    trainable: what the updates are of.
+    bits: of an entry, at which `report.txt` measures the code. The transform
+      itself is of any.
+
+  Raises:
+    ValueError: if there are too few updates, or so few bits do not pay for the
+      headers.
+  """
+  known = splits.split(store.snapshots, store.rounds)
+  transform = transforms.fit(store.snapshots[known.train], trainable)
+  report = reports.report(
+    transforms.transform_code(transform, bits, memory=MEMORY),
+    store.snapshots,
+    known.held_out,
+    mean=known.mean,
+    scale=known.scale,
+  )
+  transforms.save(folder / "codec", transform)
+  _describe(folder / "codec", store, report)
+
+
+def _describe(folder, store, report):
+  """Says beside a codec what it was fitted to, and what it transmits."""
   about = json.dumps({**store.about, "snapshots": len(store)}, indent=2)
-  (codec_folder / _RECORDED).write_text(about + "\n")
-  (codec_folder / "report.txt").write_text(report.describe() + "\n")
-  print(f"\n{report.describe()}\n\nCodec: {codec_folder}")
+  (folder / _RECORDED).write_text(about + "\n")
+  (folder / "report.txt").write_text(report.describe() + "\n")
+  print(f"\n{report.describe()}\n\nCodec: {folder}")
 
 
 def load_codec(
   folder: str | os.PathLike, trainable: Any
-) -> tuple[autoencoder.Codec, dict[str, Any]]:
-  """The codec that `fit_codec` wrote, and what it was fitted to.
+) -> tuple[Codec, dict[str, Any]]:
+  """The codec that a fit wrote, of either kind, and what it was fitted to.
 
   With the latter is its `fingerprint`.
 
@@ -186,10 +230,51 @@ def load_codec(
       f" {about['size']} entries. Give the model, rank and targets that it was"
       " recorded with, or run tgap with yours."
     )
-  codec = autoencoder.load(folder)
-  written = (folder / autoencoder.FILES[1]).read_bytes()
+  if (folder / transforms.FILES[0]).is_file():
+    codec, (_, tensors) = transforms.load(folder, trainable), transforms.FILES
+  else:
+    codec, (_, tensors) = autoencoder.load(folder), autoencoder.FILES
+  written = (folder / tensors).read_bytes()
   about["fingerprint"] = hashlib.sha256(written).hexdigest()[:16]
   return codec, about
+
+
+def coding(
+  codec: Codec, *, bits: float = 0.5, is_refitted: bool = False
+) -> dict[str, Any]:
+  """What rounds are told of a codec of either kind.
+
+  Args:
+    codec: of `load_codec`.
+    bits: of an entry on average, of a transform: the same one serves any. How
+      many an autoencoder sends was chosen when it was fitted.
+    is_refitted: whether it is to be fitted anew between rounds.
+
+  Returns:
+    `codec`, `compressor_of` and `setup_bytes` of `codec_rounds.with_codec`.
+
+  Raises:
+    ValueError: if a transform is to be fitted anew, or has too few bits.
+  """
+  if not isinstance(codec, transforms.Transform):
+    return dict(
+      codec=codec,
+      compressor_of=autoencoder.autoencoder,
+      setup_bytes=autoencoder.setup_bytes(codec),
+    )
+  if is_refitted:
+    raise ValueError(
+      "expected an autoencoder to fit anew, got a transform: its variances"
+      " decide how long messages are, which rounds are compiled for. Leave it"
+      " as it is, or run tgap with codec='rows'."
+    )
+  code = transforms.transform_code(codec, bits, memory=MEMORY)
+  return dict(
+    # For that reason it is no part of the state either.
+    codec=(),
+    compressor_of=lambda nothing: code,
+    setup_bytes=transforms.setup_bytes(codec),
+  )
 
 
 def refit(
