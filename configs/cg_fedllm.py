@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, learned_compression, tasks
+from fedjax_llm import finetuning, learned_codecs, learned_compression, tasks
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import aggregators, codec_rounds
@@ -91,7 +91,7 @@ def experiment(
     dtype=dtype,
     seed=seed,
   )
-  fitted, about = learned_compression.load_codec(codec, task.trainable)
+  fitted, about = learned_codecs.load(codec, task.trainable)
   representation = representation or about["representation"]
   if representation != about["representation"]:
     raise ValueError(
@@ -120,7 +120,7 @@ def experiment(
       evaluate_every=4,
     )
 
-  coding = learned_compression.coding(
+  coding = learned_codecs.coding(
     fitted, bits=bits, is_refitted=refit_every is not None
   )
   if error_feedback:

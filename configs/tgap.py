@@ -13,7 +13,7 @@ from typing import Literal
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import learned_compression, tasks
+from fedjax_llm import learned_codecs, learned_compression, tasks
 from fedjax_llm.codecs import arrangements, fitting, networks, rows
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import codec_rounds
@@ -67,7 +67,7 @@ def experiment(
     codec: "transform" is ours, principal axes with a trellis after them. The
       others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
       the paper's, and "resnet_linear" has eight channels at full resolution and
-      no tanh. What follows is of these alone, but for `bits` and `seed`.
+      no tanh. `latent_bits`, `normalise` and `fit_*` are of these alone.
     bits: of an entry, at which a transform is reported; those that it sends at
       are chosen when it is used.
     latent_bits: of an entry of the latent; None for float32, as in the paper.
@@ -115,12 +115,12 @@ def experiment(
     )
   if codec == "transform":
     finish = functools.partial(
-      learned_compression.fit_transform, trainable=task.trainable, bits=bits
+      learned_codecs.fit_transform, trainable=task.trainable, bits=bits
     )
   else:
     arrangement, network = _network(codec, latent_bits, task.trainable)
     finish = functools.partial(
-      learned_compression.fit_autoencoder,
+      learned_codecs.fit_autoencoder,
       arrangement=arrangement,
       network=network,
       steps=fit_steps,
