@@ -15,8 +15,7 @@ import numpy as np
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, learned_compression, tasks
-from fedjax_llm.codecs import autoencoder
+from fedjax_llm import finetuning, learned_codecs, learned_compression, tasks
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import aggregators, codec_rounds
@@ -27,6 +26,7 @@ from fedjax_llm.models import decoder, lora
 def experiment(
   *,
   codec: str = "runs/tgap/codec",
+  bits: float = 0.5,
   representation: codec_rounds.Representation | None = None,
   aggregation: Literal["mean", "sum", "product"] = "mean",
   error_feedback: bool = False,
@@ -54,14 +54,16 @@ def experiment(
 
   Args:
     codec: folder that `tgap` wrote, of the same adapter.
+    bits: of an entry on average, if the codec is a transform; how many an
+      autoencoder sends was chosen when it was fitted.
     representation: what goes through the codec, see `tgap`; None for what it
       was fitted to.
     aggregation: "mean" of what arrives, weighted by the clients' examples; the
       "sum", as in Algorithm 1 of the paper; or the mean "product" of the
       factors, decomposed.
     error_feedback: add what the codec lost of an update to the client's next.
-    refit_every: rounds between fits of the codec to what the server has got;
-      None for a frozen codec.
+    refit_every: rounds between fits of an autoencoder to what the server has
+      got; None for a frozen codec.
     volunteers: share of the clients, the first ones, that send their updates
       uncompressed too, to refit the codec on.
     fit_steps: of a refit.
@@ -89,7 +91,7 @@ def experiment(
     dtype=dtype,
     seed=seed,
   )
-  fitted, about = learned_compression.load_codec(codec, task.trainable)
+  fitted, about = learned_codecs.load(codec, task.trainable)
   representation = representation or about["representation"]
   if representation != about["representation"]:
     raise ValueError(
@@ -118,14 +120,13 @@ def experiment(
       evaluate_every=4,
     )
 
-  def compressor_of(codec):
-    compressor = autoencoder.autoencoder(codec)
-    return base.error_feedback(compressor) if error_feedback else compressor
-
-  coding = dict(
-    codec=fitted,
-    compressor_of=compressor_of,
-    setup_bytes=autoencoder.setup_bytes(fitted),
+  coding = learned_codecs.coding(
+    fitted, bits=bits, is_refitted=refit_every is not None
+  )
+  if error_feedback:
+    of = coding["compressor_of"]
+    coding["compressor_of"] = lambda codec: base.error_feedback(of(codec))
+  coding |= dict(
     population=population,
     representation=representation,
     volunteers=None

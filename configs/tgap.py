@@ -13,14 +13,14 @@ from typing import Literal
 import optax
 
 from fedjax_llm import experiment as experiments
-from fedjax_llm import learned_compression, tasks
+from fedjax_llm import learned_codecs, learned_compression, tasks
 from fedjax_llm.codecs import arrangements, fitting, networks, rows
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import tgap
 from fedjax_llm.models import decoder, lora
 
-Network = Literal["rows", "resnet", "resnet_linear", "convolutional"]
+Codec = Literal["transform", "rows", "resnet", "resnet_linear", "convolutional"]
 # Columns of the image that the network of rows sees.
 WIDTH = 256
 
@@ -31,7 +31,8 @@ def experiment(
   source: learned_compression.Source = "updates",
   representation: codec_rounds.Representation = "delta",
   share: float = 0.3,
-  network: Network = "rows",
+  codec: Codec = "transform",
+  bits: float = 0.5,
   latent_bits: int | None = 1,
   normalise: fitting.Normalise = "columns",
   fit_steps: int = 400,
@@ -63,8 +64,12 @@ def experiment(
     representation: record the "delta", received minus trained; or the "state",
       the whole adapter.
     share: of every client's rows that are D1.
-    network: "rows" is ours; "resnet" and "convolutional" are the paper's, and
-      "resnet_linear" has eight channels at full resolution and no tanh.
+    codec: "transform" is ours, principal axes with a trellis after them. The
+      others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
+      the paper's, and "resnet_linear" has eight channels at full resolution and
+      no tanh. `latent_bits`, `normalise` and `fit_*` are of these alone.
+    bits: of an entry, at which a transform is reported; those that it sends at
+      are chosen when it is used.
     latent_bits: of an entry of the latent; None for float32, as in the paper.
     normalise: what images are divided by: the root mean square of "columns", of
       all as "one", or "none", of which the paper says nothing.
@@ -108,23 +113,29 @@ def experiment(
     algorithm = tgap.federated_pretraining(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
-  arrangement, chosen = _network(network, latent_bits, task.trainable)
+  if codec == "transform":
+    finish = functools.partial(
+      learned_codecs.fit_transform, trainable=task.trainable, bits=bits
+    )
+  else:
+    arrangement, network = _network(codec, latent_bits, task.trainable)
+    finish = functools.partial(
+      learned_codecs.fit_autoencoder,
+      arrangement=arrangement,
+      network=network,
+      steps=fit_steps,
+      batch_size=fit_batch_size,
+      learning_rate=fit_learning_rate,
+      normalise=normalise,
+      seed=seed,
+    )
   return learned_compression.recorded(
     task,
     algorithm,
     representation=representation,
     source=source,
     about={"pretraining": pretraining, "share": share, "seed": seed},
-    finish=functools.partial(
-      learned_compression.fit_codec,
-      arrangement=arrangement,
-      network=chosen,
-      steps=fit_steps,
-      batch_size=fit_batch_size,
-      learning_rate=fit_learning_rate,
-      normalise=normalise,
-      seed=seed,
-    ),
+    finish=finish,
     rounds=rounds,
     clients_per_round=clients_per_round,
     batch_size=batch_size,

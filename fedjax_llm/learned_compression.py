@@ -1,33 +1,23 @@
-"""CG-FedLLM's codecs in experiments: recorded, fitted, loaded, fitted anew.
+"""CG-FedLLM's experiments: updates recorded, and a codec fitted anew.
 
-`configs/tgap.py` and `configs/cg_fedllm.py` are composed of these.
+`configs/tgap.py` and `configs/cg_fedllm.py` are composed of these, and of
+`learned_codecs`.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import tqdm
 
 from fedjax_llm import experiment as experiments
 from fedjax_llm import finetuning, tasks
-from fedjax_llm.codecs import (
-  arrangements,
-  autoencoder,
-  fitting,
-  gaussian_prior,
-  recording,
-)
+from fedjax_llm.codecs import autoencoder, fitting, gaussian_prior, recording
 from fedjax_llm.data import division
 from fedjax_llm.federated import codec_rounds, rounds
 
 Source = Literal["updates", "gaussian_prior"]
-_RECORDED = "recorded.json"
 
 
 def divided(
@@ -116,80 +106,6 @@ def recorded(
     finish(stores[0], folder)
 
   return dataclasses.replace(made, prepare=prepare, export=export)
-
-
-def fit_codec(
-  store: recording.Store,
-  folder: pathlib.Path,
-  *,
-  arrangement: arrangements.Arrangement,
-  **settings: Any,
-) -> None:
-  """TGAP's second half: fits an autoencoder and writes the folder `codec`.
-
-  With it come `report.txt`, which is printed too, and `recorded.json`, what it
-  was fitted to. A fit that was stopped goes on.
-
-  Args:
-    store: what was recorded.
-    folder: of the run.
-    arrangement: of the adapter.
-    **settings: `network`, `steps` and the others of `codecs.fitting.fit`.
-  """
-  with tqdm.tqdm(total=settings["steps"], desc="codec", unit="step") as bar:
-
-    def progress(step, loss, error):
-      bar.update(step - bar.n)
-      bar.set_postfix({"held-out squared error": f"{error:.3f}"})
-
-    codec, report = fitting.fit(
-      store.snapshots,
-      arrangement,
-      rounds=store.rounds,
-      folder=folder / "fit",
-      progress=progress,
-      **settings,
-    )
-  codec_folder = folder / "codec"
-  autoencoder.save(codec_folder, codec)
-  about = json.dumps({**store.about, "snapshots": len(store)}, indent=2)
-  (codec_folder / _RECORDED).write_text(about + "\n")
-  (codec_folder / "report.txt").write_text(report.describe() + "\n")
-  print(f"\n{report.describe()}\n\nCodec: {codec_folder}")
-
-
-def load_codec(
-  folder: str | os.PathLike, trainable: Any
-) -> tuple[autoencoder.Codec, dict[str, Any]]:
-  """The codec that `fit_codec` wrote, and what it was fitted to.
-
-  With the latter is its `fingerprint`.
-
-  Args:
-    folder: `codec` in the folder of a run.
-    trainable: what it is to serve.
-
-  Raises:
-    ValueError: if there is none, or it was fitted to another adapter.
-  """
-  folder = pathlib.Path(folder)
-  path = folder / _RECORDED
-  if not path.is_file():
-    raise ValueError(
-      f"expected a codec in {folder}, found no {_RECORDED}. `fedjax-llm run"
-      " tgap` makes runs/tgap/codec."
-    )
-  about = json.loads(path.read_text())
-  if about["layout"] != recording.layout(trainable):
-    raise ValueError(
-      f"the codec in {folder} was fitted to an adapter of other shapes, of"
-      f" {about['size']} entries. Give the model, rank and targets that it was"
-      " recorded with, or run tgap with yours."
-    )
-  codec = autoencoder.load(folder)
-  written = (folder / autoencoder.FILES[1]).read_bytes()
-  about["fingerprint"] = hashlib.sha256(written).hexdigest()[:16]
-  return codec, about
 
 
 def refit(

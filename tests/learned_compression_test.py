@@ -9,13 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm import cli, experiment, finetuning, learned_compression, tasks
+from fedjax_llm import (
+  cli,
+  experiment,
+  finetuning,
+  learned_codecs,
+  learned_compression,
+  tasks,
+)
 from fedjax_llm.codecs import (
   arrangements,
   autoencoder,
   recording,
   rows,
+  transforms,
 )
+from fedjax_llm.compression import base, wire
 from fedjax_llm.data import records
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
@@ -139,7 +148,7 @@ NETWORK = rows.network(WIDTH, latents=8, bits=None)
 
 @pytest.fixture(scope="module")
 def codec_folder(task, store, folder):
-  learned_compression.fit_codec(
+  learned_codecs.fit_autoencoder(
     store,
     folder,
     arrangement=arrangements.columns(task.trainable, width=WIDTH),
@@ -151,7 +160,7 @@ def codec_folder(task, store, folder):
 
 
 def test_a_codec_is_fitted_written_and_read(task, store, codec_folder):
-  codec, about = learned_compression.load_codec(codec_folder, task.trainable)
+  codec, about = learned_codecs.load(codec_folder, task.trainable)
   assert about["snapshots"] == len(store)
   assert about["representation"] == "delta"
   assert "constant_mean" in (codec_folder / "report.txt").read_text()
@@ -164,23 +173,79 @@ def test_a_codec_that_is_not_there_or_of_another_adapter_is_refused(
   task, codec_folder, tmp_path
 ):
   with pytest.raises(ValueError, match="fedjax-llm run tgap"):
-    learned_compression.load_codec(tmp_path, task.trainable)
+    learned_codecs.load(tmp_path, task.trainable)
   other = {"a": np.zeros((2, 2))}
   with pytest.raises(ValueError, match="an adapter of other shapes"):
-    learned_compression.load_codec(codec_folder, other)
+    learned_codecs.load(codec_folder, other)
+
+
+@pytest.fixture(scope="module")
+def transform_folder(task, store, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("transform")
+  # Of so few entries headers alone take six bits.
+  learned_codecs.fit_transform(
+    store, folder, trainable=task.trainable, bits=8.0
+  )
+  return folder / "codec"
+
+
+def test_a_transform_is_fitted_to_rounds_that_do_not_judge_it(
+  task, store, transform_folder
+):
+  found, about = learned_codecs.load(transform_folder, task.trainable)
+  # Of four rounds one is a fifth, rounded up.
+  expected = transforms.fit(store.snapshots[:9], task.trainable)
+  same = jax.tree.map(np.array_equal, found, expected)
+  assert jax.tree.all(same)
+  assert about["snapshots"] == 12 and len(about["fingerprint"]) == 16
+  report = (transform_folder / "report.txt").read_text()
+  assert "constant_mean" in report and "bits an entry" in report
+
+
+def test_clients_fetch_a_transform_once(task, transform_folder):
+  codec, _ = learned_codecs.load(transform_folder, task.trainable)
+  coding = learned_codecs.coding(codec, bits=8.0)
+  algorithm = cg_fed_llm.cg_fed_llm(
+    task.loss_fn,
+    SGD,
+    optax.sgd(1.0),
+    population=6,
+    clients_per_step=1,
+    mesh=task.mesh,
+    **coding,
+  )
+  made = finetuning.federated(
+    task, algorithm, **{**SCHEDULE, "clients_per_round": 6}
+  )
+  size = sum(x.size for x in jax.tree.leaves(task.trainable))
+  state, lines = made.init(), []
+  for number in range(2):
+    state, line = made.round(state, number)
+    lines.append(line)
+  first, second = (line["download_bytes"] for line in lines)
+  assert first - second == 6 * transforms.setup_bytes(codec)
+  vector = jax.ShapeDtypeStruct((size,), np.float32)
+  assert second == 6 * wire.nbytes(base.Dense(vector))
+  assert lines[0]["upload_bytes"] <= 6 * size
+  # At so many bits all of a client arrives.
+  assert lines[0]["innovation_cosine"] > 0.9
+
+
+def test_a_transform_is_not_fitted_anew(task, transform_folder):
+  codec, _ = learned_codecs.load(transform_folder, task.trainable)
+  with pytest.raises(ValueError, match="expected an autoencoder to fit anew"):
+    learned_codecs.coding(codec, is_refitted=True)
 
 
 @pytest.fixture(scope="module")
 def tuned(task, codec_folder):
   """Rounds with a codec, whose fits are counted."""
-  codec, _ = learned_compression.load_codec(codec_folder, task.trainable)
+  codec, _ = learned_codecs.load(codec_folder, task.trainable)
   algorithm = cg_fed_llm.cg_fed_llm(
     task.loss_fn,
     SGD,
     optax.sgd(1.0),
-    codec=codec,
-    compressor_of=autoencoder.autoencoder,
-    setup_bytes=autoencoder.setup_bytes(codec),
+    **learned_codecs.coding(codec, is_refitted=True),
     population=6,
     volunteers=np.ones(6, bool),
     clients_per_step=1,

@@ -23,6 +23,7 @@ from fedjax_llm.codecs import (
   networks,
   reports,
   rows,
+  splits,
   training,
 )
 
@@ -39,15 +40,6 @@ class _State(NamedTuple):
   # Evaluations since the best.
   stale: Any
   identity: Any
-
-
-class _Snapshots(NamedTuple):
-  """Which snapshots are for what, and what is known of those to fit to."""
-
-  train: np.ndarray
-  held_out: list[np.ndarray]
-  mean: np.ndarray
-  energy: np.ndarray
 
 
 def fit(
@@ -106,7 +98,12 @@ def fit(
     )
   width = arrangement.positions.shape[1]
   network = network or rows.network(width, latents=-(-width // 2))
-  known = _split(snapshots, arrangement, rounds, held_out)
+  if snapshots.ndim != 2 or snapshots.shape[1] != arrangement.size:
+    raise ValueError(
+      f"fit expected snapshots [count, {arrangement.size}], as the arrangement"
+      f" has it, got {snapshots.shape}."
+    )
+  known = splits.split(snapshots, rounds, held_out=held_out)
   scale = _scale(known, arrangement, normalise)
   optimizer = optax.adam(learning_rate)
   settings = (arrangement.digest, network, normalise, seed, batch_size)
@@ -149,7 +146,7 @@ def fit(
     snapshots,
     known.held_out,
     mean=known.mean,
-    scale=math.sqrt(known.energy.mean()),
+    scale=known.scale,
   )
 
 
@@ -200,40 +197,6 @@ def _resume(keeper: checkpoints.Checkpoints, state: _State):
       "fit found the checkpoints of another fit. Give another folder."
     )
   return done, saved
-
-
-def _split(snapshots, arrangement, rounds, held_out) -> _Snapshots:
-  """What to fit to, and the last rounds."""
-  if snapshots.ndim != 2 or snapshots.shape[1] != arrangement.size:
-    raise ValueError(
-      f"fit expected snapshots [count, {arrangement.size}], as the arrangement"
-      f" has it, got {snapshots.shape}."
-    )
-  if not 0 < held_out < 1:
-    raise ValueError(f"fit expected held_out in (0, 1), got {held_out=}.")
-  numbers = np.arange(len(snapshots)) if rounds is None else np.asarray(rounds)
-  each = np.unique(numbers)
-  last = each[len(each) - math.ceil(held_out * len(each)) :]
-  is_last = np.isin(numbers, last)
-  train = np.flatnonzero(~is_last)
-  groups = [np.flatnonzero(numbers == number) for number in last]
-  if any(len(group) < 2 for group in groups):
-    groups = [np.flatnonzero(is_last)]
-  if len(train) < 1 or len(groups[0]) < 2:
-    raise ValueError(
-      f"fit expected a snapshot to fit to and two to hold out, got"
-      f" {len(snapshots)} of {len(each)} rounds. Record more rounds."
-    )
-  total, energy = np.zeros((2, arrangement.size))
-  for number in train:
-    total += snapshots[number]
-    energy += np.square(snapshots[number], dtype=np.float64)
-  return _Snapshots(
-    train,
-    groups,
-    (total / len(train)).astype(np.float32),
-    energy / len(train),
-  )
 
 
 def _scale(known, arrangement, normalise) -> jax.Array:

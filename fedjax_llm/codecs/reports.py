@@ -65,10 +65,11 @@ class Report(NamedTuple):
       return ""
     return (
       "this codec is no better than one that transmits nothing:"
-      f" {'; '.join(self._problems())}. Normalise its input"
-      ' (normalise="columns"), fit a rows.network to arrangements.ranked, fit'
-      " for more steps or to more updates, or send by a compressor that is not"
-      " learned, such as eden(0.5, unbiased=False)."
+      f" {'; '.join(self._problems())}. Fit another one, such as"
+      " transforms.fit, or a rows.network to arrangements.ranked; normalise its"
+      ' input (normalise="columns"), fit for more steps or to more updates; or'
+      " send by a compressor that is not learned, such as eden(0.5,"
+      " unbiased=False)."
     )
 
   def describe(self) -> str:

@@ -12,12 +12,16 @@ client's own goes to bits by `allocation`.
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from jaxtyping import Float
 
 from fedjax_llm.codecs import allocation, pca
@@ -25,6 +29,9 @@ from fedjax_llm.compression import base, wire
 
 # Of the mean variance: what is added to all, so that nothing is never sent.
 _LEAST = 1e-3
+FILES = ("transform.json", "transform.safetensors")
+_VERSION = 1
+_SIDES = ("rows", "columns")
 
 
 @functools.partial(
@@ -66,7 +73,7 @@ def fit(
   Raises:
     ValueError: if snapshots are of another length, or all zero.
   """
-  shapes = tuple(_matrices(x.shape) for x in jax.tree.leaves(trainable))
+  shapes = _shapes(trainable)
   size = sum(map(math.prod, shapes))
   norms = np.sqrt([np.sum(np.square(x, dtype=np.float64)) for x in snapshots])
   if snapshots.shape[1] != size or not norms.any():
@@ -162,6 +169,60 @@ def setup_bytes(transform: Transform) -> int:
   """How many bytes a client gets once: the transform, as a message."""
   numbers = sum(x.size for x in jax.tree.leaves(transform))
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)))
+
+
+def save(folder: pathlib.Path, transform: Transform) -> None:
+  """Writes a transform, as safetensors and what is static as JSON."""
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors = {
+    f"{kind}/{number}/{side}": np.ascontiguousarray(x)
+    for kind in ("rotations", "variances")
+    for number, pair in enumerate(getattr(transform, kind))
+    for side, x in zip(_SIDES, pair, strict=True)
+    if x is not None
+  }
+  safetensors.numpy.save_file(tensors, folder / FILES[1])
+  fields = {"version": _VERSION, "shapes": transform.shapes}
+  (folder / FILES[0]).write_text(json.dumps(fields) + "\n")
+
+
+def load(folder: pathlib.Path, trainable: Any) -> Transform:
+  """Reads a transform.
+
+  Args:
+    folder: what `save` wrote.
+    trainable: the tree whose updates it is to serve, or its shapes.
+
+  Raises:
+    ValueError: if there is none, it is of another release, or it was fitted to
+      leaves of other shapes.
+  """
+  try:
+    fields = json.loads((folder / FILES[0]).read_text())
+    tensors = safetensors.numpy.load_file(folder / FILES[1])
+  except (OSError, ValueError, safetensors.SafetensorError) as error:
+    raise ValueError(f"cannot read a transform in {folder}: {error}") from error
+  if fields.get("version") != _VERSION:
+    raise ValueError(
+      f"the transform in {folder} has version {fields.get('version')}, this"
+      f" release reads version {_VERSION}."
+    )
+  found, expected = tuple(map(tuple, fields["shapes"])), _shapes(trainable)
+  if found != expected:
+    raise ValueError(
+      f"the transform in {folder} is of matrices {found}, expected {expected}."
+      " A codec serves the adapter that it was fitted on: its model, rank and"
+      " modules."
+    )
+  pairs = lambda kind: tuple(
+    tuple(tensors.get(f"{kind}/{number}/{side}") for side in _SIDES)
+    for number in range(len(found))
+  )
+  return Transform(pairs("rotations"), pairs("variances"), found)
+
+
+def _shapes(trainable):
+  return tuple(_matrices(x.shape) for x in jax.tree.leaves(trainable))
 
 
 def _matrices(shape):

@@ -124,3 +124,29 @@ def test_snapshots_that_do_not_fit_are_refused(snapshots):
 def test_vectors_of_another_length_are_refused():
   with pytest.raises(ValueError, match="serves the adapter"):
     transforms.rotated(TRANSFORM).encode(jnp.ones(3), (), KEY)
+
+
+def test_a_transform_is_read_as_it_was_written(tmp_path):
+  transforms.save(tmp_path, TRANSFORM)
+  found = transforms.load(tmp_path, TREE)
+  assert found.shapes == TRANSFORM.shapes
+  assert jax.tree.structure(found) == jax.tree.structure(TRANSFORM)
+  for x, y in zip(
+    jax.tree.leaves(found), jax.tree.leaves(TRANSFORM), strict=True
+  ):
+    assert x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x, y)
+
+
+def test_a_transform_of_other_matrices_or_releases_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="cannot read a transform"):
+    transforms.load(tmp_path, TREE)
+  transforms.save(tmp_path, TRANSFORM)
+  # As many entries, but not the same ones.
+  other = TREE | {"a": jax.ShapeDtypeStruct((LAYERS, 8, 40), jnp.float32)}
+  with pytest.raises(ValueError, match="serves the adapter"):
+    transforms.load(tmp_path, other)
+  path = tmp_path / transforms.FILES[0]
+  path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+  with pytest.raises(ValueError, match="has version 0"):
+    transforms.load(tmp_path, TREE)
