@@ -70,9 +70,10 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def _analyse(task: str) -> dict[str, Any]:
-  recorded = _recorded(task)
-  # First, as it may have no rate yet.
-  other = _recorded(OTHER[task]) if task in OTHER else None
+  rate = rates.of(task)
+  recorded = _recorded(task, rate)
+  # By the same rate, so that it is the data that differ.
+  other = _recorded(OTHER[task], rate) if task in OTHER else None
   receivers = {
     name: jax.jit(reports.receiver(codec))
     for name in CODECS
@@ -93,8 +94,8 @@ def _analyse(task: str) -> dict[str, Any]:
   }
 
 
-def _recorded(task: str) -> recordings.Recorded:
-  return recordings.of(study.Cell(task, "", 1.0, 16, 0, rates.of(task), 1.0, 0))
+def _recorded(task: str, rate: float) -> recordings.Recorded:
+  return recordings.of(study.Cell(task, "", 1.0, 16, 0, rate, 1.0, 0))
 
 
 def _updates(recorded: recordings.Recorded) -> list[dict[str, str]]:
