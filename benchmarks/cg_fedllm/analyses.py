@@ -54,19 +54,18 @@ def main() -> None:
     found = _analyse(given.task)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-  print(tables(json.loads(path.read_text())))
+  for name, table in tables(json.loads(path.read_text())).items():
+    print(f"{name}\n\n{table}\n")
 
 
-def tables(found: dict[str, Any]) -> str:
-  """Markdown: a table for each analysis."""
-  parts = [
-    f"{name}\n\n"
-    + tabulate.tabulate(
+def tables(found: dict[str, Any]) -> dict[str, str]:
+  """A Markdown table for each analysis."""
+  return {
+    name: tabulate.tabulate(
       rows, headers="keys", tablefmt="github", disable_numparse=True
     )
     for name, rows in found["tables"].items()
-  ]
-  return "\n\n".join(parts)
+  }
 
 
 def _analyse(task: str) -> dict[str, Any]:
