@@ -20,7 +20,7 @@ SERVER_RATES = (1.0, 2.0)
 ROUNDS = 10
 SEED = 100
 # At half a bit, by all seeds.
-MAIN = ("STC", "EDEN", "our transform code")
+MAIN = ("STC", "EDEN", "trellis", "our transform code")
 KNOBS = (("bits", 0.5), ("error_feedback", False))
 
 

@@ -18,13 +18,12 @@ ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 OTHERS = (
   "Top-K",
   "PowerSGD",
-  "trellis",
   "PCA",
   "paper's autoencoder",
   "our autoencoder",
 )
 # At a bit, with the first seed alone.
-AT_ONE = ("STC", "DRIVE", "EDEN", "our transform code")
+AT_ONE = ("STC", "DRIVE", "EDEN", "trellis", "our transform code")
 
 
 def cells(given) -> list[study.Cell]:
