@@ -283,7 +283,7 @@ def test_pretrain_needs_no_config(main):
 
 BAD = {
   "no such command": (["walk"], "unknown command 'walk'"),
-  "no such config": (["run", "nothing"], "one of dense_lora"),
+  "no such config": (["run", "nothing"], "one of cg_fedllm"),
   "no such file": (["run", "no/config.py"], "no config 'no/config.py'"),
   "no such knob": (["run", "flasc", "--nothing", "1"], "--nothing"),
   "a knob of another type": (["run", "flasc", "--rounds", "many"], "many"),
