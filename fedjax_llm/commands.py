@@ -143,7 +143,8 @@ def compare(
     study_plots.plot(entries, out)
     print(study_tables.table(entries, papers=conventions))
     if any(entry.method == studies.REFERENCE for entry in entries):
-      print("\nTimes fewer bytes than dense until there:\n")
+      of = " of uploads" if studies.is_of_uploads(entries) else ""
+      print(f"\nTimes fewer bytes{of} than dense until there:\n")
       print(study_tables.ratio_table(entries))
     print(f"\nPlot: {out}")
     return

@@ -74,9 +74,14 @@ def _as_papers_count(entry, reference, name, own=None, theirs=None):
 
 
 def ratio_table(entries: Sequence[studies.Entry]) -> str:
-  """A Markdown table of `studies.ratios` by real bytes, the best one first."""
+  """A Markdown table of `studies.ratios` by real bytes, the best one first.
+
+  Of uploads alone, where downloads are alike.
+  """
   metric, higher = studies.metric_of(entries[0])
-  levels, of_methods = studies.ratios(entries, studies.Entry.megabytes)
+  uploads = studies.is_of_uploads(entries)
+  cost = studies.Entry.megabytes_up if uploads else studies.Entry.megabytes
+  levels, of_methods = studies.ratios(entries, cost)
   order = np.argsort(-levels if higher else levels)
   form = ".1%" if higher else ".3f"
   rows = [
