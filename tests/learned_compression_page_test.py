@@ -23,7 +23,11 @@ def test_errors_of_codecs(path):
 
 @pytest.mark.parametrize(
   "path",
-  [x for x in sorted(RESULTS.glob("*.jsonl")) if "_" not in x.stem],
+  [
+    path
+    for path in sorted(RESULTS.glob("*.jsonl"))
+    if not path.stem.endswith(("_distortion", "_rates"))
+  ],
   ids=lambda x: x.stem,
 )
 def test_losses_after_tuning_through_codecs(path):
