@@ -30,6 +30,7 @@ def experiment(
   representation: codec_rounds.Representation | None = None,
   aggregation: Literal["mean", "sum", "product"] = "mean",
   error_feedback: bool = False,
+  unbiased: bool | None = None,
   refit_every: int | None = None,
   volunteers: float = 0.2,
   fit_steps: int = 300,
@@ -62,6 +63,9 @@ def experiment(
       "sum", as in Algorithm 1 of the paper; or the mean "product" of the
       factors, decomposed.
     error_feedback: add what the codec lost of an update to the client's next.
+    unbiased: whether a transform is coded for means over many clients, or for
+      the least error of each message; None for the former, but for states and
+      under error feedback, which need the latter.
     refit_every: rounds between fits of an autoencoder to what the server has
       got; None for a frozen codec.
     volunteers: share of the clients, the first ones, that send their updates
@@ -120,8 +124,13 @@ def experiment(
       evaluate_every=4,
     )
 
+  if unbiased is None:
+    unbiased = representation == "delta" and not error_feedback
   coding = learned_codecs.coding(
-    fitted, bits=bits, is_refitted=refit_every is not None
+    fitted,
+    bits=bits,
+    unbiased=unbiased,
+    is_refitted=refit_every is not None,
   )
   if error_feedback:
     of = coding["compressor_of"]

@@ -144,7 +144,11 @@ def load(
 
 
 def coding(
-  codec: Codec, *, bits: float = 0.5, is_refitted: bool = False
+  codec: Codec,
+  *,
+  bits: float = 0.5,
+  unbiased: bool = True,
+  is_refitted: bool = False,
 ) -> dict[str, Any]:
   """What rounds are told of a codec of either kind.
 
@@ -152,6 +156,8 @@ def coding(
     codec: of `load`.
     bits: of an entry on average, of a transform: the same one serves any. How
       many an autoencoder sends was chosen when it was fitted.
+    unbiased: of a transform, for means over many clients; otherwise the error
+      of each message is least, as error feedback needs.
     is_refitted: whether it is to be fitted anew between rounds.
 
   Returns:
@@ -172,7 +178,9 @@ def coding(
       " decide how long messages are, which rounds are compiled for. Leave it"
       " as it is, or `fedjax-llm run tgap --codec rows`."
     )
-  code = transforms.transform_code(codec, bits, memory=MEMORY)
+  code = transforms.transform_code(
+    codec, bits, memory=MEMORY, unbiased=unbiased
+  )
   return dict(
     # Nothing in the state, where variances would be traced.
     codec=(),

@@ -4,6 +4,7 @@ Of a codec with a setting, such as a density, it is the finest whose message is
 no longer than that. Learned ones are fitted to the recorded updates.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,12 +136,14 @@ def _fitted(name, recorded, arrangement, network, learning_rate):
   return autoencoder.autoencoder(autoencoder.load(folder))
 
 
-def _transform(bits, recorded, most):
+def _transform(bits, recorded, most, unbiased=False):
   """Ours: along principal axes, bits where the variance is, by trellises."""
   del bits
   size = recorded.store.about["size"]
   transform = transforms.fit(recorded.fitted, recorded.task.trainable)
-  return transforms.transform_code(transform, 8 * most / size, memory=_MEMORY)
+  return transforms.transform_code(
+    transform, 8 * most / size, memory=_MEMORY, unbiased=unbiased
+  )
 
 
 CODECS: dict[str, Callable[..., base.Compressor | None]] = {
@@ -159,4 +162,5 @@ CODECS: dict[str, Callable[..., base.Compressor | None]] = {
   "paper's autoencoder": _paper,
   "our autoencoder": _rows,
   "our transform code": _transform,
+  "our transform code, unbiased": functools.partial(_transform, unbiased=True),
 }

@@ -1,9 +1,10 @@
 """What a cell of the study runs: fine-tuning on D2 with a codec in the upload.
 
 As CG-FedLLM does, clients train by Adam, and what arrives is averaged, which
-replaces the adapter. Downloads are whole, and so are uploads if the method is
-"dense". Knobs are `bits`, of an entry of an upload, and `error_feedback`; of
-private messages `epsilon` and `place`, see `noise`.
+replaces the adapter at a server rate of 1. Downloads are whole, and so are
+uploads if the method is "dense". Knobs are `bits`, of an entry of an upload,
+`error_feedback`, and `server_decay`, by which the server's rate falls to a tenth
+over the rounds; of private messages `epsilon` and `place`, see `noise`.
 """
 
 import optax
@@ -26,10 +27,15 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
   else:
     recorded = recordings.of(cell)
     task, upload = recorded.task, _upload(cell, recorded)
+  server_rate = cell.server_rate
+  if knobs.get("server_decay"):
+    server_rate = optax.linear_schedule(
+      server_rate, server_rate / 10, cell.rounds
+    )
   algorithm = fed_avg.fed_avg(
     task.loss_fn,
     recordings.client_optimizer(cell.client_rate),
-    optax.sgd(cell.server_rate),
+    optax.sgd(server_rate),
     channel=channels.Channel(upload=upload),
     population=len(task.population.names),
     clients_per_step=1,

@@ -2,65 +2,107 @@
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.rates TASK
 
-All codecs of the study have the clients' rate of uncompressed rounds. A code of
-small squared error is shorter than what it is of, so a server that takes its
-mean for what it is may be too slow: for the codecs that are run with all seeds
-a server rate of 2 is tried beside 1. Under error feedback it is always 1.
+All codecs of the study have the clients' rate of uncompressed rounds. A server
+that takes the mean of what arrives for what it is may be too slow, where codes
+are shorter than what they are of, and too fast, where they are noise; so may it
+be without a codec. Each is run as CG-FedLLM is, whose mean replaces the adapter,
+and at server rates that begin higher and end at a tenth of that.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
+from typing import Any
 
 from benchmarks import study
 from benchmarks.cg_fedllm import methods
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-SERVER_RATES = (1.0, 2.0)
-ROUNDS = 10
+ROUNDS_OF_CLIENT_RATES = 10
+ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 SEED = 100
-# At half a bit, by all seeds.
-MAIN = ("STC", "EDEN", "trellis", "our transform code")
-KNOBS = (("bits", 0.5), ("error_feedback", False))
+DECAY = (("server_decay", True),)
+SERVERS = ((1.0, ()), (2.0, DECAY), (4.0, DECAY))
+# At half a bit, by all seeds, and with error feedback but for the unbiased one,
+# whose error may be larger than what it is of.
+MAIN = (
+  *("STC", "EDEN", "trellis", "our transform code"),
+  "our transform code, unbiased",
+)
+WITH_FEEDBACK = MAIN[:-1]
+# By one seed. The paper's autoencoder, which transmits nothing, is not tuned.
+OTHERS = ("Top-K", "PowerSGD", "PCA", "our autoencoder")
+# A rate and further knobs.
+Server = tuple[float, tuple[tuple[str, Any], ...]]
 
 
 def of(task: str, folder: pathlib.Path = study.RESULTS / "cg_fedllm") -> float:
   """The clients' rate: that of the lowest validation loss, uncompressed."""
-  return _best(task, "dense", folder)["client_rate"]
+  best = _best(task, folder, "dense", (), ROUNDS_OF_CLIENT_RATES)
+  if best is None:
+    raise ValueError(f"no rates of {task} in {folder}: run rates {task} first.")
+  return best["client_rate"]
 
 
 def of_server(
-  task: str, method: str, folder: pathlib.Path = study.RESULTS / "cg_fedllm"
-) -> float:
-  """The server's rate for a codec; 1 if it was not tuned."""
-  return _best(task, method, folder)["server_rate"] if method in MAIN else 1.0
+  task: str,
+  method: str,
+  knobs: tuple[tuple[str, Any], ...],
+  folder: pathlib.Path = study.RESULTS / "cg_fedllm",
+) -> Server:
+  """The server's rate, and whether it decays; 1 if that was not tuned.
+
+  Args:
+    task: as in `problems.TASKS`.
+    method: a codec, or "dense".
+    knobs: without the server's.
+    folder: of the results.
+  """
+  best = _best(task, folder, method, knobs, ROUNDS[task])
+  if best is None:
+    return SERVERS[0]
+  decay = DECAY if dict(best["knobs"]).get("server_decay") else ()
+  return best["server_rate"], decay
 
 
-def _best(task, method, folder):
+def knobs(bits: float, feedback: bool = False) -> tuple[tuple[str, Any], ...]:
+  """Of a cell with a codec."""
+  return (("bits", bits), ("error_feedback", feedback))
+
+
+def _best(task, folder, method, knobs, rounds):
+  """The cell of the lowest loss at the end, of so many rounds."""
   path = folder / f"{task}_rates.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
-  records = [json.loads(line) for line in lines]
-  records = [x for x in records if x["cell"]["method"] == method]
-  if not records:
-    raise ValueError(f"no rates of {method} in {path}: run rates {task} first.")
-  best = min(records, key=lambda record: record["lines"][-1]["loss"])
-  return best["cell"]
+  found = []
+  for record in map(json.loads, lines):
+    cell = record["cell"]
+    own = {x: y for x, y in cell["knobs"] if x != "server_decay"}
+    if (cell["method"], cell["rounds"], own) == (method, rounds, dict(knobs)):
+      found.append((record["lines"][-1]["loss"], cell))
+  return min(found, key=lambda x: x[0], default=(None, None))[1]
 
 
-def _dense(task):
+def _of_clients(task):
   cell = study.Cell(
-    task, "dense", 1.0, 16, SEED, RATES[0], 1.0, ROUNDS, validation=True
+    *(task, "dense", 1.0, 16, SEED, RATES[0], 1.0, ROUNDS_OF_CLIENT_RATES),
+    validation=True,
   )
   return [dataclasses.replace(cell, client_rate=rate) for rate in RATES]
 
 
-def _coded(task, rate):
+def _of_servers(task, rate):
+  """The first server of all codecs, then the next: each is fitted once."""
+  tuned = [("dense", ())]
+  tuned += [(name, knobs(0.5)) for name in (*MAIN, *OTHERS)]
+  tuned += [(name, knobs(0.5, feedback=True)) for name in WITH_FEEDBACK]
   return [
     study.Cell(
-      task, name, 1.0, 16, SEED, rate, server, ROUNDS, True, knobs=KNOBS
+      *(task, name, 1.0, 16, SEED, rate, server, ROUNDS[task], True),
+      knobs=(*own, *decay),
     )
-    for name in MAIN
-    for server in SERVER_RATES
+    for (server, decay), (name, own) in itertools.product(SERVERS, tuned)
   ]
 
 
@@ -68,9 +110,10 @@ if __name__ == "__main__":
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_rates.jsonl"
   study.run(
-    _dense(given.task), path, methods.experiment, processes=given.processes
+    *(_of_clients(given.task), path, methods.experiment),
+    processes=given.processes,
   )
-  rate = of(given.task, given.out)
-  # One at a time: the first makes the recordings for the others.
-  study.run(_coded(given.task, rate), path, methods.experiment, processes=1)
-  print(given.task, rate, *(of_server(given.task, x, given.out) for x in MAIN))
+  cells = _of_servers(given.task, of(given.task, given.out))
+  # The first with a codec makes the recordings for the others.
+  study.run(cells[:2], path, methods.experiment, processes=1)
+  study.run(cells, path, methods.experiment, processes=given.processes)

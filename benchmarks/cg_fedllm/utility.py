@@ -3,44 +3,47 @@
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.utility TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/cg_fedllm/TASK.jsonl
 
-TASK is shakespeare, library or dolly; `rates TASK` and `distortion TASK` come
-first. On D2, with and without error feedback.
+TASK is shakespeare, library or dolly; `rates TASK` comes first. On D2, with and
+without error feedback.
 """
 
 import itertools
-from typing import Any
 
 from benchmarks import study
 from benchmarks.cg_fedllm import methods, rates
 
-ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 # At half a bit an entry, a 64th of float32, with the first seed alone.
-OTHERS = (
-  "Top-K",
-  "PowerSGD",
-  "PCA",
-  "paper's autoencoder",
-  "our autoencoder",
-)
-# At a bit, with the first seed alone.
-AT_ONE = ("STC", "DRIVE", "EDEN", "trellis", "our transform code")
+OTHERS = (*rates.OTHERS, "paper's autoencoder")
+# At a bit, with the first seed alone, and the server of half a bit.
+AT_ONE = ("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased")
 
 
 def cells(given) -> list[study.Cell]:
   """What all seeds run, then what the first one does besides."""
-  always: list[tuple[str, Any]] = [("dense", ())]
-  always += [(x, _knobs(0.5, y)) for x in rates.MAIN for y in (False, True)]
-  once = [(name, _knobs(0.5, False)) for name in OTHERS]
-  once += [(name, _knobs(1.0, False)) for name in AT_ONE]
+  half = rates.knobs(0.5)
+  fed = rates.knobs(0.5, feedback=True)
+  tuned = lambda name, knobs: rates.of_server(
+    given.task, name, knobs, given.out
+  )
+  plain = rates.SERVERS[0]
+  always = [("dense", (), plain), ("dense", (), tuned("dense", ()))]
+  always += [(name, half, tuned(name, half)) for name in rates.MAIN]
+  # As CG-FedLLM averages.
+  always += [(rates.MAIN[-1], half, plain)]
+  always += [(name, fed, tuned(name, fed)) for name in rates.WITH_FEEDBACK]
+  once = [(name, half, tuned(name, half)) for name in OTHERS]
+  once += [(name, fed, plain) for name in OTHERS]
+  once += [(name, rates.knobs(1.0), tuned(name, half)) for name in AT_ONE]
   each = itertools.product(range(given.seeds), always)
-  return [
+  listed = [
     _cell(given, *setting, seed)
     for seed, setting in [*each, *((0, setting) for setting in once)]
   ]
+  return list(dict.fromkeys(listed))
 
 
-def _cell(given, method, knobs, seed) -> study.Cell:
-  feedback = dict(knobs).get("error_feedback")
+def _cell(given, method, knobs, server, seed) -> study.Cell:
+  rate, decay = server
   return study.Cell(
     given.task,
     method,
@@ -48,14 +51,10 @@ def _cell(given, method, knobs, seed) -> study.Cell:
     16,
     seed,
     rates.of(given.task, given.out),
-    1.0 if feedback else rates.of_server(given.task, method, given.out),
-    rounds=given.rounds or ROUNDS[given.task],
-    knobs=knobs,
+    rate,
+    rounds=given.rounds or rates.ROUNDS[given.task],
+    knobs=(*knobs, *decay),
   )
-
-
-def _knobs(bits: float, feedback: bool) -> tuple[tuple[str, Any], ...]:
-  return (("bits", bits), ("error_feedback", feedback))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,12 @@ def rotated(transform: Transform) -> base.Compressor:
 
 
 def transform_code(
-  transform: Transform, bits: float, *, memory: int = 12, block: int = 2048
+  transform: Transform,
+  bits: float,
+  *,
+  memory: int = 12,
+  block: int = 2048,
+  unbiased: bool = False,
 ) -> base.Compressor:
   """Turns updates to their axes, and sends each coordinate as it deserves.
 
@@ -152,6 +157,8 @@ def transform_code(
     bits: of an entry, on average and all included.
     memory: see `trellis`.
     block: see `trellis`.
+    unbiased: for means over many clients, see `allocation`; otherwise the error
+      of each is least.
 
   Returns:
     A `Compressor` whose payload is a `Latent`.
@@ -161,7 +168,9 @@ def transform_code(
   """
   return base.chain(
     rotated(transform),
-    allocation.allocated(profile(transform), bits, memory=memory, block=block),
+    allocation.allocated(
+      profile(transform), bits, memory=memory, block=block, unbiased=unbiased
+    ),
   )
 
 

@@ -63,6 +63,7 @@ def trellis(
   memory: int = 12,
   block: int = 2048,
   profile: Float[Array, " n"] | None = None,
+  unbiased: bool = False,
 ) -> base.Compressor:
   """Rounds blocks to the nearest of what a stream of so many bits can say.
 
@@ -71,8 +72,8 @@ def trellis(
   structured code, the bitshift trellis of QTIP (Tseng et al., 2024, arXiv
   2406.11235). The squared error of Gaussian vectors comes near the rate-
   distortion bound, 4**-bits. The error is not zero on average: send updates by
-  it under `error_feedback`. What is far from Gaussian is served better after
-  `rotate`, or by a profile.
+  it under `error_feedback`, or unbiased after `rotate`. What is far from Gaussian
+  is served better after `rotate`, or by a profile.
 
   With a profile, entries are told apart for free: what is small is coarse, what
   is large is fine, as the search minimises the squared error of the whole.
@@ -86,6 +87,9 @@ def trellis(
     block: the number of entries that share a scale, rounded up to whole m.
     profile: what both ends know of how large each entry is, above zero, in any
       unit; None for nothing.
+    unbiased: each block is scaled so that its product with what arrives is its
+      squared norm, see `lloyd_max`: for means over many clients. The error is
+      larger, near 1 / (4**bits - 1).
 
   Returns:
     A `Compressor` whose payload is a `Trellis`.
@@ -123,7 +127,12 @@ def trellis(
     states = _search(blocks / unit[:, None], known, codebook, shift)
     rounded = codebook[states].reshape(blocks.shape) * known
     product = (blocks * rounded).sum(axis=1)
-    scales = largest * product / _or_one((rounded**2).sum(axis=1))
+    norm = _or_one((rounded**2).sum(axis=1))
+    scales = largest * product / norm
+    if unbiased:
+      told = product**2 / (norm * _or_one((blocks**2).sum(axis=1)))
+      # A short block may have next to nothing in common with its code.
+      scales /= jnp.maximum(told, (1 - 4.0**-bits) / 2)
     symbols = states.ravel()[: -(-size // width)] & 2**shift - 1
     codes, scales = (
       packing.pack_bits(symbols, shift),

@@ -42,6 +42,26 @@ def test_no_swap_of_rates_makes_the_error_less():
   assert rates.mean() <= 0.7
 
 
+def test_unbiased_everything_is_sent_and_the_error_is_the_least():
+  """Against the textbook's condition: all errors have one slope in bits."""
+  variances = np.exp(2 * RANDOM.normal(size=1000))
+  choices = np.arange(1 / 64, 6, 1 / 64)
+  rates = allocation.rates(variances, 1.0, choices=choices, unbiased=True)
+  assert rates.min() > 0 and 0.98 < rates.mean() <= 1
+  slopes = variances * 4**rates / (4**rates - 1) ** 2
+  inside = (rates > choices[0]) & (rates < choices[-1])
+  assert inside.mean() > 0.9
+  spread = slopes[inside].max() / slopes[inside].min()
+  # As far as steps of a 64th allow it.
+  assert spread < np.max((rates[inside] + 1 / 64) / rates[inside]) ** 2
+  error = lambda x: np.sum(variances / (4**x - 1))
+  filled = np.maximum(
+    allocation.rates(variances, 1.0, choices=(0, *choices)), 1 / 64
+  )
+  assert error(rates) < error(np.full(1000, rates.mean()))
+  assert error(rates) < error(filled * rates.mean() / filled.mean())
+
+
 def test_what_an_entry_takes_beside_its_rate_is_paid():
   rates = allocation.rates(VARIANCES, 0.5, extra=0.1)
   assert 0.45 < np.mean(rates + 0.1 * (rates > 0)) <= 0.5
@@ -66,6 +86,23 @@ def test_errors_are_near_those_of_water_filling_and_bits_are_what_was_said(
   )
 
 
+def test_unbiased_a_mean_of_many_is_nearer_than_of_the_least_error():
+  """Clients that have one vector in common, and noise of their own."""
+  noise = np.sqrt(VARIANCES) * RANDOM.normal(size=(48, SIZE))
+  vectors = (VECTOR + noise).astype(np.float32)
+
+  def mean(unbiased):
+    code = allocation.allocated(VARIANCES, 1 / 2, memory=6, unbiased=unbiased)
+    received = [transmit(code, x, (), KEY).received for x in vectors]
+    payload = transmit(code, VECTOR, (), KEY).payload
+    assert 8 * wire.nbytes(payload) <= SIZE / 2
+    return np.mean(received, axis=0)
+
+  # Each entry counts as much as any other.
+  error = lambda x: np.mean((x - vectors.mean(axis=0)) ** 2 / VARIANCES)
+  assert error(mean(True)) < 0.7 * error(mean(False))
+
+
 def test_zero_arrives_as_zero_and_scale_is_the_messages_own():
   compressor = allocation.allocated(VARIANCES, 0.5, memory=6)
   zero, _, _ = transmit(compressor, 0 * VECTOR, (), KEY)
@@ -80,6 +117,10 @@ def test_zero_arrives_as_zero_and_scale_is_the_messages_own():
   [
     (lambda: allocation.allocated(np.zeros(9), 1), "above zero"),
     (lambda: allocation.allocated(np.ones(100), 0.5), "headers"),
+    (
+      lambda: allocation.allocated(VARIANCES, 0.13, unbiased=True),
+      "headers",
+    ),
     (
       lambda: allocation.allocated(VARIANCES, 1).encode(np.ones(3), (), KEY),
       "vectors of 16384 entries",

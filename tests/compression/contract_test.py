@@ -92,6 +92,10 @@ COMPRESSORS = {
   "trellis, profile": lambda n: compression.trellis(
     1, memory=5, profile=jnp.linspace(1, 9, n)
   ),
+  "trellis, unbiased": lambda n: chain(
+    compression.rotate(block=64),
+    compression.trellis(1 / 2, memory=5, unbiased=True),
+  ),
   "relative_to": lambda n: compression.relative_to(
     jnp.linspace(-1, 1, n), compression.identity()
   ),

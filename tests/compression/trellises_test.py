@@ -90,6 +90,41 @@ def test_a_profile_puts_bits_where_they_count():
   assert seeing < 4**-1 * 10**0.07 < blind
 
 
+@pytest.mark.parametrize("bits", [1 / 4, 1 / 2, 2])
+def test_unbiased_the_mean_over_rotations_comes_near_the_vector(bits):
+  vector, count = gaussian(2**11), 64
+  keys = jax.random.split(KEY, count)
+
+  def received(unbiased):
+    code = compression.trellis(bits, memory=8, unbiased=unbiased)
+    code = compression.chain(compression.rotate(), code)
+    return np.stack(
+      [transmit(code, vector, code.init(vector), x).received for x in keys]
+    )
+
+  def error(received):
+    return np.sum((received - vector) ** 2, axis=-1) / np.sum(vector**2)
+
+  least = received(unbiased=False)
+  one = error(least).mean()
+  # What is left out of each is left out of their mean.
+  assert error(least.mean(axis=0)) > 0.9 * one**2
+  unbiased = received(unbiased=True)
+  assert error(unbiased).mean() < 1.05 * one / (1 - one)
+  assert error(unbiased.mean(axis=0)) < 1.2 * one / (1 - one) / count
+
+
+def test_unbiased_no_block_is_blown_up():
+  """A last block of few entries, of which an eighth of a bit tells nothing."""
+  code = compression.trellis(1 / 8, memory=8, block=2048, unbiased=True)
+  for seed in range(50):
+    vector = np.random.default_rng(seed).normal(size=2051).astype(np.float32)
+    received = transmit(code, vector, (), KEY).received
+    assert np.abs(received[2048:]).max() < 20 * np.abs(vector[2048:]).max()
+  zero = transmit(code, np.zeros(2051, np.float32), (), KEY).received
+  assert not zero.any()
+
+
 def test_blocks_have_scales_of_their_own():
   vector = gaussian(3000) * np.repeat(np.float32([1e-30, 1, 1e30]), 1000)
   compressor = compression.trellis(1, memory=8, block=1000)
