@@ -231,6 +231,24 @@ def test_clients_fetch_a_transform_once(task, transform_folder):
   assert lines[0]["innovation_cosine"] > 0.9
 
 
+def test_a_transform_is_coded_for_means_or_for_each_message(
+  task, store, transform_folder
+):
+  codec, _ = learned_codecs.load(transform_folder, task.trainable)
+  vector, told, errors = store.snapshots[0], {}, {}
+  for unbiased in (True, False):
+    coding = learned_codecs.coding(codec, bits=8.0, unbiased=unbiased)
+    code = coding["compressor_of"](coding["codec"])
+    state, key = code.init(vector), jax.random.key(0)
+    received = base.transmit(code, vector, state, key).received
+    told[unbiased] = received @ vector / (vector @ vector)
+    errors[unbiased] = np.sum((received - vector) ** 2) / (vector @ vector)
+  assert told[True] == pytest.approx(1, abs=0.01)
+  # By which a code of the least error is shorter than what it is of.
+  assert told[False] == pytest.approx(1 - errors[False], abs=0.01)
+  assert errors[False] < errors[True]
+
+
 def test_a_transform_is_not_fitted_anew(task, transform_folder):
   codec, _ = learned_codecs.load(transform_folder, task.trainable)
   with pytest.raises(ValueError, match="expected an autoencoder to fit anew"):

@@ -3,8 +3,8 @@
 As CG-FedLLM does, clients train by Adam, and what arrives is averaged, which
 replaces the adapter at a server rate of 1. Downloads are whole, and so are
 uploads if the method is "dense". Knobs are `bits`, of an entry of an upload,
-`error_feedback`, and `server_decay`, by which the server's rate falls to a tenth
-over the rounds; of private messages `epsilon` and `place`, see `noise`.
+`error_feedback`, and `server_decay`, by which the server's rate falls to a
+tenth over the rounds; of private messages `epsilon` and `place`, see `noise`.
 """
 
 import optax

@@ -15,7 +15,7 @@ tells how large the noise is that arrives, also if it were added before PCA.
 import tabulate
 
 from benchmarks import study
-from benchmarks.cg_fedllm import methods, rates, recordings, utility
+from benchmarks.cg_fedllm import methods, rates, recordings
 
 BITS = 0.5
 EPSILONS = (0.25, 2.0, 8.0)
@@ -76,7 +76,7 @@ def _cell(given, method, seed, knobs=(), server_rate=1.0):
     seed,
     rates.of(given.task, given.out),
     server_rate,
-    rounds=given.rounds or utility.ROUNDS[given.task],
+    rounds=given.rounds or rates.ROUNDS[given.task],
     knobs=knobs,
   )
 

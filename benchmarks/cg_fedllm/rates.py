@@ -4,9 +4,9 @@
 
 All codecs of the study have the clients' rate of uncompressed rounds. A server
 that takes the mean of what arrives for what it is may be too slow, where codes
-are shorter than what they are of, and too fast, where they are noise; so may it
-be without a codec. Each is run as CG-FedLLM is, whose mean replaces the adapter,
-and at server rates that begin higher and end at a tenth of that.
+are shorter than what they are of, and too fast, where they are noise; so may
+it be without a codec. Each is run as CG-FedLLM is, whose mean replaces the
+adapter, and at server rates that begin higher and end at a tenth of that.
 """
 
 import dataclasses

@@ -64,8 +64,8 @@ def rates(
     choices: what rates there are, ascending. The first must be 0, or unbiased
       above it, and affordable to all.
     extra: bits that an entry takes beside its rate, unless that is 0.
-    unbiased: whether errors are `variance / (4**rate - 1)`, of what is unbiased,
-      or `variance / 4**rate`.
+    unbiased: whether errors are `variance / (4**rate - 1)`, of what is
+      unbiased, or `variance / 4**rate`.
   """
   offered = np.asarray(choices, np.float64)
   taken = offered + extra * (offered > 0)

@@ -72,8 +72,8 @@ def trellis(
   structured code, the bitshift trellis of QTIP (Tseng et al., 2024, arXiv
   2406.11235). The squared error of Gaussian vectors comes near the rate-
   distortion bound, 4**-bits. The error is not zero on average: send updates by
-  it under `error_feedback`, or unbiased after `rotate`. What is far from Gaussian
-  is served better after `rotate`, or by a profile.
+  it under `error_feedback`, or unbiased after `rotate`. What is far from
+  Gaussian is served better after `rotate`, or by a profile.
 
   With a profile, entries are told apart for free: what is small is coarse, what
   is large is fine, as the search minimises the squared error of the whole.
