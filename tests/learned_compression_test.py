@@ -241,8 +241,9 @@ def test_a_transform_is_coded_for_means_or_for_each_message(
     code = coding["compressor_of"](coding["codec"])
     state, key = code.init(vector), jax.random.key(0)
     received = base.transmit(code, vector, state, key).received
-    told[unbiased] = received @ vector / (vector @ vector)
-    errors[unbiased] = np.sum((received - vector) ** 2) / (vector @ vector)
+    told[unbiased] = float(received @ vector / (vector @ vector))
+    error = np.sum((received - vector) ** 2) / (vector @ vector)
+    errors[unbiased] = float(error)
   assert told[True] == pytest.approx(1, abs=0.01)
   # By which a code of the least error is shorter than what it is of.
   assert told[False] == pytest.approx(1 - errors[False], abs=0.01)
