@@ -45,9 +45,10 @@ def ef21(
     mesh: see `clients.map_clients`.
 
   Returns:
-    The algorithm, whose upload state is (g_i, state of `upload`).
+    The algorithm, whose upload state is (g_i, state of `upload`). Its rounds
+    tell no cosines: what arrives is no update, but the change of one.
   """
-  return rounds.federated_round(
+  algorithm = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     # With a decay of one the trace is the sum of all that came: the mean g_i.
     optax.chain(optax.trace(1.0), server_optimizer),
@@ -57,6 +58,12 @@ def ef21(
     clients_per_step=clients_per_step,
     mesh=mesh,
   )
+
+  def round_fn(*arguments):
+    state, metrics = algorithm.round(*arguments)
+    return state, {x: y for x, y in metrics.items() if "cosine" not in x}
+
+  return algorithm._replace(round=round_fn)
 
 
 def increments(compressor: base.Compressor) -> base.Compressor:

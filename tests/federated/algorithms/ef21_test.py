@@ -67,6 +67,12 @@ def test_ef21_is_its_oracle_in_float64(problem, oracle):
   close(known(state), np.stack(list(expected.values())))
 
 
+def test_changes_are_not_taken_for_updates(problem):
+  _, metrics = run(problem, problem.cohorts(1), DENSE)
+  assert metrics["train_loss"] > 0
+  assert not {"update_cosine", "innovation_cosine"} & metrics.keys()
+
+
 @pytest.mark.parametrize(
   ("compressor", "left"),
   [
