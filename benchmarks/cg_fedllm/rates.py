@@ -6,7 +6,7 @@ All codecs of the study have the clients' rate of uncompressed rounds. A server
 that takes the mean of what arrives for what it is may be too slow, where codes
 are shorter than what they are of, and too fast, where they are noise; so may
 it be without a codec. Each is run as CG-FedLLM is, whose mean replaces the
-adapter, and at server rates that begin higher and end at a tenth of that.
+adapter, and at server rates that end at a tenth of what they begin at.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ ROUNDS_OF_CLIENT_RATES = 10
 ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 SEED = 100
 DECAY = (("server_decay", True),)
-SERVERS = ((1.0, ()), (2.0, DECAY), (4.0, DECAY))
+SERVERS = ((1.0, ()), (2.0, DECAY), (1.0, DECAY), (4.0, DECAY))
 # At half a bit, by all seeds, and with error feedback but for the unbiased one,
 # whose error may be larger than what it is of.
 MAIN = (
