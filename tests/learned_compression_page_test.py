@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks.cg_fedllm import analyses, distortion
-from fedjax_llm import studies, study_tables
+from fedjax_llm import report, studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cg_fedllm"
@@ -40,6 +40,10 @@ def test_losses_after_tuning_through_codecs(path):
 def test_analyses(path):
   for table in analyses.tables(json.loads(path.read_text())).values():
     assert table in TEXT
+
+
+def test_the_two_commands():
+  assert report.table(report.load(RESULTS / "embedded")) in TEXT
 
 
 def test_there_is_something_to_check():
