@@ -20,6 +20,8 @@ _AXES = {
 _BYTES = "megabytes sent, both directions, all clients"
 _UPLOADS = "megabytes of uploads, all clients"
 _MARKERS = "osD^vP*Xhd<>"
+# Of a line of the legend, in inches.
+_LINE = 0.17
 
 
 def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
@@ -28,11 +30,12 @@ def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   A study of label skew or privacy: utility at the end against that. Others, on
   the left: utility at the end against megabytes, points of a line are
   densities, bars one standard deviation over seeds, the band the dense
-  reference. On the right: how many times fewer bytes than dense LoRA a method
-  needed to be first as good as dense LoRA was on its way, at the best of its
-  settings; dashed if only the values of sparse messages are counted. Of a study
-  with links, simulated seconds in place of bytes; where downloads are alike,
-  uploads in place of both directions.
+  reference; what is worse than the untrained model is drawn on its line, so
+  that the others can be told apart. On the right: how many times fewer bytes
+  than dense LoRA a method needed to be first as good as dense LoRA was on its
+  way, at the best of its settings; dashed if only the values of sparse messages
+  are counted. Of a study with links, simulated seconds in place of bytes; where
+  downloads are alike, uploads in place of both directions.
   """
   varied = studies.shown(entries)
   axis = next((name for name in _AXES if name in varied), None)
@@ -49,7 +52,9 @@ def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
     _draw_ratios(axes[1], entries, colours)
   for each in axes:
     each.grid(alpha=0.3)
-  figure.legend(loc="outside right upper", fontsize="small")
+  legend = figure.legend(loc="outside right upper", fontsize="small")
+  lines = len(legend.get_texts())
+  figure.set_figheight(max(figure.get_figheight(), (lines + 2) * _LINE))
   figure.savefig(path, dpi=150)
 
 
@@ -65,22 +70,34 @@ def _draw_ends(axes, entries, axis, colours):
   uploads = studies.is_of_uploads(entries)
   sent = studies.Entry.megabytes_up if uploads else studies.Entry.megabytes
   at = (lambda x: x.cell[axis]) if axis else sent
+  start = drawn[0].runs[0].evaluated[0].get(metric)
+  any_worse = False
   markers: dict[str, Any] = {}
   for label, points in lines.items():
     points = sorted(points, key=at)
     method = points[0].method
     marker = markers.setdefault(method, itertools.cycle(_MARKERS))
     finals = [point.final(metric) for point in points]
+    means = np.array([final.mean() for final in finals])
+    deviations = np.array([studies.deviation(final) for final in finals])
+    if start is not None:
+      is_worse = means < start if higher else means > start
+      means = np.where(is_worse, start, means)
+      deviations = np.where(is_worse, 0, deviations)
+      any_worse |= bool(is_worse.any())
     axes.errorbar(
       [at(point) for point in points],
-      [final.mean() for final in finals],
-      yerr=[studies.deviation(final) for final in finals],
+      means,
+      yerr=deviations,
       marker=next(marker),
       color=colours[method],
       capsize=2,
       linewidth=1,
       label=label,
     )
+  if any_worse:
+    label = "untrained model, or worse"
+    axes.axhline(start, linestyle=":", color="gray", linewidth=1, label=label)
   reference = studies.reference_of(entries[0], entries)
   if reference is not None and axis != "dirichlet_alpha":
     final = reference.final(metric)

@@ -82,3 +82,16 @@ def test_over_links_seconds_are_compared(drawn):
 def test_without_a_dense_run_there_are_no_ratios(drawn):
   _, axes = drawn([entry("FLASC", [5.0, 4.0])])
   assert not axes.get_visible()
+
+
+def test_what_is_worse_than_the_untrained_model_is_drawn_on_its_line(drawn):
+  dense, good, bad = [5.0, 2.0], [5.0, 3.0], [5.0, 99.0]
+  axes, _ = drawn(
+    [entry("dense", dense), entry("good", good), entry("bad", bad)]
+  )
+  lines = {x.get_label(): x for x in axes.containers}
+  heights = {name: x[0].get_ydata()[0] for name, x in lines.items()}
+  assert heights == {"dense": 2, "good": 3, "bad": 5}
+  (base,) = [x for x in axes.get_lines() if x.get_linestyle() == ":"]
+  assert set(base.get_ydata()) == {5}
+  assert axes.get_ylim()[1] < 6
