@@ -126,6 +126,11 @@ def experiment(
 
   if unbiased is None:
     unbiased = representation == "delta" and not error_feedback
+  if unbiased and error_feedback:
+    raise ValueError(
+      "error_feedback needs a code of the least error: what an unbiased one"
+      " loses grows from message to message. Leave --unbiased out."
+    )
   coding = learned_codecs.coding(
     fitted,
     bits=bits,

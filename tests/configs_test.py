@@ -77,6 +77,8 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
     out = tmp_path / "tgap"
     commands.run(made, out, name="toy", knobs=toy)
     toy = toy | {"codec": str(out / "codec")}
+    with pytest.raises(ValueError, match="Leave --unbiased out"):
+      config.experiment(**toy, unbiased=True, error_feedback=True)
   commands.run(config.experiment, tmp_path, name="toy", knobs=toy)
   if name == "tgap":
     # Rounds with an autoencoder are made, not run.
