@@ -58,7 +58,9 @@ class Settings(NamedTuple):
   def length(self, config: Any, most: int | None) -> int:
     """Tokens that a model is given at once, by default at most `most`."""
     context = config.max_position_embeddings
-    length = self.sequence_length or min(context, most or context)
+    length = self.sequence_length
+    if length is None:
+      length = min(context, most or context)
     if not 1 <= length <= context:
       raise ValueError(
         f"--sequence-length expected at least 1 and at most {context}, the"

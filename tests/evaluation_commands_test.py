@@ -1,6 +1,5 @@
-"""`evaluate` as a function: perplexity, exams, classification."""
+"""`evaluate` as a function; exams are in `examination_test`."""
 
-import csv
 import json
 import pathlib
 import shutil
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import cli, evaluation_commands, examination, tasks
+from fedjax_llm import evaluation_commands, examination, tasks
 from fedjax_llm.data import batches
-from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
 from fedjax_llm.models import (
   adapters,
   decoder,
@@ -22,8 +20,6 @@ from fedjax_llm.models import (
   lora,
   pretrained,
 )
-
-SUBJECTS = {"ceval": ("law", "logic"), "mmlu": ("anatomy", "astronomy")}
 
 
 def evaluate(capsys, **arguments):
@@ -103,18 +99,6 @@ def test_evaluate_refuses_what_is_no_text(
     evaluation_commands.evaluate(model=str(toy_model), text=path)
 
 
-def test_the_base_model_is_the_one_that_the_adapter_names(
-  toy_model, toy_adapter, tmp_path, capsys
-):
-  path = tmp_path / "text.txt"
-  path.write_text("1 2 3 4 5")
-  named = evaluate(capsys, text=path, adapter=toy_adapter)
-  told = evaluate(capsys, text=path, adapter=toy_adapter, model=str(toy_model))
-  assert named == told
-  with pytest.raises(ValueError, match="expected --model, --adapter or both"):
-    evaluation_commands.evaluate(text=path)
-
-
 def test_windows_are_as_long_as_asked_for(toy_model, tmp_path, capsys):
   path = tmp_path / "text.txt"
   path.write_text(" ".join(map(str, range(30))))
@@ -126,225 +110,25 @@ def test_windows_are_as_long_as_asked_for(toy_model, tmp_path, capsys):
     evaluate(capsys, model=str(toy_model), text=path, sequence_length=33)
 
 
-# Exams, of which every question is about a number.
-
-
-@pytest.fixture(scope="module")
-def long_model(toy_model, tmp_path_factory):
-  """The toy model with room for 512 tokens: its folder."""
-  folder = tmp_path_factory.mktemp("models") / "long"
-  shutil.copytree(toy_model, folder)
-  path = folder / "config.json"
-  fields = json.loads(path.read_text()) | {"max_position_embeddings": 512}
-  path.write_text(json.dumps(fields))
-  return str(folder)
-
-
-@pytest.fixture(scope="module")
-def run(toy_adapter, tmp_path_factory):
-  """A finished run, as far as evaluation sees it."""
-  folder = tmp_path_factory.mktemp("runs") / "run"
-  shutil.copytree(toy_adapter, folder / "adapter")
-  (folder / "run.json").write_text("{}")
-  return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """A folder of both exams' files, three questions a subject and split."""
-  folder = tmp_path_factory.mktemp("exams")
-  for name, subjects in SUBJECTS.items():
-    for split in ("dev", "val", "test"):
-      (folder / name / split).mkdir(parents=True)
-      for subject in subjects:
-        path = folder / name / split / f"{subject}_{split}.csv"
-        lines = [
-          [f"{n}{len(split)}?", n, n + 1, n + 2, n + 3, "ABCD"[n % 4]]
-          for n in range(len(subject), len(subject) + 3)
-        ]
-        if name == "ceval":
-          lines = [[n, *line] for n, line in enumerate(lines)]
-          lines.insert(0, ["id", "question", *"ABCD", "answer"])
-          if split == "test":
-            lines = [line[:-1] for line in lines]
-        with path.open("w", newline="") as file:
-          csv.writer(file).writerows(lines)
-  return folder
-
-
-def options(name="mmlu", **changes):
-  return examination.Options(
-    **{"shots": 1, "subjects": SUBJECTS[name]} | changes
-  )
-
-
-def test_an_exam_of_a_run_is_what_whole_prompts_say(
-  data, run, toy_adapter, long_model, tmp_path, capsys
+def test_a_run_is_what_it_has_exported(
+  toy_model, toy_adapter, tmp_path, capsys
 ):
-  path = tmp_path / "chosen.json"
-  arguments = dict(task="mmlu", data=str(data / "mmlu"), model=long_model)
-  evaluation_commands.evaluate(
-    run, as_json=True, exam=options(predictions=path), **arguments
-  )
-  result = json.loads(capsys.readouterr().out)
-  config, params = pretrained.load(long_model)
-  settings, factors = adapters.load(toy_adapter, config)
-  apply = jax.jit(decoder.Decoder(config, settings).apply)
-  tokenizer = tasks.load_tokenizer(pathlib.Path(long_model))
-  expected, right = {}, []
-  papers = exams.papers(
-    mmlu.EXAM, data / "mmlu", shots=1, subjects=SUBJECTS["mmlu"]
-  )
-  for paper in papers:
-    chosen = expected[paper.subject] = {}
-    for id, question, answer in zip(
-      paper.ids, paper.questions, paper.answers, strict=True
-    ):
-      ids = tokenizer(paper.header + paper.shots[0] + question)["input_ids"]
-      ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-      tokens = np.zeros((1, 256), np.int32)
-      tokens[0, : len(ids)] = ids
-      logits = apply({"params": params, "lora": factors}, tokens)
-      letters = [tokenizer.convert_tokens_to_ids(x) for x in "ABCD"]
-      chosen[id] = "ABCD"[int(logits[0, len(ids) - 1, letters].argmax())]
-      right.append(chosen[id] == answer)
-  assert json.loads(path.read_text()) == expected
-  assert result["accuracy"] == pytest.approx(np.mean(right))
-  assert (result["task"], result["split"], result["shots"]) == (
-    "mmlu", "test", 1
-  )  # fmt: skip
-  assert result["subjects"].keys() == set(SUBJECTS["mmlu"])
-  # The same by the command line, but for one of the subjects.
-  cli._command(
-    ["evaluate", "--adapter", toy_adapter, "--model", long_model, "--json"]
-    + ["--task", "mmlu", "--data", str(data / "mmlu"), "--shots", "1"]
-    + ["--subjects", "anatomy", "--predictions", str(path)]
-  )
-  alone = json.loads(capsys.readouterr().out)["subjects"]
-  assert alone == {"anatomy": result["subjects"]["anatomy"]}
-  assert json.loads(path.read_text()) == {"anatomy": expected["anatomy"]}
-
-
-def test_two_models_are_compared_question_by_question(
-  data, run, long_model, tmp_path, capsys
-):
-  arguments = dict(task="ceval", data=str(data / "ceval"), batch_size=2)
-  right = {}
-  for name, given in (("run", (run, long_model)), ("base", (long_model, None))):
-    path = tmp_path / name
-    evaluation_commands.evaluate(
-      given[0],
-      model=given[1],
-      exam=options("ceval", predictions=path, limit=2),
-      **arguments,
-    )
-    chosen = json.loads(path.read_text())
-    right[name] = [
-      letter == "ABCD"[(len(subject) + int(id)) % 4]
-      for subject, letters in chosen.items()
-      for id, letter in letters.items()
-    ]
-  capsys.readouterr()
-  evaluation_commands.evaluate(
-    run,
-    model=long_model,
-    as_json=True,
-    exam=options("ceval", limit=2, against=long_model),
-    **arguments,
-  )
-  against = json.loads(capsys.readouterr().out)["against"]
-  pairs = list(zip(right["run"], right["base"], strict=True))
-  assert len(pairs) == 4
-  assert against == {
-    "accuracy": np.mean(right["base"]),
-    **exam_results.mcnemar(*map(np.array, right.values())),
-  }
-  assert against["only_first"] == sum(a and not b for a, b in pairs)
-
-
-def test_a_table_for_people_and_the_questions_without_room(
-  data, toy_model, capsys
-):
-  evaluation_commands.evaluate(
-    str(toy_model), task="mmlu", data=str(data / "mmlu"), exam=options()
-  )
-  shown = capsys.readouterr().out
-  lines = [line.split("|") for line in shown.splitlines()[2:7]]
-  rows = [[cell.strip() for cell in line[1:-1]] for line in lines]
-  assert rows == [
-    ["all", "", "6", "", "0.0", "0.0"],
-    ["STEM", "", "3", "", "0.0", "0.0"],
-    ["", "astronomy", "3", "0", "0.0", "0.0"],
-    ["other", "", "3", "", "0.0", "0.0"],
-    ["", "anatomy", "3", "0", "0.0", "0.0"],
-  ]
-  assert "6 questions have no room in the context" in shown
-
-
-def test_predictions_are_all_that_comes_of_unknown_answers(
-  data, long_model, tmp_path, capsys
-):
-  path = tmp_path / "submission.json"
-  arguments = dict(task="ceval", data=str(data / "ceval"))
-  result = evaluate(
-    capsys,
-    model=long_model,
-    exam=options("ceval", split="test", predictions=path),
-    **arguments,
-  )
-  assert result == {
-    "task": "ceval",
-    "split": "test",
-    "shots": 1,
-    "predictions": 6,
-  }
-  written = json.loads(path.read_text())
-  assert written.keys() == set(SUBJECTS["ceval"])
-  for letters in written.values():
-    assert list(letters) == ["0", "1", "2"]
-    assert set(letters.values()) <= set("ABCD")
-  with pytest.raises(ValueError, match="expected --predictions FILE"):
-    evaluation_commands.evaluate(
-      long_model, exam=options("ceval", split="test"), **arguments
-    )
-
-
-def test_a_run_is_what_it_has_exported(toy_model, run, tmp_path):
+  path, run = tmp_path / "text.txt", tmp_path / "run"
+  path.write_text("1 2 3 4 5")
+  shutil.copytree(toy_adapter, run / "adapter")
+  (run / "run.json").write_text("{}")
+  evaluation_commands.evaluate(str(run), text=path, as_json=True)
+  told = json.loads(capsys.readouterr().out)
+  assert told == evaluate(capsys, text=path, adapter=toy_adapter)
   with pytest.raises(ValueError, match="expected one model"):
     evaluation_commands.evaluate(str(toy_model), model=str(toy_model))
   with pytest.raises(ValueError, match="expected RUN or --adapter"):
-    evaluation_commands.evaluate(run, adapter=run)
-  (tmp_path / "run.json").write_text("{}")
-  with pytest.raises(ValueError, match="expected a finished run"):
-    evaluation_commands.evaluate(str(tmp_path))
-
-
-def test_subjects_may_be_named_in_chinese(
-  data, long_model, monkeypatch, capsys
-):
-  seen = []
-  papers = exams.papers
-
-  def spy(*arguments, **changes):
-    seen.extend(papers(*arguments, **changes))
-    return seen
-
-  monkeypatch.setattr(exams, "papers", spy)
-  evaluation_commands.evaluate(
-    long_model,
-    task="ceval",
-    data=str(data / "ceval"),
-    exam=options("ceval", shots=0, limit=1, chinese_names=True),
-  )
-  assert [x.header[7:] for x in seen] == [
-    f"{ceval.CHINESE[x]}考试的单项选择题，请选出其中的正确答案。\n\n"
-    for x in SUBJECTS["ceval"]
-  ]
+    evaluation_commands.evaluate(str(run), adapter=toy_adapter)
 
 
 def test_options_of_other_tasks_are_refused(toy_model, tmp_path):
   for arguments, message in (
-    (dict(exam=options()), "perplexity is no exam"),
+    (dict(exam=examination.Options(shots=1)), "perplexity is no exam"),
     (dict(data="rows.jsonl"), "perplexity expected --text FILE"),
     (dict(task="mmlu", text=tmp_path / "text.txt"), "mmlu expected --data"),
   ):

@@ -1,4 +1,4 @@
-"""Who may import whom: the architecture, read off the source."""
+"""Who may import whom, and who has tests where: read off the source."""
 
 import ast
 import pathlib
@@ -67,3 +67,11 @@ def test_the_library_does_without_torch_and_the_core_without_more(name):
 @pytest.mark.parametrize("name", FILES)
 def test_files_stay_readable_in_one_go(name):
   assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in FILES if not name.endswith("__init__.py")]
+)
+def test_modules_have_their_tests_where_one_looks_for_them(name):
+  tests = PACKAGE.parent / "tests" / name
+  assert tests.with_name(f"{tests.stem}_test.py").is_file()

@@ -19,7 +19,6 @@ from fedjax_llm import (
 )
 from fedjax_llm.codecs import (
   arrangements,
-  autoencoder,
   recording,
   rows,
   transforms,
@@ -142,41 +141,17 @@ def test_another_source_is_refused(task):
     recorded(task, source="prior")
 
 
-WIDTH = 16
-NETWORK = rows.network(WIDTH, latents=8, bits=None)
-
-
 @pytest.fixture(scope="module")
 def codec_folder(task, store, folder):
   learned_codecs.fit_autoencoder(
     store,
     folder,
-    arrangement=arrangements.columns(task.trainable, width=WIDTH),
-    network=NETWORK,
+    arrangement=arrangements.columns(task.trainable, width=16),
+    network=rows.network(16, latents=8, bits=None),
     steps=20,
     evaluate_every=10,
   )
   return folder / "codec"
-
-
-def test_a_codec_is_fitted_written_and_read(task, store, codec_folder):
-  codec, about = learned_codecs.load(codec_folder, task.trainable)
-  assert about["snapshots"] == len(store)
-  assert about["representation"] == "delta"
-  assert "constant_mean" in (codec_folder / "report.txt").read_text()
-  compressor = autoencoder.autoencoder(codec)
-  payload, _ = compressor.encode(store.snapshots[0], (), jax.random.key(0))
-  assert compressor.decode(payload).shape == store.snapshots[0].shape
-
-
-def test_a_codec_that_is_not_there_or_of_another_adapter_is_refused(
-  task, codec_folder, tmp_path
-):
-  with pytest.raises(ValueError, match="fedjax-llm run tgap"):
-    learned_codecs.load(tmp_path, task.trainable)
-  other = {"a": np.zeros((2, 2))}
-  with pytest.raises(ValueError, match="an adapter of other shapes"):
-    learned_codecs.load(codec_folder, other)
 
 
 @pytest.fixture(scope="module")
@@ -187,19 +162,6 @@ def transform_folder(task, store, tmp_path_factory):
     store, folder, trainable=task.trainable, bits=8.0
   )
   return folder / "codec"
-
-
-def test_a_transform_is_fitted_to_rounds_that_do_not_judge_it(
-  task, store, transform_folder
-):
-  found, about = learned_codecs.load(transform_folder, task.trainable)
-  # Of four rounds one is a fifth, rounded up.
-  expected = transforms.fit(store.snapshots[:9], task.trainable)
-  same = jax.tree.map(np.array_equal, found, expected)
-  assert jax.tree.all(same)
-  assert about["snapshots"] == 12 and len(about["fingerprint"]) == 16
-  report = (transform_folder / "report.txt").read_text()
-  assert "constant_mean" in report and "bits an entry" in report
 
 
 def test_clients_fetch_a_transform_once(task, transform_folder):
@@ -229,31 +191,6 @@ def test_clients_fetch_a_transform_once(task, transform_folder):
   assert lines[0]["upload_bytes"] <= 6 * size
   # At so many bits all of a client arrives.
   assert lines[0]["innovation_cosine"] > 0.9
-
-
-def test_a_transform_is_coded_for_means_or_for_each_message(
-  task, store, transform_folder
-):
-  codec, _ = learned_codecs.load(transform_folder, task.trainable)
-  vector, told, errors = store.snapshots[0], {}, {}
-  for unbiased in (True, False):
-    coding = learned_codecs.coding(codec, bits=8.0, unbiased=unbiased)
-    code = coding["compressor_of"](coding["codec"])
-    state, key = code.init(vector), jax.random.key(0)
-    received = base.transmit(code, vector, state, key).received
-    told[unbiased] = float(received @ vector / (vector @ vector))
-    error = np.sum((received - vector) ** 2) / (vector @ vector)
-    errors[unbiased] = float(error)
-  assert told[True] == pytest.approx(1, abs=0.01)
-  # By which a code of the least error is shorter than what it is of.
-  assert told[False] == pytest.approx(1 - errors[False], abs=0.01)
-  assert errors[False] < errors[True]
-
-
-def test_a_transform_is_not_fitted_anew(task, transform_folder):
-  codec, _ = learned_codecs.load(transform_folder, task.trainable)
-  with pytest.raises(ValueError, match="expected an autoencoder to fit anew"):
-    learned_codecs.coding(codec, is_refitted=True)
 
 
 @pytest.fixture(scope="module")

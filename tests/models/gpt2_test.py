@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 
 import jax
@@ -10,7 +9,6 @@ import safetensors.numpy
 
 from fedjax_llm.models import (
   adapters,
-  families,
   gpt2,
   heads,
   language,
@@ -280,56 +278,6 @@ def test_the_real_gpt2_trains_as_much_as_in_flasc(rank, labels, expected):
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert count(shapes["lora"]) == expected
   assert count(shapes["params"]) == 124_439_808
-
-
-def test_config_json_is_read_as_it_was_written(variant):
-  fields = variant.to_hugging_face()
-  assert families.from_hugging_face(json.loads(json.dumps(fields))) == variant
-
-
-def test_the_config_json_of_the_hub_is_read():
-  fields = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_ctx": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-    "n_positions": 1024,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {
-      "text-generation": {"do_sample": True, "max_length": 50}
-    },
-    "vocab_size": 50257,
-  }
-  assert families.from_hugging_face(fields) == gpt2.GPT2Config()
-
-
-@pytest.mark.parametrize(
-  "changes, message",
-  [
-    ({"add_cross_attention": True}, "add_cross_attention"),
-    ({"a_field_of_the_future": 2}, "a_field_of_the_future"),
-    ({"activation_function": "tanh"}, "gelu_new.*'tanh'"),
-    ({"n_head": 5}, "divide hidden_size, got 5 and 768"),
-    ({"model_type": "gpt3"}, "gpt3"),
-  ],
-)
-def test_what_is_not_honoured_is_refused_by_name(changes, message):
-  with pytest.raises(ValueError, match=message):
-    gpt2.GPT2Config.from_hugging_face({"model_type": "gpt2", **changes})
 
 
 def rewrite(folder, change):
