@@ -168,11 +168,19 @@ def is_of_uploads(entries: Sequence[Entry]) -> bool:
 
 
 def shown(entries: Sequence[Entry]) -> list[str]:
-  """The settings in which the entries differ, for labels and columns."""
+  """The settings in which the entries differ, for labels and columns.
+
+  Learning rates only where nothing else tells two entries apart.
+  """
   names = dict.fromkeys(name for entry in entries for name in entry.cell)
   hidden = {"method", "client_rate", "server_rate", "validation"}
   differs = lambda name: len({str(x.cell.get(name)) for x in entries}) > 1
-  return [name for name in names if name not in hidden and differs(name)]
+  found = [name for name in names if name not in hidden and differs(name)]
+  told = lambda: {x.label(found) for x in entries}
+  for name in ("server_rate", "client_rate"):
+    if len(told()) < len(entries) and differs(name):
+      found.append(name)
+  return found
 
 
 def cost_to(

@@ -44,6 +44,19 @@ def test_knobs_tell_runs_apart(study):
   assert [studies.reference_of(x, entries) for x in entries] == entries
 
 
+def test_learning_rates_are_shown_where_nothing_else_tells_runs_apart(study):
+  runs = [toy_study.record(x, 0, [3.0]) for x in ("dense", "FLASC")]
+  for rate, run in zip((0.1, 1.0), runs, strict=True):
+    run["cell"]["server_rate"] = rate
+  assert studies.shown(studies.load(study(runs))) == []
+  runs.append(toy_study.record("FLASC", 0, [3.1]))
+  runs[-1]["cell"]["server_rate"] = 2.0
+  entries = studies.load(study(runs))
+  assert studies.shown(entries) == ["server_rate"]
+  labels = [x.label(studies.shown(entries)) for x in entries]
+  assert labels[1:] == ["FLASC, server_rate 1", "FLASC, server_rate 2"]
+
+
 def test_compare_sums_a_study_up(study, tmp_path, capsys):
   out = tmp_path / "toy.png"
   commands.compare((study([*toy_study.DENSE, *toy_study.SPARSE]),), out=out)

@@ -6,7 +6,8 @@ All codecs of the study have the clients' rate of uncompressed rounds. A server
 that takes the mean of what arrives for what it is may be too slow, where codes
 are shorter than what they are of, and too fast, where they are noise; so may
 it be without a codec. Each is run as CG-FedLLM is, whose mean replaces the
-adapter, and at server rates that end at a tenth of what they begin at.
+adapter, and at server rates that end at a tenth of what they begin at: 1, 2 and
+4, then 3 where 2 was best, and 8 where 4 was.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 SEED = 100
 DECAY = (("server_decay", True),)
 SERVERS = ((1.0, ()), (2.0, DECAY), (1.0, DECAY), (4.0, DECAY))
+# Beside the best of these, where they leave a gap or end.
+FURTHER = {(2.0, DECAY): (3.0, DECAY), (4.0, DECAY): (8.0, DECAY)}
 # At half a bit, by all seeds, and with error feedback but for the unbiased one,
 # whose error may be larger than what it is of.
 MAIN = (
@@ -92,17 +95,37 @@ def _of_clients(task):
   return [dataclasses.replace(cell, client_rate=rate) for rate in RATES]
 
 
-def _of_servers(task, rate):
-  """The first server of all codecs, then the next: each is fitted once."""
+def _tuned():
+  """What is tuned, names and knobs."""
   tuned = [("dense", ())]
   tuned += [(name, knobs(0.5)) for name in (*MAIN, *OTHERS)]
   tuned += [(name, knobs(0.5, feedback=True)) for name in WITH_FEEDBACK]
+  return tuned
+
+
+def _cell(task, rate, name, own, server):
+  server_rate, decay = server
+  return study.Cell(
+    *(task, name, 1.0, 16, SEED, rate, server_rate, ROUNDS[task], True),
+    knobs=(*own, *decay),
+  )
+
+
+def _of_servers(task, rate):
+  """The first server of all codecs, then the next: each is fitted once."""
   return [
-    study.Cell(
-      *(task, name, 1.0, 16, SEED, rate, server, ROUNDS[task], True),
-      knobs=(*own, *decay),
-    )
-    for (server, decay), (name, own) in itertools.product(SERVERS, tuned)
+    _cell(task, rate, *setting, server)
+    for server, setting in itertools.product(SERVERS, _tuned())
+  ]
+
+
+def _further(task, rate, folder):
+  """One more server of each whose best so far has one beside it."""
+  best = [(x, of_server(task, *x, folder)) for x in _tuned()]
+  return [
+    _cell(task, rate, *setting, FURTHER[server])
+    for setting, server in best
+    if server in FURTHER
   ]
 
 
@@ -113,7 +136,10 @@ if __name__ == "__main__":
     *(_of_clients(given.task), path, methods.experiment),
     processes=given.processes,
   )
-  cells = _of_servers(given.task, of(given.task, given.out))
+  rate = of(given.task, given.out)
+  cells = _of_servers(given.task, rate)
   # The first with a codec makes the recordings for the others.
   study.run(cells[:2], path, methods.experiment, processes=1)
+  study.run(cells, path, methods.experiment, processes=given.processes)
+  cells = _further(given.task, rate, given.out)
   study.run(cells, path, methods.experiment, processes=given.processes)
