@@ -2,8 +2,8 @@
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.analyses TASK
 
-TASK is shakespeare or library; `distortion TASK` comes first. Of its recordings
-with seed 0:
+TASK is shakespeare, library or dolly; `distortion TASK` comes first. Of its
+recordings with seed 0:
 
 updates    moments, likeness between clients and rounds, principal components
 ratios     signal to noise at half a bit, by CG-FedLLM's definition (Table 1)

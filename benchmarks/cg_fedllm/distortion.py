@@ -2,10 +2,10 @@
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.distortion TASK
 
-TASK is shakespeare or library. Updates of 20 rounds on D1 are recorded; codecs
-that learn are fitted to the first 16 rounds, and all are measured on the last
-four. Every message is a real one. A second call computes what is missing, and
-prints and draws what there is.
+TASK is shakespeare, library or dolly. Updates of 20 rounds on D1 are recorded;
+codecs that learn are fitted to the first 16 rounds, and all are measured on the
+last four. Every message is a real one. A second call computes what is missing,
+and prints and draws what there is.
 """
 
 import datetime
