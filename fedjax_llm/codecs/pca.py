@@ -92,6 +92,12 @@ def pca(basis: Basis) -> base.Compressor:
   return base.stateless(encode, decode)
 
 
+def setup_bytes(basis: Basis) -> int:
+  """How many bytes a client gets once: the basis, as a message in float32."""
+  numbers = basis.mean.size + basis.components.size
+  return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.float32)))
+
+
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
   # Accelerators would round factors to fewer bits.
   return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -20,6 +20,7 @@ _ROUNDING = 1e-5
 # A mean innovation cosine below this is nothing: random projections to a 64th
 # of the entries, which learn nothing, have 0.125.
 TRANSMITS = 0.05
+# So many rounds are looked at, the last ones.
 _ROUNDS = 3
 
 
@@ -91,8 +92,7 @@ def _cosine(energies, is_something):
 class Gate:
   """Says, once, that a codec transmits nothing of what is a client's own.
 
-  That is if the mean innovation cosine of the rounds so far, three or more, is
-  below `TRANSMITS`.
+  That is if the mean innovation cosine of three rounds is below `TRANSMITS`.
   """
 
   def __init__(self, write: Callable[[str], None]):
@@ -105,15 +105,15 @@ class Gate:
     """Takes note of a round; None if it has no such cosine."""
     if innovation_cosine is None or self._has_spoken:
       return
-    self._cosines.append(float(innovation_cosine))
-    count = len(self._cosines)
-    mean = sum(self._cosines) / count
-    if count >= _ROUNDS and mean < TRANSMITS:
+    self._cosines = [*self._cosines, float(innovation_cosine)][-_ROUNDS:]
+    mean = sum(self._cosines) / _ROUNDS
+    if len(self._cosines) == _ROUNDS and mean < TRANSMITS:
       self._has_spoken = True
       self._write(
-        f"warning: the innovation cosine of {count} rounds is {mean:.3f}, below"
-        f" {TRANSMITS}: nothing arrives of what is a client's own, whatever the"
-        " error of the codec is. If updates are not zero: send and record the"
-        " delta, not the state; fit the input scale; take a linear head instead"
-        " of tanh; record more updates; or take PCA, which cannot fail so."
+        f"warning: the innovation cosine of the last {_ROUNDS} rounds is"
+        f" {mean:.3f}, below {TRANSMITS}: nothing arrives of what is a client's"
+        " own, whatever the error of the codec is. If updates are not zero:"
+        " send and record the delta, not the state; fit the input scale; take a"
+        " linear head instead of tanh; record more updates; or take a transform"
+        " code (codecs.transforms) or a trellis, which learn little or nothing."
       )

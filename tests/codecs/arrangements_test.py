@@ -55,6 +55,11 @@ def test_columns_are_layer_by_layer_a_beside_b_transposed():
   [
     (arrangements.square, shapes(2, 64, 4)),
     (arrangements.square, shapes(3, 96, 8)),
+    *(
+      (arrangements.square, shapes(1, side, rank))
+      for side in (768, 2048, 4096)
+      for rank in (8, 16)
+    ),
     (arrangements.flat, shapes(2, 64, 4, k_proj=16, v_proj=16)),
     (arrangements.flat, {"c_attn": np.zeros((7, 3)), "head": np.zeros(5)}),
   ],

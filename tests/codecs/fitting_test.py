@@ -97,6 +97,31 @@ def test_the_papers_network_without_normalisation_is_caught():
   assert report.warning in report.describe()
 
 
+@pytest.mark.parametrize(
+  ("network", "steps"),
+  [
+    (networks.resnet(stem=8, linear=True), 60),
+    (networks.convolutional(), 15),
+  ],
+  ids=["resnet_linear", "convolutional"],
+)
+def test_normalised_networks_of_images_begin_to_learn(network, steps):
+  # Law 12: of entries as small, and after a few steps.
+  images = smooth(64, 64, 1e-4).reshape(len(NUMBERS), -1).astype(np.float32)
+  _, report = fitting.fit(
+    images,
+    arrangements.flat({"w": np.zeros((64, 64), np.float32)}),
+    network,
+    normalise="one",
+    steps=steps,
+    learning_rate=3e-3,
+    held_out=0.1,
+    rounds=NUMBERS,
+  )
+  assert report.codec.relative_squared_error < 1
+  assert report.codec.innovation_cosine > 0.15
+
+
 def test_a_fit_that_was_stopped_goes_on_as_if_it_were_not(tmp_path):
   seen = []
   options = dict(OPTIONS, steps=12, evaluate_every=4)

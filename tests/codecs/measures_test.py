@@ -25,6 +25,16 @@ def test_sending_zero_is_worth_nothing_but_n_by_the_papers_ratio():
   np.testing.assert_array_equal(measures.snr_of_the_paper(vector, zero), 50)
 
 
+def test_noise_costs_its_variance():
+  # Law 6. Of n squares the mean errs by sqrt(2 / n) of it.
+  vector = RANDOM.normal(size=40_000).astype(np.float32)
+  for sigma in (5e-3, 0.5):
+    received = vector + sigma * RANDOM.normal(size=vector.size)
+    error = measures.relative_squared_error(vector, received)
+    mean = float(error) * np.mean(vector**2)
+    np.testing.assert_allclose(mean, sigma**2, rtol=4 * (2 / 40_000) ** 0.5)
+
+
 def test_the_papers_table_is_of_its_own_ratio():
   # Table 1: 14.29 over 5.06e-12 per entry, of 8,388,608 entries.
   entries, error = 8_388_608, 5.06e-12

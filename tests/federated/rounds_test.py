@@ -123,6 +123,31 @@ def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
   assert all(abs(other - first).min() > 1e-3 for other in others)
 
 
+def test_codecs_draw_anew_for_each_client_and_round(problem, recorder):
+  # Law 15: by the upload's own key. Whatever is sent is mere noise of the key.
+  noise = base.stateless(
+    lambda vector, key: base.Dense(jax.random.normal(key, vector.shape)),
+    lambda payload: payload.values,
+  )
+  algorithm, step = compose(
+    problem.loss_fn, recorder, channel=channels.Channel(upload=noise)
+  )
+  start = algorithm.init(problem.trainable)
+
+  def arrived(state, client, *others):
+    cohort = problem.cohort(client, *others, steps=1)
+    alone = (cohort.clients == client).astype(np.float32)
+    state = jax.tree.map(jnp.array, state)  # Else it would be donated.
+    state, _ = advance(step, state, problem, cohort._replace(weights=alone))
+    return flat(state.optimizer), state
+
+  first, later = arrived(start, 0, 4, 6)
+  np.testing.assert_array_equal(arrived(start, 0, 3, 1)[0], first)
+  others = [arrived(start, 3, 0, 1)[0], arrived(later, 0, 4, 6)[0]]
+  for other in others:
+    assert abs(other - first).max() > 0.1
+
+
 def test_a_client_that_diverges_keeps_its_memory(problem):
   # A residual that is not finite would spoil all of its later answers.
   algorithm, step = compose(problem.loss_fn, channel=FEEDBACK, population=7)
