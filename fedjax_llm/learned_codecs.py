@@ -74,6 +74,9 @@ def fit_transform(
 ) -> None:
   """The same with a transform code, which takes no steps but a decomposition.
 
+  The report is of the code of the least error. That of an unbiased one is
+  larger by what it is longer, and tells nothing of a mean of many.
+
   Args:
     store: what was recorded.
     folder: of the run.
@@ -100,8 +103,8 @@ def fit_transform(
 
 def _describe(folder, store, report):
   """Says beside a codec what it was fitted to, and what it transmits."""
-  about = json.dumps({**store.about, "snapshots": len(store)}, indent=2)
-  (folder / _RECORDED).write_text(about + "\n")
+  about = {**store.about, "snapshots": len(store), "warning": report.warning}
+  (folder / _RECORDED).write_text(json.dumps(about, indent=2) + "\n")
   (folder / "report.txt").write_text(report.describe() + "\n")
   print(f"\n{report.describe()}\n\nCodec: {folder}")
 
@@ -111,7 +114,8 @@ def load(
 ) -> tuple[Codec, dict[str, Any]]:
   """The codec that a fit wrote, of either kind, and what it was fitted to.
 
-  With the latter is its `fingerprint`.
+  With the latter is its `fingerprint`. If it did not pass its report, that is
+  told again.
 
   Args:
     folder: `codec` in the folder of a run.
@@ -134,6 +138,8 @@ def load(
       f" {about['size']} entries. Give the model, rank and targets that it was"
       " recorded with, or run tgap with yours."
     )
+  if about.get("warning"):
+    tqdm.tqdm.write(f"warning: {folder}: {about['warning']}")
   if (folder / transforms.FILES[0]).is_file():
     codec, (_, tensors) = transforms.load(folder, trainable), transforms.FILES
   else:

@@ -89,6 +89,27 @@ def test_a_stopped_fit_goes_on(store, codec_folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.encoder, whole.encoder)
 
 
+def test_a_codec_that_transmits_nothing_says_so_when_it_is_read(
+  store, codec_folder, transform_folder, tmp_path, capsys
+):
+  learned_codecs.load(transform_folder, TREE)
+  assert "warning" not in capsys.readouterr().out
+  # Where clients are alike, their mean is a better guess than a few bits.
+  alike = recording.Store.create(tmp_path / "alike", TREE)
+  generator = np.random.default_rng(1)
+  shared = generator.standard_normal(SIZE)
+  for number in range(4):
+    vectors = shared + 1e-2 * generator.standard_normal((3, SIZE))
+    alike.append(number, clients=range(3), weights=[1] * 3, vectors=vectors)
+  learned_codecs.fit_transform(alike, tmp_path, trainable=TREE, bits=7.0)
+  told = capsys.readouterr().out
+  assert "no better than one that transmits nothing" in told
+  learned_codecs.load(tmp_path / "codec", TREE)
+  again = capsys.readouterr().out
+  assert again.startswith(f"warning: {tmp_path / 'codec'}: this codec")
+  assert "eden(0.5" in again
+
+
 def test_a_codec_that_is_not_there_or_of_another_adapter_is_refused(
   codec_folder, transform_folder, tmp_path
 ):

@@ -14,9 +14,19 @@ from benchmarks.cg_fedllm import methods, rates
 
 # At half a bit an entry, a 64th of float32, with the first seed alone.
 OTHERS = (*rates.OTHERS, "paper's autoencoder")
-# At a bit, with the first seed alone, and the server of uncompressed rounds, as
-# what arrives is nearly what was sent.
-AT_ONE = ("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased")
+# Of more bits, with the first seed alone, and the server of uncompressed rounds,
+# as what arrives is nearly what was sent.
+MORE = {
+  (1.0, False): (
+    *("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased"),
+    *("Top-K", "PowerSGD", "our autoencoder"),
+  ),
+  (1.0, True): ("STC", "DRIVE", "EDEN", "trellis", "our transform code"),
+  (2.0, False): (
+    *("QSGD", "STC", "EDEN", "trellis"),
+    "our transform code, unbiased",
+  ),
+}
 
 
 def cells(given) -> list[study.Cell]:
@@ -35,7 +45,8 @@ def cells(given) -> list[study.Cell]:
   once = [(name, half, tuned(name, half)) for name in OTHERS]
   once += [(name, fed, plain) for name in OTHERS]
   whole = tuned("dense", ())
-  once += [(name, rates.knobs(1.0), whole) for name in AT_ONE]
+  for setting, names in MORE.items():
+    once += [(name, rates.knobs(*setting), whole) for name in names]
   each = itertools.product(range(given.seeds), always)
   listed = [
     _cell(given, *setting, seed)

@@ -107,7 +107,10 @@ def fit(
   scale = _scale(known, arrangement, normalise)
   optimizer = optax.adam(learning_rate)
   settings = (arrangement.digest, network, normalise, seed, batch_size)
-  settings += (learning_rate, evaluate_every, len(snapshots), held_out)
+  settings += (learning_rate, evaluate_every, held_out)
+  # What of the snapshots is fitted to, and what they are.
+  parts = (known.train, known.mean, known.energy)
+  settings += tuple(zlib.crc32(x.tobytes()) for x in parts)
   state = _init(network, arrangement, optimizer, settings, seed)
   step_fn = jax.jit(training.step(network, arrangement, optimizer, scale))
   to_codec = lambda variables: autoencoder.Codec(

@@ -143,6 +143,19 @@ def test_a_fit_that_was_stopped_goes_on_as_if_it_were_not(tmp_path):
     fitting.fit(vectors(), ROWS, NETWORK, folder=tmp_path, seed=1, **options)
 
 
+@pytest.mark.parametrize("change", ["snapshots", "rounds"])
+def test_a_fit_to_others_does_not_go_on(tmp_path, change):
+  options = dict(OPTIONS, steps=4, evaluate_every=4, folder=tmp_path)
+  fitting.fit(vectors(), ROWS, NETWORK, **options)
+  others = vectors()
+  if change == "snapshots":
+    others = 3 * others[::-1]
+  else:
+    options["rounds"] = NUMBERS // 2
+  with pytest.raises(ValueError, match="checkpoints of another fit"):
+    fitting.fit(others, ROWS, NETWORK, **options)
+
+
 def test_a_fit_that_gets_no_better_stops_and_returns_the_best():
   seen = []
   codec, report = fitting.fit(
