@@ -14,8 +14,8 @@ from benchmarks.cg_fedllm import methods, rates
 
 # At half a bit an entry, a 64th of float32, with the first seed alone.
 OTHERS = (*rates.OTHERS, "paper's autoencoder")
-# Of more bits, with the first seed alone, and the server of uncompressed rounds,
-# as what arrives is nearly what was sent.
+# Of more bits, with the first seed alone, and the server of uncompressed
+# rounds, as what arrives is nearly what was sent.
 MORE = {
   (1.0, False): (
     *("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased"),
