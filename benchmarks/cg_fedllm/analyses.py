@@ -13,20 +13,23 @@ noise      noise of growing size added to updates before the codec: the mean
 transfer   a codec that was fitted on one task's updates, on another's of the
            same model: the standard library and Dolly
 
-There is nothing to transfer to another rank, or to other layers. Axes, scales
-and weights that were learned are of entries by their place, and a codec refuses
-a vector of another layout, also the paper's, whose convolutions would slide
-over any. What learns nothing, as STC and EDEN, serves every adapter alike.
+To another rank, or to other layers, nothing is transferred. Axes, scales and
+variances that were learned are of entries by their place. Convolutions, as the
+paper's, would slide over any image: the paper's transmit nothing at home. What
+learns nothing, as STC and EDEN, serves every adapter alike.
 """
 
 import datetime
 import json
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import tabulate
+from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
@@ -47,15 +50,17 @@ CODECS = (
 
 
 def main() -> None:
-  """Computes what the result file lacks, and tells what is there."""
+  """Computes what the result file lacks, and tells and draws what is there."""
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_analyses.json"
   if not path.exists():
     found = _analyse(given.task)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-  for name, table in tables(json.loads(path.read_text())).items():
+  found = json.loads(path.read_text())
+  for name, table in tables(found).items():
     print(f"{name}\n\n{table}\n")
+  plot(found, given.out / f"{given.task}_noise.png")
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
@@ -66,6 +71,34 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     )
     for name, rows in found["tables"].items()
   }
+
+
+def plot(found: dict[str, Any], path: pathlib.Path) -> None:
+  """Errors against the noise that was added before a codec."""
+  matplotlib.use("agg")
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  *rows, nothing = found["tables"]["noise"]
+  sigmas = [float(row["sigma"]) for row in rows]
+  for name in list(rows[0])[1:]:
+    axes.plot(
+      sigmas,
+      [float(row[name]) for row in rows],
+      marker=".",
+      linewidth=2 if name.startswith("our") else 1,
+      label=name,
+    )
+  level = float(nothing["uncompressed"])
+  axes.axhline(level, color="k", linestyle=":", label=nothing["sigma"])
+  axes.set(
+    xscale="log",
+    yscale="log",
+    xlabel="standard deviation of the noise of an entry",
+    ylabel="mean squared error to the clean update",
+    title=found["task"],
+  )
+  axes.legend(fontsize=7)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
 
 
 def _analyse(task: str) -> dict[str, Any]:
@@ -164,7 +197,8 @@ def _noise(recorded, receivers) -> list[dict[str, str]]:
   rows = []
   for sigma in SIGMAS:
     noise = sigma * jax.random.normal(jax.random.key(0), vectors.shape)
-    row = {"sigma": f"{sigma:g}", "uncompressed": f"{sigma**2:.2e}"}
+    row = {"sigma": f"{sigma:g}"}
+    row["uncompressed"] = f"{float(jnp.mean(noise**2)):.2e}"
     for name, receive in receivers.items():
       received = receive(vectors + noise)
       row[name] = f"{float(jnp.mean((vectors - received) ** 2)):.2e}"

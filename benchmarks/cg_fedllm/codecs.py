@@ -1,7 +1,7 @@
 """The codecs that the study compares, each at so many bits an entry.
 
 Of a codec with a setting, such as a density, it is the finest whose message is
-no longer than that. Learned ones are fitted to the recorded updates.
+no longer than that and 2 %. Learned ones are fitted to the recorded updates.
 """
 
 import functools

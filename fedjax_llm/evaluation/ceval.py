@@ -2,7 +2,7 @@
 
 Asked and averaged as by `llama.py` of github.com/hkust-nlp/ceval at cba65ae:
 five shots without explanations, the letter right after the colon, every subject
-counts the same. The split is "val"; the answers of "test" are not in the files.
+counts the same. The split is "val"; the answers of "test" are not in the zip.
 """
 
 from collections.abc import Mapping

@@ -63,7 +63,7 @@ def test_the_real_files_have_all_questions(data, split, size):
   assert sum(len(x.questions) for x in papers) == size
   assert {len(x.shots) for x in papers} == {5}
   letters = {letter for x in papers for letter in x.answers}
-  # Nobody but the authors knows those of the test questions.
+  # Those of the test questions are not in the zip.
   assert letters == (set("ABCD") if split == "val" else {""})
 
 

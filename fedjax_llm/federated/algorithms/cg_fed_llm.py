@@ -4,8 +4,9 @@ Wu et al., "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
 Large Language Models", 2024 (arXiv 2405.13746). Its fine-tuning stage, FAF:
 
   FAF            `cg_fed_llm(..., codec=codec, compressor_of=autoencoder)`
-  literal sum    the same with `aggregate=aggregators.total()`: Algorithm 1 has
-                 a sum where the code it builds on, Shepherd, has a mean
+  sum            the same with `aggregate=aggregators.total()`: Algorithm 1 has
+                 a sum where the code it builds on, Shepherd, has a mean. It is
+                 of updates: K whole adapters would grow K times a round
   product space  `cg_fed_llm_products`: Algorithm 1 names the products B A
 
 The paper does not say whether a client sends its adapter or its update: that
