@@ -102,6 +102,18 @@ def experiment(
       f"the codec in {codec} was fitted to the {about['representation']}, got"
       f" {representation=}. Run tgap with it."
     )
+  if sequence_length != about["sequence_length"]:
+    raise ValueError(
+      f"the codec in {codec} was fitted to rows of {about['sequence_length']}"
+      f" tokens, got {sequence_length=}: rows of another length are divided"
+      " anew, and D2 would have what D1 had. Run tgap with it."
+    )
+  if error_feedback and (representation == "state" or refit_every is not None):
+    raise ValueError(
+      "error_feedback adds up updates: expected representation 'delta' and a"
+      " codec that is not refitted, as the server would not know what went into"
+      f" it; got {representation=}, {refit_every=}."
+    )
   _, task = learned_compression.divided(
     task, about["share"], seed=about["seed"]
   )

@@ -14,7 +14,13 @@ import optax
 
 from fedjax_llm import experiment as experiments
 from fedjax_llm import learned_codecs, learned_compression, tasks
-from fedjax_llm.codecs import arrangements, fitting, networks, rows
+from fedjax_llm.codecs import (
+  arrangements,
+  autoencoder,
+  fitting,
+  networks,
+  rows,
+)
 from fedjax_llm.data import corpora, records
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import tgap
@@ -113,12 +119,22 @@ def experiment(
     algorithm = tgap.federated_pretraining(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
+  # What would fail after all is recorded fails now.
+  if rounds < 2:
+    raise ValueError(
+      f"expected two rounds or more, the last ones to judge by, got {rounds=}."
+    )
   if codec == "transform":
+    learned_codecs.check_bits(task.trainable, bits)
     finish = functools.partial(
       learned_codecs.fit_transform, trainable=task.trainable, bits=bits
     )
   else:
     arrangement, network = _network(codec, latent_bits, task.trainable)
+    autoencoder.latent_quantiser(network)
+    fitting.check(
+      steps=fit_steps, batch_size=fit_batch_size, normalise=normalise
+    )
     finish = functools.partial(
       learned_codecs.fit_autoencoder,
       arrangement=arrangement,
@@ -134,7 +150,12 @@ def experiment(
     algorithm,
     representation=representation,
     source=source,
-    about={"pretraining": pretraining, "share": share, "seed": seed},
+    about={
+      "pretraining": pretraining,
+      "share": share,
+      "seed": seed,
+      "sequence_length": sequence_length,
+    },
     finish=finish,
     rounds=rounds,
     clients_per_round=clients_per_round,

@@ -1,5 +1,6 @@
 """A base model, with what an adapter adds to it, by the names users give."""
 
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ class Model(NamedTuple):
     return families.model(self.config, self.adapter, self.head, dtype=dtype)
 
 
-class Settings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Settings:
   """What every task computes with.
 
   Attributes:
@@ -54,6 +56,12 @@ class Settings(NamedTuple):
   dtype: Any
   sequence_length: int | None
   batch_size: int
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise ValueError(
+        f"--batch-size expected at least 1, got {self.batch_size}."
+      )
 
   def length(self, config: Any, most: int | None) -> int:
     """Tokens that a model is given at once, by default at most `most`."""

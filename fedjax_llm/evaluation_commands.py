@@ -101,6 +101,8 @@ def _check(
   """Refuses options that the task does not read."""
   if exam != _ALL and task not in ("ceval", "mmlu"):
     raise ValueError(f"{task} is no exam, got options of one: {exam}.")
+  if exam.chinese_names and task != "ceval":
+    raise ValueError(f"--chinese-names is of ceval, got task {task}.")
   if (data if task == "perplexity" else text) is not None:
     expected = "--text FILE" if task == "perplexity" else "--data"
     raise ValueError(f"{task} expected {expected}, got {text=!s}, {data=!s}.")

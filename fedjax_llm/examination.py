@@ -71,6 +71,15 @@ def sit(
       f"{data or exam.hub} does not tell the answers of {split}: expected"
       " --predictions FILE and no --against, or --split val."
     )
+  # Answering takes long, so what would end it comes before.
+  other, other_adapter = None, None
+  if options.against is not None:
+    other, other_adapter = adapted.of_run(options.against)
+  if options.predictions and not options.predictions.parent.is_dir():
+    raise ValueError(
+      f"--predictions expected a file in a folder, got {options.predictions},"
+      " whose folder does not exist."
+    )
   results = _answer(exam, papers, model, adapter, settings)
   result: dict[str, Any] = {"split": split, "shots": options.shots}
   shown = []
@@ -87,7 +96,6 @@ def sit(
     shown.append(f"{unanswered} questions have no room in the context.")
   if options.against is not None:
     # The first model is not kept in memory.
-    other, other_adapter = adapted.of_run(options.against)
     others = _answer(exam, papers, other or model, other_adapter, settings)
     result["against"] = exam_results.comparison(exam, results, others)
     shown.append(_compared(options.against, result["against"]))

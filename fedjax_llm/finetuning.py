@@ -134,7 +134,7 @@ def federated(
         f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
       )
     if observe:
-      observe(number, cohort, metrics)
+      observe(number, outcome.cohort(cohort), metrics)
     if network:
       line["selected"] = outcome.selected.sum()
       line["answered"] = outcome.answered.sum()

@@ -10,9 +10,12 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import tqdm
 
 from fedjax_llm.codecs import (
+  allocation,
   arrangements,
   autoencoder,
   fitting,
@@ -39,7 +42,7 @@ def fit_autoencoder(
   """TGAP's second half: fits an autoencoder and writes the folder `codec`.
 
   With it come `report.txt`, which is printed too, and `recorded.json`, what it
-  was fitted to. A fit that was stopped goes on.
+  was fitted to. A fit that was stopped goes on, if no more was recorded since.
 
   Args:
     store: what was recorded.
@@ -57,12 +60,18 @@ def fit_autoencoder(
       store.snapshots,
       arrangement,
       rounds=store.rounds,
-      folder=folder / "fit",
+      folder=folder / "fit" / str(len(store)),
       progress=progress,
       **settings,
     )
   autoencoder.save(folder / "codec", codec)
   _describe(folder / "codec", store, report)
+
+
+def check_bits(trainable: Any, bits: float) -> None:
+  """Raises a `ValueError` if so few bits an entry make no transform code."""
+  size = sum(x.size for x in jax.tree.leaves(trainable))
+  allocation.allocated(np.ones(size), bits, memory=MEMORY)
 
 
 def fit_transform(

@@ -121,14 +121,17 @@ def refit(
   """
   if len(vectors) < 3:
     return codec
+  normalise = "columns"
+  if codec.scale.size == 1:
+    normalise = "none" if codec.scale[0] == 1 else "one"
   new, _ = fitting.fit(
     vectors,
     codec.arrangement,
     codec.network,
     # Two at least, to compare.
     held_out=max(0.2, 2 / len(vectors)),
-    # Of the shape of the last one.
-    normalise="columns" if codec.scale.size > 1 else "one",
+    # Like the last one.
+    normalise=normalise,
     **settings,
   )
   return new
@@ -156,7 +159,10 @@ def refitted(
   def round_fn(state, number):
     if number and number % every == 0:
       vectors = codec_rounds.known(state)
-      state = codec_rounds.refitted(state, fit(vectors, state.codec))
+      codec = fit(vectors, state.codec)
+      # Nobody fetches again what is the same.
+      if codec is not state.codec:
+        state = codec_rounds.refitted(state, codec)
     return made.round(state, number)
 
   return dataclasses.replace(made, round=round_fn)

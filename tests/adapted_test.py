@@ -91,6 +91,14 @@ def test_lengths_are_asked_for_or_the_context_or_the_most_of_a_task(toy_model):
       length(asked, None)
 
 
+def test_batches_have_rows():
+  for size in (0, -8):
+    with pytest.raises(
+      ValueError, match=f"--batch-size.*at least 1, got {size}"
+    ):
+      adapted.Settings(jnp.float32, None, batch_size=size)
+
+
 def test_a_run_is_the_adapter_or_the_model_that_it_exported(
   toy_model, toy_adapter, tmp_path
 ):

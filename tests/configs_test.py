@@ -77,10 +77,25 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
     out = tmp_path / "tgap"
     commands.run(made, out, name="toy", knobs=toy)
     toy = toy | {"codec": str(out / "codec")}
-    with pytest.raises(ValueError, match="Leave --unbiased out"):
-      config.experiment(**toy, unbiased=True, error_feedback=True)
+    for knobs, message in (
+      (dict(unbiased=True, error_feedback=True), "Leave --unbiased out"),
+      (dict(sequence_length=toy["sequence_length"] // 2), "rows of another"),
+      (dict(error_feedback=True, refit_every=1), "got.*refit_every=1"),
+      (dict(representation="state"), "was fitted to the delta"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        config.experiment(**toy | knobs)
   commands.run(config.experiment, tmp_path, name="toy", knobs=toy)
   if name == "tgap":
+    for knobs, message in (
+      (dict(codec="transform", bits=0.0), "bits=0.0 of .* do not pay"),
+      (dict(latent_bits=9), "lloyd_max expected bits"),
+      (dict(fit_steps=0), "steps=0"),
+      (dict(normalise="column"), "normalise='column'"),
+      (dict(rounds=1), "rounds=1"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        config.experiment(**toy | knobs)
     # Rounds with an autoencoder are made, not run.
     knobs = FEDERATED | {"codec": str(tmp_path / "codec"), "refit_every": 1}
     assert "cg_fedllm" in cli.load_config("cg_fedllm").experiment(**knobs)

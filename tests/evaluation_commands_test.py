@@ -130,6 +130,10 @@ def test_options_of_other_tasks_are_refused(toy_model, tmp_path):
   for arguments, message in (
     (dict(exam=examination.Options(shots=1)), "perplexity is no exam"),
     (dict(data="rows.jsonl"), "perplexity expected --text FILE"),
+    (
+      dict(task="mmlu", exam=examination.Options(chinese_names=True)),
+      "--chinese-names is of ceval",
+    ),
     (dict(task="mmlu", text=tmp_path / "text.txt"), "mmlu expected --data"),
   ):
     with pytest.raises(ValueError, match=message):

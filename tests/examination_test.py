@@ -169,6 +169,23 @@ def test_predictions_are_all_that_comes_of_unknown_answers(
       sit(ceval.EXAM, long_model, split="test", **changes)
 
 
+def test_what_would_end_an_exam_is_refused_before_it(
+  sit, long_model, tmp_path, monkeypatch
+):
+  answered = []
+  monkeypatch.setattr(
+    examination.multiple_choice, "scores", lambda *_, **__: answered.append(1)
+  )
+  (tmp_path / "run.json").write_text("{}")
+  for changes, message in (
+    ({"predictions": tmp_path / "no" / "p.json"}, "folder does not exist"),
+    ({"against": str(tmp_path)}, "expected a finished run"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sit(mmlu.EXAM, long_model, **changes)
+  assert not answered
+
+
 def test_subjects_may_be_named_in_chinese(data, long_model, monkeypatch):
   seen = []
   papers = exams.papers

@@ -89,6 +89,24 @@ def test_a_stopped_fit_goes_on(store, codec_folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.encoder, whole.encoder)
 
 
+def test_what_was_fitted_to_a_part_does_not_stand_in_the_way(store, tmp_path):
+  # As of a run that was exported before its end.
+  part = recording.Store.create(tmp_path / "recording", TREE)
+  settings = dict(
+    arrangement=arrangements.columns(TREE, width=WIDTH),
+    network=rows.network(WIDTH, latents=8, bits=None),
+    steps=4,
+    evaluate_every=4,
+  )
+  for number in range(4):
+    vectors = store.snapshots[3 * number : 3 * number + 3]
+    part.append(number, clients=range(3), weights=[1] * 3, vectors=vectors)
+    if number > 1:
+      learned_codecs.fit_autoencoder(part, tmp_path, **settings)
+      _, about = learned_codecs.load(tmp_path / "codec", TREE)
+      assert about["snapshots"] == 3 * number + 3
+
+
 def test_a_codec_that_transmits_nothing_says_so_when_it_is_read(
   store, codec_folder, transform_folder, tmp_path, capsys
 ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -25,7 +26,7 @@ from fedjax_llm.codecs import (
 )
 from fedjax_llm.compression import base, wire
 from fedjax_llm.data import records
-from fedjax_llm.federated import codec_rounds
+from fedjax_llm.federated import codec_rounds, network
 from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import lora
 
@@ -79,7 +80,7 @@ def recorded(task, finish=lambda store, folder: None, **knobs):
   )
   knobs = {"representation": "delta", "about": {"share": 0.3}} | knobs
   return learned_compression.recorded(
-    task, algorithm, finish=finish, **knobs, **SCHEDULE
+    task, algorithm, finish=finish, **SCHEDULE | knobs
   )
 
 
@@ -134,6 +135,18 @@ def test_of_a_gaussian_prior_no_update_is_kept(task, store, tmp_path):
   # As large as the updates: of 224 entries times 12, within a few per cent.
   ratio = np.linalg.norm(drawn.snapshots) / np.linalg.norm(store.snapshots)
   assert 0.8 < ratio < 1.25
+
+
+def test_who_does_not_answer_is_not_recorded(task, tmp_path):
+  tiers = (network.Tier(10, 10),)
+  links = network.Network(tiers=tiers, dropout_during=0.5, seed=0)
+  experiment.run(recorded(task, network=links), tmp_path)
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  answered = [line["answered"] for line in lines if "answered" in line]
+  assert sum(answered) < 3 * len(answered)
+  store = recording.Store(tmp_path / "recording")
+  assert np.bincount(store.rounds, minlength=4).tolist() == answered
+  assert (np.abs(store.snapshots).max(axis=1) > 0).all()
 
 
 def test_another_source_is_refused(task):
@@ -231,6 +244,16 @@ def test_a_codec_is_fitted_anew_every_few_rounds(tuned):
   # Everyone of the third round fetches the new encoder.
   assert lines[2]["download_bytes"] == lines[0]["download_bytes"]
   assert {"update_cosine", "innovation_cosine"} <= lines[2].keys()
+
+
+def test_nobody_fetches_a_codec_again_that_stayed_the_same(tuned):
+  made, _ = tuned
+  same = learned_compression.refitted(made, lambda vectors, old: old, every=1)
+  state, version = made.init(), []
+  for number in range(2):
+    state, line = same.round(state, number)
+    version.append(int(state.version))
+  assert version == [1, 1]
 
 
 def test_refitted_rounds_go_on_bit_for_bit(tuned, tmp_path):

@@ -109,7 +109,8 @@ def allocated(
       is left out, so an eighth of a bit is the least.
 
   Returns:
-    A `Compressor` whose payload is of `Classes`.
+    A `Compressor` whose payload is of `Classes`, or of the trellis alone if
+    all entries have one rate.
 
   Raises:
     ValueError: if a variance is not above zero, or so few bits do not pay for

@@ -91,11 +91,13 @@ def fit(
     ValueError: if there are too few snapshots, they are of another adapter, or
       `folder` has another fit.
   """
-  if min(steps, batch_size, evaluate_every, patience) < 1:
-    raise ValueError(
-      "fit expected positive numbers, got"
-      f" {steps=}, {batch_size=}, {evaluate_every=}, {patience=}."
-    )
+  check(
+    steps=steps,
+    batch_size=batch_size,
+    normalise=normalise,
+    evaluate_every=evaluate_every,
+    patience=patience,
+  )
   width = arrangement.positions.shape[1]
   network = network or rows.network(width, latents=-(-width // 2))
   if snapshots.ndim != 2 or snapshots.shape[1] != arrangement.size:
@@ -153,6 +155,26 @@ def fit(
   )
 
 
+def check(
+  *,
+  steps: int,
+  batch_size: int,
+  normalise: str,
+  evaluate_every: int = 1,
+  patience: int = 1,
+) -> None:
+  """Raises a `ValueError` for what `fit` would refuse, without data."""
+  if min(steps, batch_size, evaluate_every, patience) < 1:
+    raise ValueError(
+      "fit expected positive numbers, got"
+      f" {steps=}, {batch_size=}, {evaluate_every=}, {patience=}."
+    )
+  if normalise not in ("columns", "one", "none"):
+    raise ValueError(
+      f'fit expected normalise "columns", "one" or "none", got {normalise=}.'
+    )
+
+
 def _loop(
   state,
   advance,
@@ -206,10 +228,6 @@ def _scale(known, arrangement, normalise) -> jax.Array:
   """What images are divided by."""
   if normalise == "none":
     return jnp.ones(1)
-  if normalise not in ("columns", "one"):
-    raise ValueError(
-      f'fit expected normalise "columns", "one" or "none", got {normalise=}.'
-    )
   average = known.energy.mean()
   means = np.array([average])
   if normalise == "columns":

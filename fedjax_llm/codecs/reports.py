@@ -30,7 +30,8 @@ class Quality(NamedTuple):
     cosine: the mean over vectors.
     innovation_cosine: see `measures`; the mean over rounds.
     aggregate_cosine: of the mean over a round's clients; the mean over rounds.
-    shuffled_error: see `controls.shuffled_clients`; the mean over rounds.
+    shuffled_error: see `controls.shuffled_clients`; of all together, like the
+      error that it is compared with.
   """
 
   relative_squared_error: float
@@ -170,20 +171,21 @@ def quality(
     snapshots: float32 [count, n].
     groups: of each round, which snapshots, two or more.
   """
-  errors, energies, rows = [], [], []
+  errors, shuffled, energies, rows = [], [], [], []
   for members in groups:
     vectors = jnp.asarray(np.asarray(snapshots[members], np.float32))
     received = received_fn(vectors)
     errors.append(jnp.sum((vectors - received) ** 2))
     energies.append(jnp.sum(vectors**2))
+    shuffled.append(controls.shuffled_clients(vectors, received))
     rows.append(
       (
         jnp.mean(measures.cosine(vectors, received)),
         measures.innovation_cosine(vectors, received),
         measures.cosine(vectors.mean(axis=0), received.mean(axis=0)),
-        controls.shuffled_clients(vectors, received),
       )
     )
-  error = float(np.sum(errors) / np.sum(energies))
+  error = np.sum(errors) / np.sum(energies)
+  confused = np.dot(shuffled, energies) / np.sum(energies)
   means = np.mean(np.array(rows, np.float64), axis=0)
-  return Quality(error, *map(float, means))
+  return Quality(*map(float, (error, *means, confused)))

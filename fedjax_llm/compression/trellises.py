@@ -45,7 +45,7 @@ class Trellis:
       0 < bits <= self.memory <= 16
       and bits <= 8
       and 0 < entries <= 8
-      and block > 0
+      and 0 < block <= -(-max(self.size, 1) // entries) * entries
       and block % entries == 0
     ):
       raise ValueError(
@@ -71,9 +71,11 @@ def trellis(
   of memoryless and Gauss-Markov sources", 1990) with a table in place of the
   structured code, the bitshift trellis of QTIP (Tseng et al., 2024, arXiv
   2406.11235). The squared error of Gaussian vectors comes near the rate-
-  distortion bound, 4**-bits. The error is not zero on average: send updates by
-  it under `error_feedback`, or unbiased after `rotate`. What is far from
-  Gaussian is served better after `rotate`, or by a profile.
+  distortion bound, 4**-bits, if `memory` is well above `bits`: the search needs
+  something to choose between, or else `lloyd_max` is as good. The error is not
+  zero on average: send updates by it under `error_feedback`, or unbiased after
+  `rotate`. What is far from Gaussian is served better after `rotate`, or by a
+  profile.
 
   With a profile, entries are told apart for free: what is small is coarse, what
   is large is fine, as the search minimises the squared error of the whole.
@@ -110,6 +112,14 @@ def trellis(
       f"trellis expected memory in [{shift}, 16] and block > 0, got {memory=},"
       f" {block=}."
     )
+  if profile is not None and not isinstance(profile, jax.core.Tracer):
+    known = np.asarray(profile)
+    if known.ndim != 1 or not (np.isfinite(known) & (known > 0)).all():
+      raise ValueError(
+        "trellis expected a profile of finite numbers above zero, one for each"
+        f" entry, got {known.dtype}{list(known.shape)} of others. Add a little"
+        " to those that are zero."
+      )
 
   def encode(vector, key):
     del key  # Deterministic.
@@ -191,8 +201,8 @@ def _search(blocks, known, codebook, shift):
   count, length = blocks.shape
   steps = length // width
   most = max(1, _CHOICES // (steps * (states >> shift)))
-  groups = -(-count // most)
-  size = -(-count // groups)
+  groups = max(1, -(-count // most))
+  size = max(1, -(-count // groups))
 
   def group(x):
     x = jnp.pad(x, ((0, groups * size - count), (0, 0)))

@@ -101,6 +101,8 @@ def papers(
       f"expected subjects of {exam.name}, got {', '.join(unknown)}. It has"
       f" {', '.join(exam.subjects)}."
     )
+  if len(set(subjects)) < len(subjects):
+    raise ValueError(f"expected each subject once, got {', '.join(subjects)}.")
   if shots < 0 or (limit is not None and limit < 1):
     raise ValueError(f"expected shots >= 0 and limit >= 1: {shots=}, {limit=}.")
   rows = _reader(exam, source or exam.hub)

@@ -158,6 +158,7 @@ def scores(
 
   Raises:
     ValueError: for a token that the model does not have.
+    FloatingPointError: if logits are not finite, which choose nothing.
   """
   size = model.config.vocab_size
   tokens = [row for group in groups for row in (group.prefix, *group.rests)]
@@ -179,8 +180,14 @@ def scores(
       rests = [group.rests[x] for x in batch]
       rests += rests[:1] * (batch_size - len(batch))
       logits = _ask(model, variables, cache, *_rows(model, rests), chosen)
+      logits = jax.device_get(logits)
+      if not np.isfinite(logits[: len(batch)]).all():
+        raise FloatingPointError(
+          "the model has logits that are not finite: it has diverged, or"
+          " computes in a type that is too short for it."
+        )
       numbers = [group.questions[x] for x in batch]
-      result |= dict(zip(numbers, jax.device_get(logits), strict=False))
+      result |= dict(zip(numbers, logits, strict=False))
   return result
 
 

@@ -183,8 +183,13 @@ def with_codec(
   def received(state, key):
     return first.received(state.inner, key)
 
+  residual_of = first.residual
   return rounds.FederatedAlgorithm(
-    init, round_fn, received, noise_multiplier=first.noise_multiplier
+    init,
+    round_fn,
+    received,
+    residual=residual_of and (lambda state: residual_of(state.inner)),
+    noise_multiplier=first.noise_multiplier,
   )
 
 

@@ -1,6 +1,7 @@
 """The gate: what transmits passes it, what does not is told what to do."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,10 +40,24 @@ def test_numbers_are_those_of_what_arrives():
     innovations.append(measures.innovation_cosine(vectors, arrived))
     aggregates.append(measures.cosine(vectors.mean(0), arrived.mean(0)))
     other = arrived[[3, 0, 1, 2]]
-    shuffled.append(((vectors - other) ** 2).sum() / (vectors**2).sum())
+    shuffled.append(((vectors - other) ** 2).sum())
   expected = [error / energy]
-  expected += map(np.mean, (cosines, innovations, aggregates, shuffled))
+  expected += map(np.mean, (cosines, innovations, aggregates))
+  expected.append(sum(shuffled) / energy)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_rounds_of_other_norms_do_not_hide_who_is_confused():
+  # Law 10, of a round a thousand times as large as the other.
+  random = np.random.default_rng(1)
+  vectors = random.normal(size=(2 * CLIENTS, N)).astype(np.float32)
+  vectors[CLIENTS:] *= 1e-3
+  groups = [np.arange(CLIENTS), np.arange(CLIENTS, 2 * CLIENTS)]
+  ignores = lambda x: jnp.broadcast_to(jnp.full(N, 2e-2), x.shape)
+  found = reports.quality(ignores, vectors, groups)
+  assert found.shuffled_error == pytest.approx(
+    found.relative_squared_error, rel=1e-5
+  )
 
 
 def test_what_transmits_passes():

@@ -153,6 +153,13 @@ def test_a_table_is_of_opposites_and_of_unit_variance():
   assert np.abs(off_diagonal).max() < 3 / np.sqrt(len(table) / 2)
 
 
+def test_of_nothing_nothing_arrives():
+  message = transmit(compression.trellis(1), jnp.zeros(0), (), KEY)
+  assert message.received.shape == (0,)
+  again = wire.loads(wire.dumps(jax.device_get(message.payload)))
+  assert again.size == 0
+
+
 @pytest.mark.parametrize(
   "forged",
   [
@@ -164,6 +171,7 @@ def test_a_table_is_of_opposites_and_of_unit_variance():
     {"entries": 9},
     {"block": 0},
     {"block": 31},
+    {"block": 2**26},
     {"size": 200},
     {"size": 0},
   ],
@@ -186,6 +194,9 @@ def test_fields_that_do_not_fit_are_refused(forged):
     (lambda: compression.trellis(1, memory=17), "memory=17"),
     (lambda: compression.trellis(2, memory=1), "memory=1"),
     (lambda: compression.trellis(1, block=0), "block=0"),
+    (lambda: compression.trellis(1, profile=np.zeros(4)), "above zero"),
+    (lambda: compression.trellis(1, profile=np.full(4, np.nan)), "finite"),
+    (lambda: compression.trellis(1, profile=np.ones((2, 2))), "each entry"),
     (
       lambda: sent(compression.trellis(1, profile=jnp.ones(4)), gaussian(5)),
       "vectors of 4 entries, got 5",

@@ -28,6 +28,8 @@ def test_what_is_not_there_is_refused(folders, tmp_path):
   source = folders["mmlu"][0]
   with pytest.raises(ValueError, match="expected subjects of mmlu, got law"):
     exams.papers(mmlu.EXAM, source, subjects=["law"])
+  with pytest.raises(ValueError, match="expected each subject once"):
+    exams.papers(mmlu.EXAM, source, subjects=["us_foreign_policy"] * 2)
   with pytest.raises(ValueError, match="expected a file"):
     exams.papers(mmlu.EXAM, source, subjects=["anatomy"])
   with pytest.raises(ValueError, match="expected 3 solved questions.*got 2"):

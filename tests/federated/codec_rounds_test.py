@@ -11,7 +11,7 @@ from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import codec_rounds
-from fedjax_llm.federated.algorithms import cg_fed_llm
+from fedjax_llm.federated.algorithms import cg_fed_llm, fed_ex
 
 KEY = jax.random.key(4)
 DEVICE = jax.devices()[0]
@@ -165,6 +165,30 @@ def test_a_codec_of_another_shape_is_refused(problem):
   mean, rows = basis()
   with pytest.raises(ValueError, match="the same shapes"):
     codec_rounds.refitted(states[0], pca.Basis(mean, rows[1:]))
+
+
+def test_what_a_method_adds_to_the_base_model_is_not_lost(problem):
+  parts = dict(scale=1.5, population=7)
+  alone = fed_ex.fed_ex_lora(problem.scaled_loss_fn, SGD, **parts)
+  coded = codec_rounds.with_codec(
+    lambda upload: fed_ex.fed_ex_lora(
+      problem.scaled_loss_fn, SGD, upload=upload, **parts
+    ),
+    codec=(),
+    compressor_of=lambda nothing: base.identity(),
+    setup_bytes=0,
+    population=7,
+  )
+  residuals, frozen = [], {"kernel": problem.frozen["w"]}
+  for algorithm in (alone, coded):
+    state = algorithm.init(problem.trainable)
+    for cohort in problem.cohorts(2):
+      state, _ = jax.jit(algorithm.round)(
+        state, frozen, problem.examples, cohort, KEY
+      )
+    residuals.append(jax.device_get(algorithm.residual(state)))
+  jax.tree.map(np.testing.assert_array_equal, *residuals)
+  assert max(abs(x).max() for x in jax.tree.leaves(residuals[0])) > 0
 
 
 def test_a_server_that_keeps_nothing_knows_nothing(problem):
