@@ -61,7 +61,9 @@ def of(cell: Any) -> Recorded:
   cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
   name = f"{cell.task}_{cell.rank}_{cell.seed}_{cell.client_rate:g}"
   folder = pathlib.Path(cache).expanduser() / "recordings" / name
-  experiment.run(_recording(first, cell), folder)
+  # Others may read it at the same time, and a run writes even if it is done.
+  if not (folder / "adapter").exists():
+    experiment.run(_recording(first, cell), folder)
   return Recorded(second, recording.Store(folder / "recording"), folder)
 
 
