@@ -20,6 +20,7 @@ from fedjax_llm import (
 )
 from fedjax_llm.codecs import (
   arrangements,
+  fitting,
   recording,
   rows,
   transforms,
@@ -285,6 +286,23 @@ def test_a_codec_is_refitted_at_least_every_round(made):
 def test_a_codec_stays_where_there_is_nothing_to_fit_it_to():
   codec = object()
   assert learned_compression.refit(np.zeros((2, 4)), codec, steps=1) is codec
+
+
+@pytest.mark.parametrize("normalise", ["none", "one", "columns"])
+def test_a_refit_normalises_like_the_last_fit(task, store, normalise):
+  codec, _ = fitting.fit(
+    store.snapshots,
+    arrangements.columns(task.trainable, width=16),
+    rows.network(16, latents=8, bits=None),
+    normalise=normalise,
+    steps=2,
+    held_out=0.3,
+  )
+  again = learned_compression.refit(8 * store.snapshots, codec, steps=1)
+  moved = np.median(again.scale / codec.scale)
+  expected = 1 if normalise == "none" else 8
+  np.testing.assert_allclose(moved, expected, rtol=0.2)
+  assert again.scale.shape == codec.scale.shape
 
 
 def test_known_is_in_the_order_of_clients(tuned):

@@ -102,6 +102,16 @@ def test_many_papers_share_a_few_programs():
   assert multiple_choice._ask._cache_size() - before == 2
 
 
+def test_a_model_that_diverged_chooses_nothing():
+  made = variables(MODELS["llama"])
+  params = jax.tree.map(lambda x: np.full_like(x, np.nan), made["params"])
+  with pytest.raises(FloatingPointError, match="logits that are not finite"):
+    multiple_choice.scores(
+      *(MODELS["llama"], params, made.get("lora"), GROUPS, CHOICES),
+      batch_size=3,
+    )
+
+
 def test_tokens_that_the_model_does_not_have_are_refused():
   group = multiple_choice.Group(0, (0,), [1], [[300]])
   with pytest.raises(ValueError, match="wrote token 300, the model has only"):
