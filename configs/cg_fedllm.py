@@ -84,7 +84,7 @@ def experiment(
     local_epochs: passes of a client over its rows in a round.
     local_steps: at most so many local steps in a round.
     batch_size: rows a local step.
-    sequence_length: tokens a row.
+    sequence_length: tokens a row, as many as in the codec's run.
     held_out_rows: rows evaluated of each client's held-out files.
     dtype: what the base model is computed in.
   """

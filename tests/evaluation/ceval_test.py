@@ -25,13 +25,8 @@ D. z
 答案："""
 
 
-def prompts(paper):
-  head = paper.header + "".join(paper.shots)
-  return [head + question for question in paper.questions]
-
-
 @pytest.mark.parametrize("layout", range(3), ids=["folders", "zip", "in"])
-def test_prompts_of_c_eval_are_the_authors(folders, layout):
+def test_prompts_of_c_eval_are_the_authors(folders, prompts, layout):
   arguments = dict(shots=1, subjects=["computer_network"])
   source = folders["ceval"][layout]
   (paper,) = exams.papers(ceval.EXAM, source, **arguments)

@@ -38,6 +38,17 @@ def write(folder, exam, subject):
 
 
 @pytest.fixture
+def prompts():
+  """What a model is asked, as a whole."""
+
+  def of(paper):
+    head = paper.header + "".join(paper.shots)
+    return [head + question for question in paper.questions]
+
+  return of
+
+
+@pytest.fixture
 def folders(tmp_path):
   """By name: the files in folders, in a zip, and the zip's folder."""
   (tmp_path / "zipped").mkdir()

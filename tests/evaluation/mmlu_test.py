@@ -33,13 +33,8 @@ D. h
 Answer:"""
 
 
-def prompts(paper):
-  head = paper.header + "".join(paper.shots)
-  return [head + question for question in paper.questions]
-
-
 @pytest.mark.parametrize("layout", range(3), ids=["folders", "zip", "in"])
-def test_prompts_of_mmlu_are_the_authors(folders, layout):
+def test_prompts_of_mmlu_are_the_authors(folders, prompts, layout):
   (paper,) = exams.papers(
     mmlu.EXAM,
     folders["mmlu"][layout],

@@ -103,24 +103,34 @@ def test_received_is_what_clients_train_on(problem, recorder):
   assert (seen[0] != seen[1]).any()
 
 
+def of_one(step, state, problem, client, *others):
+  """The state after a round in which one of a cohort's clients counts."""
+  cohort = problem.cohort(client, *others, steps=1)
+  alone = (cohort.clients == client).astype(np.float32)
+  state = jax.tree.map(jnp.array, state)  # Else it would be donated.
+  state, _ = advance(step, state, problem, cohort._replace(weights=alone))
+  return state, cohort
+
+
+def assert_draws_are_of_client_and_round(start, draw):
+  """Of `draw(state, client, *others)`: what was drawn, and the next state."""
+  first, later = draw(start, 0, 4, 6)
+  np.testing.assert_array_equal(draw(start, 0, 3, 1)[0], first)
+  for other in (draw(start, 3, 0, 1)[0], draw(later, 0, 4, 6)[0]):
+    assert abs(other - first).min() > 1e-3
+
+
 def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
   def loss_fn(trainable, frozen, examples, mask, key):
     return jax.random.normal(key, (4,)) @ trainable["head"], mask.sum()
 
   algorithm, step = compose(loss_fn, recorder)
-  start = algorithm.init(problem.trainable)
 
-  def update(state, client, *others):
-    cohort = problem.cohort(client, *others, steps=1)
-    alone = (cohort.clients == client).astype(np.float32)
-    state = jax.tree.map(jnp.array, state)  # Else it would be donated.
-    state, _ = advance(step, state, problem, cohort._replace(weights=alone))
+  def draw(state, *clients):
+    state, cohort = of_one(step, state, problem, *clients)
     return state.optimizer["head"] * cohort.mask[0].sum(), state
 
-  first, later = update(start, 0, 4, 6)
-  np.testing.assert_array_equal(update(start, 0, 3, 1)[0], first)
-  others = [update(start, 3, 0, 1)[0], update(later, 0, 4, 6)[0]]
-  assert all(abs(other - first).min() > 1e-3 for other in others)
+  assert_draws_are_of_client_and_round(algorithm.init(problem.trainable), draw)
 
 
 def test_codecs_draw_anew_for_each_client_and_round(problem, recorder):
@@ -132,20 +142,12 @@ def test_codecs_draw_anew_for_each_client_and_round(problem, recorder):
   algorithm, step = compose(
     problem.loss_fn, recorder, channel=channels.Channel(upload=noise)
   )
-  start = algorithm.init(problem.trainable)
 
-  def arrived(state, client, *others):
-    cohort = problem.cohort(client, *others, steps=1)
-    alone = (cohort.clients == client).astype(np.float32)
-    state = jax.tree.map(jnp.array, state)  # Else it would be donated.
-    state, _ = advance(step, state, problem, cohort._replace(weights=alone))
+  def draw(state, *clients):
+    state, _ = of_one(step, state, problem, *clients)
     return flat(state.optimizer), state
 
-  first, later = arrived(start, 0, 4, 6)
-  np.testing.assert_array_equal(arrived(start, 0, 3, 1)[0], first)
-  others = [arrived(start, 3, 0, 1)[0], arrived(later, 0, 4, 6)[0]]
-  for other in others:
-    assert abs(other - first).max() > 0.1
+  assert_draws_are_of_client_and_round(algorithm.init(problem.trainable), draw)
 
 
 def test_a_client_that_diverges_keeps_its_memory(problem):
