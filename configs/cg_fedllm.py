@@ -14,10 +14,15 @@ from typing import Literal
 import numpy as np
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, learned_codecs, learned_compression, tasks
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import (
+  finetuning,
+  learned_codecs,
+  runner,
+  tasks,
+  tgap,
+)
 from fedjax_llm.federated import aggregators, codec_rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from fedjax_llm.models import decoder, lora
@@ -50,7 +55,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> dict[str, experiments.Experiment]:
+) -> dict[str, runner.Experiment]:
   """Fine-tune the shipped model, uncompressed and compressed, from one seed.
 
   Args:
@@ -114,9 +119,7 @@ def experiment(
       " codec that is not refitted, as the server would not know what went into"
       f" it; got {representation=}, {refit_every=}."
     )
-  _, task = learned_compression.divided(
-    task, about["share"], seed=about["seed"]
-  )
+  _, task = tgap.divided(task, about["share"], seed=about["seed"])
   data = {**task.data, "codec_fingerprint": about["fingerprint"]}
   task = dataclasses.replace(task, data=data)
   population = len(task.population.names)
@@ -167,20 +170,18 @@ def experiment(
       task.loss_fn,
       client,
       optax.sgd(1.0),
-      aggregate=aggregators.total() if aggregation == "sum" else None,
+      aggregate=aggregators.sum_updates() if aggregation == "sum" else None,
       **coding,
     )
   compressed = made(algorithm)
   if refit_every is not None:
     refit = functools.partial(
-      learned_compression.refit,
+      tgap.refit,
       steps=fit_steps,
       learning_rate=fit_learning_rate,
       seed=seed,
     )
-    compressed = learned_compression.refitted(
-      compressed, refit, every=refit_every
-    )
+    compressed = tgap.refitted(compressed, refit, every=refit_every)
   uncompressed = fed_avg.fed_avg(
     task.loss_fn, client, optax.sgd(1.0), **placement
   )

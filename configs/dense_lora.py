@@ -5,9 +5,8 @@ fedjax-llm run dense_lora
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 from fedjax_llm.models import decoder, lora
@@ -31,7 +30,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 4,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune the shipped model over clients of Python's library densely.
 
   Args:

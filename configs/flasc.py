@@ -5,9 +5,8 @@ fedjax-llm run flasc --upload-density 0.0625
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -32,7 +31,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 4,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune the shipped model over clients of Python's library with FLASC.
 
   Args:

@@ -20,9 +20,8 @@ from typing import Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -55,7 +54,7 @@ def experiment(
   held_out_rows: int = 80,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune on Dolly's answers with FLASC, clients rich in some categories.
 
   Args:

@@ -15,9 +15,8 @@ import pathlib
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -49,7 +48,7 @@ def experiment(
   held_out_rows: int = 120,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune on solutions of word problems with FLASC.
 
   Args:

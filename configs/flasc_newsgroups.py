@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -57,7 +56,7 @@ def experiment(
   held_out_rows: int = 1000,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Tell newsgroups apart with FLASC, clients rich in some of them.
 
   Args:

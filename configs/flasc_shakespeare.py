@@ -14,9 +14,8 @@ import pathlib
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -45,7 +44,7 @@ def experiment(
   sequence_length: int = 96,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune a small Llama over the speakers of Shakespeare with FLASC.
 
   Args:

@@ -9,9 +9,8 @@ fedjax-llm run quickstart
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -36,7 +35,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> dict[str, experiments.Experiment]:
+) -> dict[str, runner.Experiment]:
   """Fine-tune the shipped model, dense LoRA and FLASC from the same seed.
 
   Args:

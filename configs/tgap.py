@@ -12,16 +12,16 @@ from typing import Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import learned_codecs, learned_compression, tasks
 from fedjax_llm.codecs import (
-  arrangements,
   autoencoder,
   fitting,
+  layouts,
   networks,
-  rows,
+  row_network,
 )
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import learned_codecs, runner, tasks
+from fedjax_llm.experiments import tgap as learned_compression
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import tgap
 from fedjax_llm.models import decoder, lora
@@ -59,7 +59,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Record updates of the shipped model's adapter, and fit a codec on them.
 
   Args:
@@ -169,11 +169,11 @@ def experiment(
 def _network(name, bits, trainable):
   """How vectors are arranged, and the network that sees them so."""
   if name == "rows":
-    columns = arrangements.columns(trainable, width=WIDTH)
-    return columns, rows.network(WIDTH, latents=WIDTH // 2, bits=bits)
+    columns = layouts.columns(trainable, width=WIDTH)
+    return columns, row_network.network(WIDTH, latents=WIDTH // 2, bits=bits)
   made = {
     "resnet": networks.resnet,
     "resnet_linear": functools.partial(networks.resnet, stem=8, linear=True),
     "convolutional": networks.convolutional,
   }
-  return arrangements.flat(trainable), made[name](bits=bits)
+  return layouts.flat(trainable), made[name](bits=bits)

@@ -6,9 +6,8 @@ import time
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
@@ -36,7 +35,7 @@ def experiment(
   upload_density: float = 0.25,
   client_learning_rate: float = 0.1,
   sequence_length: int = 16,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune a tiny random Llama on counting.
 
   Args:

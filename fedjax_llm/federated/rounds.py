@@ -144,7 +144,7 @@ def federated_round(
       download=tuple(x.state for x in messages),
       upload=jax.tree.map(put, state.upload, memory),
     )
-    if not aggregate.always:
+    if not aggregate.steps_when_empty:
       after = unless_nobody(present > 0, after, state)
     tier = tiers.of_client(cohort.clients)
     sizes = [(wire.nbytes(x), wire.entries(x)) for x in payloads]

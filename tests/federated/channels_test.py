@@ -20,8 +20,8 @@ DOUBLE = optax.stateless(lambda updates, params: params)
 FEEDBACK = compression.error_feedback(sparse.top_k(0.25))
 # Both ways at random and with memory.
 CHANNEL = channels.Channel(
-  download=compression.error_feedback(compression.uniform(8)),
-  upload=compression.error_feedback(compression.uniform(4)),
+  download=compression.error_feedback(compression.stochastic_uniform(8)),
+  upload=compression.error_feedback(compression.stochastic_uniform(4)),
 )
 ODD = lambda client: client % 2
 # Of even clients, which have no memory, and of odd ones.
@@ -231,7 +231,7 @@ def test_a_round_of_nobody_changes_nothing_but_its_number(problem):
 
 def test_an_aggregator_may_step_without_anybody(problem):
   # As privacy asks: that nobody was there must not show.
-  aggregate = aggregators.weighted_mean()._replace(always=True)
+  aggregate = aggregators.weighted_mean()._replace(steps_when_empty=True)
   nobody = problem.cohort(2, 5, 4)
   nobody = nobody._replace(weights=np.zeros(3, np.float32))
   (before, after), _ = run(problem, [nobody], None, ADAMW, aggregate=aggregate)

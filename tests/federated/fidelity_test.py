@@ -84,7 +84,7 @@ def test_tiny_updates_have_cosines_too():
   assert got == pytest.approx(expected, abs=1e-5)
 
 
-UPLOAD = channels.Channel(upload=compression.uniform(2))
+UPLOAD = channels.Channel(upload=compression.stochastic_uniform(2))
 
 
 def play(problem, keep_metrics, **parts):

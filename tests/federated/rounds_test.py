@@ -88,7 +88,9 @@ def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
 
 
 def test_received_is_what_clients_train_on(problem, recorder):
-  channel = channels.Channel(download=compression.uniform(2))  # At random.
+  channel = channels.Channel(
+    download=compression.stochastic_uniform(2)
+  )  # At random.
   algorithm, step = compose(
     problem.loss_fn, recorder, client=DOUBLE, channel=channel
   )

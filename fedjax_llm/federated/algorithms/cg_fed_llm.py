@@ -4,7 +4,7 @@ Wu et al., "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
 Large Language Models", 2024 (arXiv 2405.13746). Its fine-tuning stage, FAF:
 
   FAF            `cg_fed_llm(..., codec=codec, compressor_of=autoencoder)`
-  sum            the same with `aggregate=aggregators.total()`: Algorithm 1 has
+  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has
                  a sum where the code it builds on, Shepherd, has a mean. It is
                  of updates: K whole adapters would grow K times a round
   product space  `cg_fed_llm_products`: Algorithm 1 names the products B A
@@ -24,7 +24,7 @@ from fedjax_llm.federated import (
   channels,
   clients,
   codec_rounds,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 from fedjax_llm.federated.algorithms import flex_lora
@@ -102,7 +102,7 @@ def cg_fed_llm_products(
 
   def compose(compressor):
     channel = codec_rounds.channel(compressor, representation)
-    return product_rounds.product_round(
+    return product_aggregation.product_round(
       local_update,
       flex_lora.nearest_products,
       lambda trainable: channels.tiers_of(channel),

@@ -27,7 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, segments, wire
-from fedjax_llm.federated import channels, clients, partition, rounds
+from fedjax_llm.federated import channels, clients, parameters, rounds
 
 
 class EcoState(NamedTuple):
@@ -179,8 +179,8 @@ def eco_lora(
 
 def layout(trainable: Any, segment_count: int) -> Layout:
   """How `trainable` is split in equal segments, the last filled with zeros."""
-  split = lambda tree: partition.split(
-    tree, lambda path: partition.factor(path) == "a"
+  split = lambda tree: parameters.split(
+    tree, lambda path: parameters.factor(path) == "a"
   )
   flat = [ravel_pytree(part) for part in split(trainable)]
   sizes = tuple(-(-vector.size // segment_count) for vector, _ in flat)
@@ -196,7 +196,7 @@ def layout(trainable: Any, segment_count: int) -> Layout:
 
   def tree(rows):
     grids = jnp.split(rows, sizes[:1], axis=1)
-    return partition.combine(
+    return parameters.combine(
       *(
         unravel(part.ravel()[: vector.size])
         for (vector, unravel), part in zip(flat, grids, strict=True)
@@ -266,7 +266,7 @@ def _send(sizes, densities):
   """Sends a segment with these densities of `a` and of the rest."""
 
   def fn(target):
-    compressor = segments.top_k_of_each(sizes, densities)
+    compressor = segments.top_k_per_segment(sizes, densities)
     message = base.transmit(compressor, target, (), jax.random.key(0))
     numbers = wire.nbytes(message.payload), wire.entries(message.payload)
     return message.received, *map(jnp.int32, numbers)

@@ -39,7 +39,7 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  partition,
+  parameters,
   rounds,
 )
 
@@ -130,14 +130,14 @@ def fed_srd(
         for path, pair in pairs.items()
       }
       other = {"a": "b", "b": "a"}[name]
-      travels = lambda path: partition.factor(path) != other
-      aim, _ = partition.split(factors.put(mean, moved), travels)
-      old, fixed = partition.split(state.trainable, travels)
+      travels = lambda path: parameters.factor(path) != other
+      aim, _ = parameters.split(factors.put(mean, moved), travels)
+      old, fixed = parameters.split(state.trainable, travels)
       start, unravel = ravel_pytree(old)
       change = ravel_pytree(aim)[0] - start
       server_key = rounds.stream(key, rounds.SERVER, state.round)
       message = base.transmit(download, change, (), server_key)
-      new = partition.combine(unravel(start + message.received), fixed)
+      new = parameters.combine(unravel(start + message.received), fixed)
       return new, _size(message.payload)
 
     is_a = (state.round % 2 == 0) == a_first
@@ -193,7 +193,7 @@ def _answer(density):
     mask = segments.largest_of_each(scores, sizes, counts)
     kept = jnp.where(mask, update, 0)
     scaled = segments.rescale_each(kept, update, sizes)
-    sender = segments.at(mask, sum(counts))
+    sender = segments.send_mask(mask, sum(counts))
     message = base.transmit(sender, scaled, (), key)
     nbytes, entries = _size(message.payload)
     return (
@@ -224,9 +224,9 @@ def _matrices(trainable):
   """The sizes of all matrices in the flat vector; of a head, all of a leaf."""
   sizes = []
   for path, leaf in zip(
-    partition.paths(trainable), jax.tree.leaves(trainable), strict=True
+    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
   ):
-    shape = leaf.shape[-2:] if partition.factor(path) else leaf.shape
+    shape = leaf.shape[-2:] if parameters.factor(path) else leaf.shape
     size = math.prod(shape)
     sizes += [size] * (leaf.size // size)
   return sizes

@@ -17,7 +17,7 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 
@@ -58,7 +58,7 @@ def flex_lora(
   Raises:
     ValueError: from `init`, if a rank is out of range.
   """
-  return product_rounds.product_round(
+  return product_aggregation.product_round(
     clients.local_update(loss_fn, client_optimizer),
     functools.partial(nearest_products, balanced=balanced),
     lambda trainable: factors.tiers(trainable, ranks, of_client, upload),
@@ -73,10 +73,10 @@ def nearest_products(
   key: Any,
   *,
   balanced: bool = False,
-) -> product_rounds.Combined:
+) -> product_aggregation.Combined:
   """The factors whose products are nearest to the mean products.
 
-  Arguments are as of `combine` of `product_rounds.product_round`, and
+  Arguments are as of `combine` of `product_aggregation.product_round`, and
   `balanced` as in `flex_lora`.
   """
   del key  # Deterministic.
@@ -88,4 +88,4 @@ def nearest_products(
     for path, pair in stacks.items()
   }
   mean = gathering.mean(trained, weights)
-  return product_rounds.Combined(factors.put(mean, nearest))
+  return product_aggregation.Combined(factors.put(mean, nearest))

@@ -21,13 +21,13 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 from fedjax_llm.federated.algorithms import fed_avg
 
 
-def zero_padded(
+def zero_padded_lora(
   loss_fn: clients.LossFn,
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
@@ -246,5 +246,5 @@ def _sizes(trainable):
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   counts = [int(np.sum(owners < x)) for x in range(factors.rank(trainable) + 1)]
-  sizes = [product_rounds.size(x, vector.dtype) for x in counts]
+  sizes = [product_aggregation.size(x, vector.dtype) for x in counts]
   return jnp.array(sizes, jnp.int32)

@@ -134,7 +134,9 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     mask = jax.lax.cond(
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
-    send = lambda values: segments.at(mask, count).encode(values, (), key)[0]
+    send = lambda values: segments.send_mask(mask, count).encode(
+      values, (), key
+    )[0]
     # What arrives of zeros: `top_k` may send how much has moved since the seed.
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)

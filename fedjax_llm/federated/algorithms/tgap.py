@@ -1,7 +1,7 @@
 """TGAP, first half: training whose updates are recorded, to fit a codec on.
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
-client's data, `data.division.divide`, and fits its autoencoder on what was
+client's data, `data.split_rows.divide`, and fits its autoencoder on what was
 recorded over clients and rounds ("temporal ensemble"). Its first version does
 so without federated learning, each client alone, its last by federated
 pre-training: here are both.

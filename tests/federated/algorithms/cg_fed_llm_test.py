@@ -23,7 +23,7 @@ def basis():
 
 
 MEAN, PRODUCT = cg_fed_llm.cg_fed_llm, cg_fed_llm.cg_fed_llm_products
-SUM = functools.partial(MEAN, aggregate=aggregators.total())
+SUM = functools.partial(MEAN, aggregate=aggregators.sum_updates())
 
 
 @functools.cache

@@ -12,14 +12,15 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import channels, clients, private_aggregation
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import (
   cg_fed_llm,
+  delta_downloads,
   eco_lora,
   ef21,
   fed_avg,
-  fed_ex,
-  fed_sa,
+  fed_ex_lora,
+  fed_sa_lora,
   fed_sb,
   fed_srd,
   federated_select,
@@ -27,12 +28,12 @@ from fedjax_llm.federated.algorithms import (
   flasc,
   flex_lora,
   flora,
+  freezing,
   het_lora,
-  incremental,
-  partial,
   pruning,
   scaffold,
 )
+from fedjax_llm.federated.privacy import mechanisms
 
 KEY = jax.random.key(9)
 CLIENT = optax.sgd(0.05, momentum=0.9)
@@ -61,7 +62,7 @@ def averaging(make, **knobs):
   )
 
 
-EIGHT_BITS = compression.error_feedback(compression.uniform(8))
+EIGHT_BITS = compression.error_feedback(compression.stochastic_uniform(8))
 
 
 def rank_method(make, *server, **knobs):
@@ -98,16 +99,16 @@ def residual_method(make, **knobs):
 
 # Random messages, with a memory of both kinds of senders.
 FEEDBACK = channels.Channel(
-  compression.error_feedback(compression.uniform(8)),
+  compression.error_feedback(compression.stochastic_uniform(8)),
   compression.error_feedback(
-    compression.chain(sparse.top_k(0.25), compression.uniform(4))
+    compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(4))
   ),
 )
 
-PRIVATE = private_aggregation.private_mean(
+PRIVATE = mechanisms.private_mean(
   clip_norm=1.0, noise_multiplier=0.05, clients=3
 )
-ADAPTIVE = private_aggregation.adaptive_private_mean(
+ADAPTIVE = mechanisms.adaptive_private_mean(
   initial_clip_norm=1.0,
   quantile=0.5,
   noise_multiplier=0.05,
@@ -161,11 +162,11 @@ ALGORITHMS = {
   ),
   "SparseAdapter": sparse_method(pruning.sparse_adapter, density=0.5),
   "Adapter-LTH": sparse_method(pruning.adapter_lth, density=FALLING),
-  "zero-padded HetLoRA": rank_method(het_lora.zero_padded, REPLACE),
+  "zero-padded HetLoRA": rank_method(het_lora.zero_padded_lora, REPLACE),
   "HetLoRA": rank_method(het_lora.het_lora, REPLACE, decay=0.5, population=7),
   "FlexLoRA": rank_method(flex_lora.flex_lora),
   "FLoRA": residual_method(flora.flora, ranks=(1, 2)),
-  "FedEx-LoRA": residual_method(fed_ex.fed_ex_lora),
+  "FedEx-LoRA": residual_method(fed_ex_lora.fed_ex_lora),
   "EcoLoRA": averaging(
     eco_lora.eco_lora,
     segment_count=2,
@@ -195,10 +196,10 @@ ALGORITHMS = {
   ),
   "private mean": avg(aggregate=PRIVATE),
   "adaptive private mean": avg(aggregate=ADAPTIVE),
-  "FFA-LoRA": averaging(partial.ffa_lora),
-  "linear probe": averaging(partial.linear_probe),
-  "RoLoRA": averaging(partial.ro_lora),
-  "FedSA-LoRA": averaging(fed_sa.fed_sa_lora, population=7),
+  "FFA-LoRA": averaging(freezing.ffa_lora),
+  "linear probe": averaging(freezing.linear_probe),
+  "RoLoRA": averaging(freezing.ro_lora),
+  "FedSA-LoRA": averaging(fed_sa_lora.fed_sa_lora, population=7),
   "Fed-SB": averaging(fed_sb.fed_sb, bases=fed_sb.random_bases(KEY)),
   "CG-FedLLM": codec_method(cg_fed_llm.cg_fed_llm, REPLACE),
   "CG-FedLLM, refitted": codec_method(
@@ -208,14 +209,16 @@ ALGORITHMS = {
     volunteers=[True, False] * 3 + [True],
   ),
   "CG-FedLLM, products": codec_method(cg_fed_llm.cg_fed_llm_products),
-  "incremental downloads": lambda loss_fn, **parts: incremental.incremental(
-    loss_fn,
-    CLIENT,
-    flasc.server_adamw(0.05),
-    download=compression.lloyd_max(3, block=8),
-    upload=compression.error_feedback(sparse.top_k(0.5)),
-    population=7,
-    **parts,
+  "incremental downloads": lambda loss_fn, **parts: (
+    delta_downloads.delta_downloads(
+      loss_fn,
+      CLIENT,
+      flasc.server_adamw(0.05),
+      download=compression.lloyd_max(3, block=8),
+      upload=compression.error_feedback(sparse.top_k(0.5)),
+      population=7,
+      **parts,
+    )
   ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)

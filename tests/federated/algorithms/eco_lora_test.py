@@ -198,7 +198,9 @@ def test_a_lower_loss_sends_fewer_bytes(problem):
 
 def test_the_download_may_be_compressed(problem):
   # With a memory of the server's.
-  lossy = compression.error_feedback(compression.uniform(8, block=24))
+  lossy = compression.error_feedback(
+    compression.stochastic_uniform(8, block=24)
+  )
   states, metrics = run(problem, problem.cohorts(2), download=lossy)
   algorithm, _ = compose(problem.loss_fn, download=lossy)
   received = ravel_pytree(algorithm.received(states[1], KEY))[0]

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
-from fedjax_llm.federated import densities, partition
+from fedjax_llm.federated import densities, parameters
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
 
 KEY = jax.random.key(4)
@@ -205,7 +205,7 @@ def test_factors_are_received_apart_on_request(problem, make, knobs):
   # A Top-K of a sixth is filled by `a`, a hundred times larger, unless apart.
   scaled = {**problem.trainable, "a": 100 * problem.trainable["a"]}
   apart = functools.partial(
-    sparse.top_k_apart, partition.owners(problem.trainable)
+    sparse.top_k_per_group, parameters.owners(problem.trainable)
   )
   received = {}
   for name, top_k in {"global": sparse.top_k, "apart": apart}.items():

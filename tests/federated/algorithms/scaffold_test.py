@@ -105,7 +105,7 @@ def test_who_is_the_only_client_runs_fed_avg_bit_for_bit(problem):
 LOSSY = channels.Channel(
   sparse.top_k(0.5),
   compression.error_feedback(
-    compression.chain(sparse.top_k(0.25), compression.uniform(8))
+    compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(8))
   ),
 )
 
