@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import optax
 
+import fedjax_llm as fl
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import (
@@ -43,7 +44,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 16,
   clients_per_round: int = 6,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -80,7 +81,8 @@ def experiment(
     seed: of everything random but D1 and D2, which are those of the codec.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -98,6 +100,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   fitted, about = learned_codecs.load(codec, task.trainable)
@@ -124,7 +127,7 @@ def experiment(
   task = dataclasses.replace(task, data=data)
   population = len(task.population.names)
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
-  placement = dict(clients_per_step=clients_per_step, mesh=task.mesh)
+  placement = dict(placement=task.placement)
 
   def made(algorithm):
     return finetuning.federated(

@@ -5,6 +5,7 @@ fedjax-llm run dense_lora
 
 import optax
 
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import aggregators
@@ -17,7 +18,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 50,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -37,7 +38,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -56,6 +58,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = fed_avg.fed_avg(
@@ -63,8 +66,7 @@ def experiment(
     optax.sgd(client_learning_rate, momentum=0.9),
     flasc.server_adamw(server_learning_rate),
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

@@ -20,6 +20,7 @@ import jax
 import optax
 from jax.flatten_util import ravel_pytree
 
+import fedjax_llm as fl
 from fedjax_llm.compression import base, levels, quantize, sparse
 from fedjax_llm.data import corpora, records, sources, templates
 from fedjax_llm.data import partition as partitions
@@ -286,7 +287,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 6,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 16,
   targets: tuple[str, ...] = decoder.LINEAR,
   density: float = 0.25,
@@ -317,7 +318,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors; the scale of their product is 1.
     targets: names of the layers that get factors.
     density: share of the entries that sparse methods send, either way.
@@ -350,12 +352,12 @@ def experiment(
     else lora.LoRA(rank, float(rank), 0.0, targets),
     sequence_length,
     held_out_rows,
+    fl.Placement(clients_per_step=clients_per_step),
     seed,
   )
   parts: dict[str, Any] = {
     "population": len(task.population.names),
-    "clients_per_step": clients_per_step,
-    "mesh": task.mesh,
+    "placement": task.placement,
   }
   guarantee = None
   if epsilon is not None:
@@ -415,7 +417,9 @@ TIERS = (
 )
 
 
-def _task(data, model, adapter, sequence_length, held_out_rows, seed):
+def _task(
+  data, model, adapter, sequence_length, held_out_rows, placement, seed
+):
   """The task that the data is for."""
   if data is None or not data.endswith(".tar.gz"):
     corpus = corpora.shakespeare(data) if data else corpora.standard_library()
@@ -424,6 +428,7 @@ def _task(data, model, adapter, sequence_length, held_out_rows, seed):
       model=model,
       adapter=adapter,
       sequence_length=sequence_length,
+      placement=placement,
       seed=seed,
     )
   test: Any = sources.newsgroups(data, "test", subject=True)
@@ -441,6 +446,7 @@ def _task(data, model, adapter, sequence_length, held_out_rows, seed):
     adapter=adapter,
     sequence_length=sequence_length,
     pooling="mean",
+    placement=placement,
     seed=seed,
   )
 

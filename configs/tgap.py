@@ -12,6 +12,7 @@ from typing import Literal
 
 import optax
 
+import fedjax_llm as fl
 from fedjax_llm.codecs import (
   autoencoder,
   fitting,
@@ -47,7 +48,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 10,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -85,7 +86,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -103,14 +105,14 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   task, _ = learned_compression.divided(task, share, seed=seed)
   parts = dict(
     population=len(task.population.names),
     representation=representation,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
   if pretraining == "local":

@@ -80,6 +80,7 @@ from fedjax_llm.federated.algorithms.scaffold import scaffold
 from fedjax_llm.federated.channels import Channel, Tiers
 from fedjax_llm.federated.clients import (
   Cohort,
+  Placement,
   local_update,
   map_clients,
   proximal,

@@ -14,6 +14,7 @@ from fedjax_llm.data import cohorts, corpora, records
 from fedjax_llm.experiments import tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
+from tests import placements
 
 CONFIG = main.load_config("methods")
 NAMES = typing.get_args(CONFIG.Method)
@@ -61,7 +62,9 @@ def test_a_method_is_composed(name, toy_model):
   # them, here only that each fits a real task, by what the knobs say.
   toy = task(str(toy_model))
   parts = dict(
-    population=len(toy.population.names), clients_per_step=1, mesh=toy.mesh
+    population=len(toy.population.names),
+    placement=placements.ALONE,
+    mesh=toy.mesh,
   )
   knobs = CONFIG.Knobs(
     toy,

@@ -38,8 +38,7 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
     optax.sgd(server_rate),
     channel=channels.Channel(upload=upload),
     population=len(task.population.names),
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return task, finetuning.federated(
     task, algorithm, rounds=cell.rounds, **problems.training(cell, knobs)

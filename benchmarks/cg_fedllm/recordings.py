@@ -79,8 +79,7 @@ def _recording(task, cell):
     client_optimizer(cell.client_rate),
     optax.sgd(1.0),
     population=len(task.population.names),
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return learned_compression.recorded(
     task,

@@ -51,8 +51,7 @@ def make(
 ) -> rounds.FederatedAlgorithm:
   """The algorithm of a cell."""
   parts = dict(
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
     population=len(task.population.names),
   )
   return METHODS[cell.method](

@@ -94,7 +94,7 @@ def federated(
     seed=task.seed,
   )
   key = jax.random.key(task.seed)
-  placement = tasks.replicated(task.mesh)
+  placement = task.placement.everywhere
   examples = jax.device_put(task.population.examples, placement)
   compiled = jax.jit(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)

@@ -16,6 +16,7 @@ import transformers
 
 from fedjax_llm.data import batches, records
 from fedjax_llm.experiments import objectives
+from fedjax_llm.federated import clients
 from fedjax_llm.models import (
   adapters,
   families,
@@ -45,7 +46,7 @@ class Task:
     save_adapter: (trainable, folder, residual=None) -> None; writes a PEFT
       adapter, with what a method has added to the base model if it has, see
       `rounds.FederatedAlgorithm`. In full fine-tuning, a model folder.
-    mesh: the devices that clients are shared out over.
+    placement: the devices that clients train on, and how many at once.
     seed: of everything random.
     data: what identifies the rows and the base model.
     adapter: the LoRA that the factors are of; None in full fine-tuning.
@@ -57,7 +58,7 @@ class Task:
   population: batches.Population
   evaluate: Callable[[Any, Any], dict[str, float]]
   save_adapter: Callable[..., None]
-  mesh: jax.sharding.Mesh
+  placement: clients.Placement
   seed: int
   data: Mapping[str, str]
   adapter: lora.LoRA | None = None
@@ -72,6 +73,7 @@ def language_model(
   dtype: Dtype = "float32",
   quantize: Quantize | None = None,
   remat: bool = False,
+  placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
   """Fine-tuning of a causal language model on federated texts.
@@ -89,6 +91,8 @@ def language_model(
     quantize: keep the kernels of the base model's layers in 8 or about 4.5
       bits a weight instead (QLoRA, Dettmers et al., 2023).
     remat: recompute activations to save memory.
+    placement: the devices that clients train on, and how many at once; all
+      devices if not given.
     seed: of the factors, the cohorts, the dropout and the compressors.
 
   Raises:
@@ -99,7 +103,9 @@ def language_model(
   families.check_predicts(families.read_config(folder))
   rows = _rows(data, folder, sequence_length)
   kind = objectives.LANGUAGE
-  return _task(rows, model, adapter, None, kind, dtype, quantize, remat, seed)
+  return _task(
+    rows, model, adapter, None, kind, dtype, quantize, remat, placement, seed
+  )
 
 
 def classifier(
@@ -112,6 +118,7 @@ def classifier(
   dtype: Dtype = "float32",
   quantize: Quantize | None = None,
   remat: bool = False,
+  placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
   """Fine-tuning of a classifier on federated texts.
@@ -129,6 +136,7 @@ def classifier(
     dtype: as in `language_model`.
     quantize: as in `language_model`.
     remat: as in `language_model`.
+    placement: as in `language_model`.
     seed: as in `language_model`.
   """
   folder = pretrained.resolve(model)
@@ -147,7 +155,9 @@ def classifier(
       f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
     )
   kind = objectives.CLASSIFICATION
-  return _task(rows, model, adapter, head, kind, dtype, quantize, remat, seed)
+  return _task(
+    rows, model, adapter, head, kind, dtype, quantize, remat, placement, seed
+  )
 
 
 def _rows(
@@ -180,6 +190,7 @@ def _task(
   dtype: Dtype,
   quantize: Quantize | None,
   remat: bool,
+  placement: clients.Placement | None,
   seed: int,
 ) -> Task:
   """Loads what is fine-tuned; see `language_model`."""
@@ -189,13 +200,14 @@ def _task(
       f"full fine-tuning trains the kernels, got {quantize=}. Leave it out, or"
       " give an adapter."
     )
-  folder, mesh = pretrained.resolve(model), device_mesh()
+  folder = pretrained.resolve(model)
+  placement = placement or clients.Placement()
   config, frozen = pretrained.load(
     folder,
     head=head,
     dtype=jnp.dtype("float32" if is_full else dtype),
     quantize=quantize,
-    sharding=replicated(mesh),
+    sharding=placement.everywhere,
   )
   trainable = None
   data = {
@@ -225,7 +237,7 @@ def _task(
     population=rows.train,
     evaluate=kind.evaluator(kind.score_fn(network), rows.held_out.examples),
     save_adapter=_saver(adapter, config, str(model), head),
-    mesh=mesh,
+    placement=placement,
     seed=seed,
     data=data,
     adapter=adapter,
@@ -277,17 +289,3 @@ def check_tokens(tokens: np.ndarray, config: Any) -> None:
       f"the tokenizer wrote token {tokens.max()}, the model has only"
       f" {config.vocab_size}. Take the tokenizer that it was trained with."
     )
-
-
-def device_mesh() -> jax.sharding.Mesh:
-  """All devices, on an axis "clients"."""
-  return jax.make_mesh(
-    (jax.device_count(),),
-    ("clients",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-  )
-
-
-def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Placement of an array on every device of `mesh`."""
-  return jax.sharding.NamedSharding(mesh, jax.P())

@@ -104,7 +104,7 @@ def parametrised(
   *optimizers: Any,
   divide: Callable[[Any], tuple[Any, Any]],
   join: Callable[[Any, Any], Any] = combine,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on other parameters than those that the model takes.
@@ -117,7 +117,7 @@ def parametrised(
       both ends know beside it.
     join: back, from these two. A function of a module, not a closure: states
       are of one structure if theirs is the same.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
     **parts: the other arguments of `make`.
 
   Returns:
@@ -128,7 +128,7 @@ def parametrised(
     frozen, fixed = shared
     return loss_fn(join(trained, fixed), frozen, examples, mask, key)
 
-  inner = make(inner_loss_fn, *optimizers, mesh=mesh, **parts)
+  inner = make(inner_loss_fn, *optimizers, placement=placement, **parts)
 
   def init(trainable):
     trained, fixed = divide(trainable)
@@ -138,7 +138,7 @@ def parametrised(
         f" {', '.join(paths(trainable))}."
       )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    fixed = rounds.replicate(jax.tree.map(jnp.array, fixed), mesh)
+    fixed = rounds.replicate(jax.tree.map(jnp.array, fixed), placement)
     return PartState(inner.init(trained), fixed, join)
 
   def round_fn(state, frozen, examples, cohort, key):

@@ -69,8 +69,7 @@ def product_round(
   ranks: Sequence[int] | None = None,
   scale: float | None = None,
   population: int | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Composes an algorithm that aggregates products of factors.
 
@@ -88,8 +87,7 @@ def product_round(
     scale: `LoRA.scale`, if products are added to the base model; else None.
     population: number of clients; needed for a residual, or if the upload keeps
       a state for each.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `rounds.federated_round`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `population` is missing; from `init`, if there are no
@@ -103,8 +101,7 @@ def product_round(
   at_clients = gathering.gather(
     local_update,
     _answer(tiers_of),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -121,7 +118,7 @@ def product_round(
     # Copied, so that donating the state leaves the caller's arrays alone.
     copy = jax.tree.map(jnp.array, trainable)
     state = State(jnp.int32(0), copy, residual, missed, upload)
-    return rounds.replicate(state, mesh)
+    return rounds.replicate(state, placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     tiers = tiers_of(state.trainable)
@@ -167,7 +164,7 @@ def product_round(
       )
     after = rounds.unless_nobody(present.any(), after, state)
     metrics = {"download_bytes": down[:, 0], "download_entries": down[:, 1]}
-    return rounds.replicate(after, mesh), answers.metrics | metrics
+    return rounds.replicate(after, placement), answers.metrics | metrics
 
   def received_fn(state, key):
     del key  # Downloads are not random.

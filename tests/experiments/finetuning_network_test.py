@@ -13,7 +13,7 @@ import pytest
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches, cohorts
 from fedjax_llm.experiments import finetuning, runner, tasks
-from fedjax_llm.federated import channels, network, parameters, rounds
+from fedjax_llm.federated import channels, clients, network, parameters, rounds
 from fedjax_llm.federated.algorithms import delta_downloads, fed_avg, flasc
 from fedjax_llm.federated.privacy import guarantees, mechanisms
 
@@ -68,7 +68,7 @@ def toy():
     population=batches.Population(tuple("abcdef"), examples, starts),
     evaluate=evaluate,
     save_adapter=save_adapter,
-    mesh=tasks.device_mesh(),
+    placement=clients.Placement(),
     seed=0,
     data={},
   )
@@ -79,8 +79,7 @@ def toy():
     optax.sgd(1.0),
     channel=channels.Channel(upload=half),
     population=6,
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return Toy(task, algorithm)
 
@@ -284,7 +283,7 @@ def test_messages_of_all_that_a_method_trains_are_not_sparse(toy):
     optax.sgd(0.1),
     optax.sgd(1.0),
     is_trained=lambda path: path == "w",
-    mesh=toy.task.mesh,
+    placement=toy.task.placement,
   )
   task = dataclasses.replace(toy.task, trainable=trainable)
   made = Toy(task, algorithm).experiment()

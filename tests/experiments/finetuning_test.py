@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import fedjax_llm as fl
 from fedjax_llm import compression
 from fedjax_llm.cli import main
 from fedjax_llm.codecs import controls
@@ -18,6 +19,7 @@ from fedjax_llm.experiments import checkpoints, finetuning, tasks
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_avg
 from fedjax_llm.models import adapters, families, lora
+from tests import placements
 
 TOY = main.load_config(
   str(pathlib.Path(__file__).parent.parent / "toy_config.py")
@@ -116,9 +118,9 @@ def test_a_restored_state_goes_on_without_compiling(made, rounds, tmp_path):
 def test_placement_and_chunks_do_not_change_the_result(
   made, rounds, toy_model, monkeypatch
 ):
-  one = jax.sharding.Mesh(jax.devices()[:1], ("clients",))
-  monkeypatch.setattr(tasks, "device_mesh", lambda: one)
-  other = TOY.experiment(model=str(toy_model), clients_per_step=2)
+  one = placements.on(1, 2)
+  monkeypatch.setattr(fl, "Placement", lambda **knobs: one)
+  other = TOY.experiment(model=str(toy_model))
   state = other.init()
   for number in range(2):
     state, row = other.round(state, number)
@@ -193,7 +195,7 @@ def through(codec_of, toy_model, clients_per_round=3):
     optax.sgd(0.1),
     optax.sgd(1.0),
     channel=channels.Channel(upload=codec_of(size)),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   observed, lines = [], []
   made = finetuning.federated(
@@ -248,7 +250,7 @@ def test_of_one_client_there_is_no_innovation(toy_model):
     ({"sequence_length": 0}, "sequence_length >= 1"),
     ({"clients_per_round": 7}, "clients_per_round <= 6"),
     ({"download_density": 2.0}, "density"),
-    ({"clients_per_step": 0}, "clients_per_step"),
+    ({"clients_per_step": 0}, "clients_per_step >= 1"),
     ({"rounds": 0}, "rounds >= 1"),
     ({"model": "./no/folder"}, "no/folder"),
   ],

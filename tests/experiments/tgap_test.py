@@ -73,8 +73,7 @@ def recorded(task, finish=lambda store, folder: None, **knobs):
     SGD,
     optax.sgd(1.0),
     population=6,
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   knobs = {"representation": "delta", "about": {"share": 0.3}} | knobs
   return learned_compression.recorded(
@@ -183,8 +182,7 @@ def test_clients_fetch_a_transform_once(task, transform_folder):
     SGD,
     optax.sgd(1.0),
     population=6,
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
     **coding,
   )
   made = finetuning.federated(
@@ -215,8 +213,7 @@ def tuned(task, codec_folder):
     **learned_codecs.coding(codec, is_refitted=True),
     population=6,
     volunteers=np.ones(6, bool),
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   fits = []
 

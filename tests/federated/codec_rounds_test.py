@@ -12,6 +12,7 @@ from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_ex_lora
+from tests import placements
 
 KEY = jax.random.key(4)
 DEVICE = jax.devices()[0]
@@ -44,7 +45,7 @@ def compose(
     population=7,
     representation=representation,
     volunteers=volunteers,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 

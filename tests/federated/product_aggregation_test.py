@@ -13,6 +13,7 @@ from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import clients
 from fedjax_llm.federated.algorithms import fed_ex_lora, flex_lora, flora
 from fedjax_llm.models import lora
+from tests import placements
 
 KEY = jax.random.key(6)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -21,7 +22,7 @@ SCALE = 1.5
 
 @functools.cache
 def compose(make, loss_fn, **knobs):
-  knobs = {"population": 7, "clients_per_step": 1} | knobs
+  knobs = {"population": 7, "placement": placements.ALONE} | knobs
   algorithm = make(loss_fn, SGD, **knobs)
   return algorithm, jax.jit(algorithm.round)
 

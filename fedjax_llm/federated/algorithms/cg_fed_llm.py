@@ -16,7 +16,6 @@ downloaded once by every client.
 
 from typing import Any
 
-import jax
 import optax
 
 from fedjax_llm.federated import (
@@ -38,8 +37,7 @@ def cg_fed_llm(
   population: int,
   representation: codec_rounds.Representation = "delta",
   aggregate: aggregators.Aggregator | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
   **coding: Any,
 ) -> rounds.FederatedAlgorithm:
   """FAF: what arrives is averaged, `a` and `b` each by itself.
@@ -55,8 +53,7 @@ def cg_fed_llm(
       adds up updates in either case: the sum of K whole adapters would grow K
       times a round even if nobody trained.
     aggregate: None for the weighted mean.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `rounds.federated_round`.
+    placement: see `clients.Placement`; all devices if not given.
     **coding: `codec`, `compressor_of`, `setup_bytes`, `volunteers` of
       `codec_rounds.with_codec`.
 
@@ -73,12 +70,11 @@ def cg_fed_llm(
       channel=codec_rounds.channel(compressor, representation),
       aggregate=aggregate,
       population=population,
-      clients_per_step=clients_per_step,
-      mesh=mesh,
+      placement=placement,
     )
 
   return codec_rounds.with_codec(
-    compose, population=population, mesh=mesh, **coding
+    compose, population=population, placement=placement, **coding
   )
 
 
@@ -88,8 +84,7 @@ def cg_fed_llm_products(
   *,
   population: int,
   representation: codec_rounds.Representation = "delta",
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
   **coding: Any,
 ) -> rounds.FederatedAlgorithm:
   """FAF whose server averages the products of what it decodes.
@@ -107,10 +102,9 @@ def cg_fed_llm_products(
       flex_lora.nearest_products,
       lambda trainable: channels.tiers_of(channel),
       population=population,
-      clients_per_step=clients_per_step,
-      mesh=mesh,
+      placement=placement,
     )
 
   return codec_rounds.with_codec(
-    compose, population=population, mesh=mesh, **coding
+    compose, population=population, placement=placement, **coding
   )

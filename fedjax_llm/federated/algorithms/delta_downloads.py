@@ -49,8 +49,7 @@ def delta_downloads(
   download: base.Compressor | None = None,
   upload: base.Compressor | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated averaging with downloads of what changed since a client's last.
 
@@ -68,8 +67,7 @@ def delta_downloads(
       comes back, the more bits it needs. None for all of it.
     upload: of a client's update; None for all of it.
     aggregate: from updates to one; None for the uniform mean.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     The algorithm. As each client has parameters of its own, `received` are
@@ -85,8 +83,7 @@ def delta_downloads(
   local_update = clients.local_update(loss_fn, client_optimizer)
   answers = clients.map_clients(
     _answer(local_update, download, channel.upload, aggregate),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -105,7 +102,7 @@ def delta_downloads(
       upload=channels.upload_states(channel, vector, population),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     shared = (state._replace(copies=(), upload=()), frozen, examples, key)
@@ -119,7 +116,7 @@ def delta_downloads(
     after = after._replace(copies=copies, upload=states)
     if not aggregate.steps_when_empty:
       after = rounds.unless_nobody(present > 0, after, state)
-    return rounds.replicate(after, mesh), {
+    return rounds.replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       **metrics,

@@ -50,7 +50,7 @@ def fed_ex_lora(
     weighted: weight clients by the cohort's weights; the paper's mean is plain.
     upload: what compresses the updates; None for nothing.
     population: number of clients.
-    **placement: `clients_per_step`, `mesh` of `rounds.federated_round`.
+    **placement: `placement` of `rounds.federated_round`.
   """
 
   def tiers_of(trainable):

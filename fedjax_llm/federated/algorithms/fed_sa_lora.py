@@ -71,8 +71,7 @@ def fed_sa_lora(
   ),
   channel: channels.Channel | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FedSA-LoRA; its state grows with the population.
 
@@ -89,8 +88,7 @@ def fed_sa_lora(
     is_shared: which parameters travel, by their path, see `parameters.split`.
     channel: what compresses them.
     aggregate: of the shared part; None for the weighted mean.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `channel` freezes parameters; from `init`, if nothing is
@@ -110,12 +108,11 @@ def fed_sa_lora(
     channel=channel,
     aggregate=aggregate,
     population=population,
-    mesh=mesh,
+    placement=placement,
   )
   answers = clients.map_clients(
     _answer(local_update, channel, aggregate, is_shared),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -125,7 +122,7 @@ def fed_sa_lora(
       raise ValueError(f"fed_sa_lora found nothing to share among {names}.")
     copies = lambda x: jnp.tile(x, (population, *[1] * jnp.ndim(x)))
     own = (jax.tree.map(copies, own), jnp.zeros(population, bool))
-    return FedSAState(of_server.init(shared), *rounds.replicate(own, mesh))
+    return FedSAState(of_server.init(shared), *rounds.replicate(own, placement))
 
   def round_fn(state, frozen, examples, cohort, key):
     server = state.inner
@@ -144,7 +141,7 @@ def fed_sa_lora(
       after = rounds.unless_nobody(present.any(), after, server)
     has_trained = state.has_trained.at[cohort.clients].max(present)
     to_all = lambda number: jnp.full_like(cohort.clients, number)
-    return rounds.replicate(FedSAState(after, own, has_trained), mesh), {
+    return rounds.replicate(FedSAState(after, own, has_trained), placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       "download_bytes": to_all(wire.nbytes(message.payload)),

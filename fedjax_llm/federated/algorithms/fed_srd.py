@@ -68,8 +68,7 @@ def fed_srd(
   download_density: float,
   truncated: bool = True,
   a_first: bool = False,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FedSRD; clients are weighted by the cohort's weights.
 
@@ -85,8 +84,7 @@ def fed_srd(
       a factor moves towards it; False for FedSRD-e.
     a_first: whether `a` moves in even rounds and `b` in odd ones, as in the
       authors' code; else the other way round.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density is out of range; from `init`, if there are no
@@ -97,8 +95,7 @@ def fed_srd(
   at_clients = gathering.gather(
     clients.local_update(loss_fn, client_optimizer),
     _answer(upload_density),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -106,7 +103,7 @@ def fed_srd(
     dense = jnp.broadcast_to(_dense(trainable), (population, 2))
     # Copied, so that donating the state leaves the caller's arrays alone.
     copy = jax.tree.map(jnp.array, trainable)
-    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), mesh)
+    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     answers = at_clients(
@@ -149,7 +146,7 @@ def fed_srd(
     after = FedSRDState(state.round + 1, trainable, missed)
     after = rounds.unless_nobody(came.any(), after, state)
     metrics = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
-    return rounds.replicate(after, mesh), answers.metrics | metrics
+    return rounds.replicate(after, placement), answers.metrics | metrics
 
   def received_fn(state, key):
     del key  # Every client is brought up to date.

@@ -61,7 +61,7 @@ def federated_select(
     warm_up_rounds: how many rounds are dense at first; 0 for the authors' code.
     top_k: from a density to what sends the largest parameters.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density or `warm_up_rounds` is out of range.

@@ -47,7 +47,7 @@ def flasc(
       see `sparse.top_k_per_group`, and `compression.relative_to` for the Top-K
       of what has moved.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density is out of range.

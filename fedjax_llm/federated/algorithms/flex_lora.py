@@ -53,7 +53,7 @@ def flex_lora(
       value is zero is zero in both factors, and never trained again.
     upload: what compresses the updates; None for nothing.
     **placement: `population` (if the upload keeps a state for each client),
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.

@@ -54,7 +54,7 @@ def flora(
     of_client: numbers of clients -> numbers of their tiers.
     upload: what compresses the updates; None for nothing.
     population: number of clients.
-    **placement: `clients_per_step`, `mesh` of `rounds.federated_round`.
+    **placement: `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.

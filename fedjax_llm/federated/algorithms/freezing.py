@@ -133,8 +133,7 @@ def ro_lora(
       `optax.sgd(1.0)`.
     channel: what compresses the download, and the entries that are uploaded.
       The upload must have no memory: it is of other entries every round.
-    **parts: `aggregate`, `population`, `clients_per_step`, `mesh` of
-      `rounds.federated_round`.
+    **parts: `aggregate`, `population`, `placement` of `rounds.federated_round`.
   """
   # Without a chain of nothing, which would be a few bytes.
   compressed = channel is not None

@@ -76,7 +76,7 @@ def local_update(
     noise_key, loss_key = jax.random.split(key)
     rows = (examples, mask, jax.random.split(loss_key, mask.size))
     # What maps over clients and adds up serves as well for examples.
-    over_rows = clients.map_clients(of_example, clients_per_step=microbatch)
+    over_rows = clients.map_in_steps(of_example, microbatch)
     (total, sums), _ = over_rows((), rows)
     total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)
     gradient = unravel((total / mask.size).astype(flat.dtype))

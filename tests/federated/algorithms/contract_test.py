@@ -34,6 +34,7 @@ from fedjax_llm.federated.algorithms import (
   scaffold,
 )
 from fedjax_llm.federated.privacy import mechanisms
+from tests import placements
 
 KEY = jax.random.key(9)
 CLIENT = optax.sgd(0.05, momentum=0.9)
@@ -227,7 +228,7 @@ each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 @functools.cache
 def program(name, loss_fn, **placement):
   """An algorithm and its round, compiled once for all tests."""
-  placement = placement or {"clients_per_step": 1}
+  placement = placement or {"placement": placements.ALONE}
   algorithm = ALGORITHMS[name](loss_fn, **placement)
   return algorithm, jax.jit(algorithm.round, donate_argnums=0)
 
@@ -370,31 +371,30 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
 
 
 @pytest.mark.parametrize(
-  ("name", "clients_per_step", "on_mesh"),
+  ("name", "devices", "clients_per_step"),
   [
-    ("FLASC", None, False),
-    ("FLASC", 2, True),
-    ("error feedback", 2, False),
-    ("error feedback", 1, True),
-    ("SCAFFOLD", 2, True),
-    ("EcoLoRA", 2, False),
-    ("FedSRD", 2, True),
-    ("FLoRA", 2, True),
-    ("CG-FedLLM", 2, True),
-    ("CG-FedLLM, refitted", 2, True),
-    ("FlexLoRA", 2, True),
-    ("HetLoRA", None, False),
-    ("FedSA-LoRA", 2, True),
-    ("FFA-LoRA", 1, True),
-    ("EF21", 1, True),
-    ("FetchSGD", 2, True),
+    ("FLASC", 1, placements.EVERYBODY),
+    ("FLASC", 2, 2),
+    ("error feedback", 1, 2),
+    ("error feedback", 2, 1),
+    ("SCAFFOLD", 2, 2),
+    ("EcoLoRA", 1, 2),
+    ("FedSRD", 2, 2),
+    ("FLoRA", 2, 2),
+    ("CG-FedLLM", 2, 2),
+    ("CG-FedLLM, refitted", 2, 2),
+    ("FlexLoRA", 2, 2),
+    ("HetLoRA", 1, placements.EVERYBODY),
+    ("FedSA-LoRA", 2, 2),
+    ("FFA-LoRA", 2, 1),
+    ("EF21", 2, 1),
+    ("FetchSGD", 2, 2),
   ],
 )
-def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):
+def test_placements_agree(problem, name, devices, clients_per_step):
   # Law 21: three clients one by one, which is the reference, in steps of two,
   # all at once, and on two devices.
-  placement = dict(clients_per_step=clients_per_step)
-  placement |= dict(mesh=mesh) if on_mesh else {}
+  placement = dict(placement=placements.on(devices, clients_per_step))
   cohorts = problem.cohorts(2)
   got = play(problem, name, cohorts, **placement)
   expected = play(problem, name, cohorts)

@@ -9,6 +9,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import sparse, wire
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import delta_downloads, fed_avg, flasc
+from tests import placements
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -24,7 +25,7 @@ def compose(loss_fn, download=None, upload=None):
     population=7,
     download=download,
     upload=upload,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -74,7 +75,7 @@ def test_uncompressed_it_is_fed_avg(problem):
     SGD,
     ADAMW,
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   step, expected = jax.jit(dense.round), dense.init(problem.trainable)
   for cohort in cohorts:

@@ -3,6 +3,7 @@ import numpy as np
 import optax
 
 from fedjax_llm.federated.algorithms import fed_avg, fed_ex_lora
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE = 0.05
@@ -47,7 +48,7 @@ def test_fed_ex_lora_is_its_oracle_in_float64(problem, oracle):
       SGD,
       scale=problem.scale,
       population=problem.population,
-      clients_per_step=1,
+      placement=placements.ALONE,
     )
     frozen = {"kernel": problem.frozen["w"]}
     state = play(problem, algorithm, cohorts, frozen)

@@ -9,6 +9,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_sa_lora
+from tests import placements
 
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -19,7 +20,7 @@ SHARED = 12  # Entries of `a`, the first of the oracle's flat vector.
 @functools.cache
 def compose(loss_fn, server, **parts):
   algorithm = fed_sa_lora.fed_sa_lora(
-    loss_fn, SGD, server, population=7, clients_per_step=1, **parts
+    loss_fn, SGD, server, population=7, placement=placements.ALONE, **parts
   )
   return algorithm, jax.jit(algorithm.round)
 

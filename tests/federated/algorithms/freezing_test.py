@@ -10,6 +10,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_avg, flasc, freezing
+from tests import placements
 
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -21,7 +22,7 @@ PARTS = {"a": slice(0, 12), "b": slice(12, 20), "head": slice(20, 24)}
 
 @functools.cache
 def compose(make, loss_fn, server):
-  algorithm = make(loss_fn, SGD, server, clients_per_step=1)
+  algorithm = make(loss_fn, SGD, server, placement=placements.ALONE)
   return algorithm, jax.jit(algorithm.round)
 
 

@@ -9,6 +9,7 @@ import pytest
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import clients
 from fedjax_llm.federated.algorithms import fed_avg, flasc, het_lora
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE, PENALTY = 0.05, 0.5
@@ -20,7 +21,11 @@ RANKS = (1, 2)
 
 @functools.cache
 def compose(make, loss_fn, server, **knobs):
-  knobs = {"ranks": RANKS, "population": 7, "clients_per_step": 1} | knobs
+  knobs = {
+    "ranks": RANKS,
+    "population": 7,
+    "placement": placements.ALONE,
+  } | knobs
   algorithm = make(loss_fn, SGD, server, **knobs)
   return algorithm, jax.jit(algorithm.round)
 

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_llm.compression import base, sparse, supports, wire
 from fedjax_llm.federated import densities, parameters
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
+from tests import placements
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -26,7 +27,9 @@ def compose(name, loss_fn, server):
       densities.decaying(1.0, 0.6, every=2, rounds=5),
     ),
   }[name]
-  algorithm = make(loss_fn, SGD, server, density=density, clients_per_step=1)
+  algorithm = make(
+    loss_fn, SGD, server, density=density, placement=placements.ALONE
+  )
   algorithm = algorithm._replace(received=jax.jit(algorithm.received))
   return algorithm, jax.jit(algorithm.round)
 
@@ -167,7 +170,7 @@ def test_a_lottery_without_decay_is_federated_select(problem):
   density = densities.decaying(0.5, 1.0, every=1, rounds=9)
   for algorithm in (
     pruning.adapter_lth(
-      problem.loss_fn, SGD, ADAMW, density=density, clients_per_step=1
+      problem.loss_fn, SGD, ADAMW, density=density, placement=placements.ALONE
     ),
     federated_select.federated_select(
       problem.loss_fn,
@@ -175,7 +178,7 @@ def test_a_lottery_without_decay_is_federated_select(problem):
       ADAMW,
       density=0.5,
       warm_up_rounds=0,
-      clients_per_step=1,
+      placement=placements.ALONE,
     ),
   ):
     step, state = jax.jit(algorithm.round), algorithm.init(problem.trainable)

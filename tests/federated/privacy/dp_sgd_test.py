@@ -8,6 +8,7 @@ import pytest
 
 from fedjax_llm.federated import clients, rounds
 from fedjax_llm.federated.privacy import dp_sgd
+from tests import placements
 
 KEY = jax.random.key(5)
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
@@ -149,9 +150,9 @@ def test_a_private_round_does_not_depend_on_its_placement(problem):
     microbatch=1,
   )
   states = []
-  for clients_per_step in (1, None):
+  for clients_per_step in (1, placements.EVERYBODY):
     algorithm = rounds.federated_round(
-      train, REPLACE, clients_per_step=clients_per_step
+      train, REPLACE, placement=placements.on(1, clients_per_step)
     )
     state, metrics = jax.jit(algorithm.round)(
       algorithm.init(problem.trainable),

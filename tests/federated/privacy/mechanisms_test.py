@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import aggregators, channels, clients, rounds
 from fedjax_llm.federated.privacy import mechanisms
+from tests import placements
 
 KEY = jax.random.key(8)
 UPDATES = np.random.default_rng(0).normal(0, 1, (3, 50)).astype(np.float32)
@@ -183,7 +184,7 @@ def compose(loss_fn, aggregator, server, client=SGD, **parts):
     clients.local_update(loss_fn, client),
     server,
     aggregate=aggregator,
-    clients_per_step=1,
+    placement=placements.ALONE,
     **parts,
   )
   return algorithm, jax.jit(algorithm.round)
