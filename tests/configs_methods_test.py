@@ -14,7 +14,6 @@ from fedjax_llm.data import cohorts, corpora, records
 from fedjax_llm.experiments import tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
-from tests import placements
 
 CONFIG = main.load_config("methods")
 NAMES = typing.get_args(CONFIG.Method)
@@ -63,8 +62,7 @@ def test_a_method_is_composed(name, toy_model):
   toy = task(str(toy_model))
   parts = dict(
     population=len(toy.population.names),
-    placement=placements.ALONE,
-    mesh=toy.mesh,
+    placement=toy.placement,
   )
   knobs = CONFIG.Knobs(
     toy,

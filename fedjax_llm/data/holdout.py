@@ -12,8 +12,7 @@ import datasets
 import numpy as np
 
 from fedjax_llm.data import partition
-
-_HELD_OUT = 4  # The purpose of a seed; `cohorts` and `partition` have 0 to 3.
+from fedjax_llm.federated import draws
 
 HeldOut = float | Literal["left_out"] | datasets.Dataset
 
@@ -69,7 +68,9 @@ def _hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Divides a client's records, whatever the other clients are."""
   number = int.from_bytes(hashlib.sha256(name.encode()).digest())
-  order = np.random.default_rng([seed, _HELD_OUT, number]).permutation(owned)
+  order = draws.generator(seed, draws.Purpose.HELD_OUT, number).permutation(
+    owned
+  )
   count = min(max(1, round(share * owned.size)), owned.size - 1)
   return np.sort(order[count:]), np.sort(order[:count])
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_llm.data import partition_draws
+from fedjax_llm.federated import draws
 
 # The purposes of a seed; those of `data.cohorts` are 0 and 1.
-_PARTITION, _MIX = 2, 3
 
 
 class Partition(NamedTuple):
@@ -138,7 +138,9 @@ def dirichlet_by_client(
   _expect(0 < alpha < np.inf, "in (0, inf)", alpha=alpha)
 
   def draw(values, _):
-    rng = np.random.RandomState(seed)  # The stream that scipy draws from.
+    rng = np.random.RandomState(
+      draws.check_seed(seed)
+    )  # The stream that scipy draws from.
     return partition_draws.dirichlet_by_client(
       partition_draws.members_of(values), rng, clients=clients, alpha=alpha
     )
@@ -228,7 +230,7 @@ def iid_mix(partitioner: Partitioner, *, p: float, seed: int) -> Partitioner:
 
   def partition(values):
     names, indices, _ = partitioner(values)
-    rng = np.random.default_rng([seed, _MIX])
+    rng = draws.generator(seed, draws.Purpose.MIX)
     return _partition(
       partition_draws.mix(indices, rng, p=p), len(values), names
     )
@@ -259,7 +261,7 @@ def shepherd(*, clients: int, seed: int) -> Partitioner:
   """
 
   def draw(values, _):
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(draws.check_seed(seed))
     return partition_draws.shepherd(
       partition_draws.members_of(values), rng, clients=clients
     )
@@ -279,7 +281,7 @@ def _seeded(
 
   def partition(values):
     values = _checked(values, clients, each)
-    rng = np.random.default_rng([seed, _PARTITION])
+    rng = draws.generator(seed, draws.Purpose.PARTITION)
     return _partition(draw(values, rng), values.size)
 
   return partition

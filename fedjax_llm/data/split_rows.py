@@ -9,8 +9,7 @@ import hashlib
 import numpy as np
 
 from fedjax_llm.data import batches
-
-_DIVISION = 5  # The purpose of a seed; `cohorts` to `ownership` have 0 to 4.
+from fedjax_llm.federated import draws
 
 
 def divide(
@@ -42,7 +41,7 @@ def divide(
         f" {end - start} of {name!r}. Leave it out, or take shorter rows."
       )
     number = int.from_bytes(hashlib.sha256(name.encode()).digest())
-    rng = np.random.default_rng([seed, _DIVISION, number])
+    rng = draws.generator(seed, draws.Purpose.SPLIT_ROWS, number)
     order = start + rng.permutation(end - start)
     count = min(max(1, round(share * order.size)), order.size - 1)
     chosen.append(np.sort(order[:count]))

@@ -15,7 +15,7 @@ import tqdm
 
 from fedjax_llm.data import cohorts
 from fedjax_llm.experiments import runner, tasks
-from fedjax_llm.federated import clients, fidelity, rounds
+from fedjax_llm.federated import clients, draws, fidelity, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
 from fedjax_llm.models import lora
@@ -93,7 +93,7 @@ def federated(
     sampling=sampling,
     seed=task.seed,
   )
-  key = jax.random.key(task.seed)
+  key = draws.key(task.seed)
   placement = task.placement.everywhere
   examples = jax.device_put(task.population.examples, placement)
   compiled = jax.jit(

@@ -19,10 +19,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.experiments import runner
+from fedjax_llm.federated import draws
 from fedjax_llm.models import decoder, language, pretrained
 
 _START = "<|endoftext|>"
-_ORDER = 0  # Purpose of the random stream that orders the rows.
 
 
 def train_tokenizer(
@@ -174,7 +174,7 @@ def pretraining(
   @jax.jit
   def init():
     tokens = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(jax.random.key(schedule.seed), tokens)["params"]
+    params = model.init(draws.key(schedule.seed), tokens)["params"]
     return params, optimizer.init(params)
 
   def total_loss(params, examples):
@@ -236,7 +236,7 @@ def _batches(rows: int, schedule: Schedule, first: int) -> np.ndarray:
 
   def one(step):
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([schedule.seed, _ORDER, epoch])
+    order = draws.generator(schedule.seed, draws.Purpose.PRETRAINING, epoch)
     start = position * schedule.batch_size
     return order.permutation(rows)[start : start + schedule.batch_size]
 

@@ -9,14 +9,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
 
 from fedjax_llm.data import batches, records
 from fedjax_llm.experiments import objectives
-from fedjax_llm.federated import clients
+from fedjax_llm.federated import clients, draws
 from fedjax_llm.models import (
   adapters,
   families,
@@ -224,10 +223,10 @@ def _task(
   )
   if is_full:
     shapes = lora.abstract_variables(network)["params"]
-    params = heads.complete(frozen, shapes, jax.random.key(seed))
+    params = heads.complete(frozen, shapes, draws.key(seed))
     trainable, frozen, kind = params, {}, kind.of_all_parameters()
   elif trainable is None:
-    trainable = lora.init(network, jax.random.key(seed), frozen)
+    trainable = lora.init(network, draws.key(seed), frozen)
   else:
     lora.check(network, trainable)
   return Task(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from fedjax_llm.federated import channels, clients, fidelity, rounds
+from fedjax_llm.federated import channels, clients, draws, fidelity, rounds
 
 
 class Answers(NamedTuple):
@@ -64,10 +64,10 @@ def gather(
         examples,
         cohort.indices,
         cohort.mask,
-        rounds.stream(key, rounds.TRAIN, number, cohort.clients),
+        draws.stream(key, draws.Purpose.TRAIN, number, cohort.clients),
       )
 
-    upload_key = rounds.stream(key, rounds.UPLOAD, number, cohort.clients)
+    upload_key = draws.stream(key, draws.Purpose.UPLOAD, number, cohort.clients)
     start, training, message = answer(
       inner, train, cohort.clients, memory, upload_key
     )

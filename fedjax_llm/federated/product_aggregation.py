@@ -17,6 +17,7 @@ from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import (
   channels,
   clients,
+  draws,
   factors,
   gathering,
   rounds,
@@ -140,7 +141,7 @@ def product_round(
       state.trainable,
       answers.trained,
       answers.weights,
-      rounds.stream(key, rounds.SERVER, state.round),
+      draws.stream(key, draws.Purpose.SERVER, state.round),
     )
     present = answers.weights > 0
     tier = tiers.of_client(cohort.clients)

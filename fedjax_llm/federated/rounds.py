@@ -13,10 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, fidelity
-
-# Purposes of the random streams: a draw is of (key, purpose, round, client).
-DOWNLOAD, TRAIN, UPLOAD, AGGREGATE, SERVER = range(5)
+from fedjax_llm.federated import aggregators, channels, clients, draws, fidelity
 
 
 class ServerState(NamedTuple):
@@ -167,9 +164,9 @@ def federated_round(
 def _broadcast(download, state, tier, key):
   """The message to all clients of a tier."""
   vector, _ = ravel_pytree(state.trainable)
-  key = stream(key, DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   # Tiers of one random compressor get messages of their own.
-  key = stream(key, tier) if tier else key
+  key = draws.stream(key, tier) if tier else key
   return base.transmit(download, vector, state.download[tier], key)
 
 
@@ -189,7 +186,7 @@ def _answer(local_update, tiers, aggregate):
       examples,
       cohort.indices,
       cohort.mask,
-      stream(key, TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
       # Numbers, because what is unravelled gets the parameters' own types.
       masks and jax.tree.map(jnp.bool, unravel(own(masks).astype(start.dtype))),
     )
@@ -200,7 +197,7 @@ def _answer(local_update, tiers, aggregate):
       tier,
       update,
       memory,
-      stream(key, UPLOAD, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients),
     )
     # Of both: a compressor may lose what is not finite, or overflow.
     finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
@@ -241,7 +238,9 @@ def server_step(
   """
   _, unravel = ravel_pytree(state.trainable)
   update, memory = aggregate.finish(
-    shares, state.aggregate, stream(key, AGGREGATE, state.round)
+    shares,
+    state.aggregate,
+    draws.stream(key, draws.Purpose.AGGREGATE, state.round),
   )
   updates, optimizer = server_optimizer.update(
     unravel(update), state.optimizer, state.trainable
@@ -266,10 +265,3 @@ def replicate(state: Any, placement: clients.Placement | None) -> Any:
   if placement.mesh.size == 1:
     return state
   return jax.lax.with_sharding_constraint(state, placement.everywhere)
-
-
-def stream(key: Any, *numbers: Any) -> Any:
-  """The key of the draws named by `numbers`: purpose, round, client."""
-  for number in numbers:
-    key = jax.random.fold_in(key, number)
-  return key

@@ -17,7 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, rounds
+from fedjax_llm.federated import aggregators, channels, clients, draws, rounds
 
 
 class IncrementalState(NamedTuple):
@@ -140,11 +140,11 @@ def _answer(
     state, frozen, examples, key = shared
     cohort, (copy, upload_state) = client
     vector, unravel = ravel_pytree(state.trainable)
-    of = lambda purpose: rounds.stream(
-      key, purpose, state.round, cohort.clients
-    )
+    of = lambda purpose: draws.stream(key, purpose, state.round, cohort.clients)
     change, memoryless = vector - copy, download.init(vector)
-    down = base.transmit(download, change, memoryless, of(rounds.DOWNLOAD))
+    down = base.transmit(
+      download, change, memoryless, of(draws.Purpose.DOWNLOAD)
+    )
     start = copy + down.received
     training = local_update(
       unravel(start),
@@ -152,10 +152,10 @@ def _answer(
       examples,
       cohort.indices,
       cohort.mask,
-      of(rounds.TRAIN),
+      of(draws.Purpose.TRAIN),
     )
     update = start - ravel_pytree(training.trainable)[0]
-    up = base.transmit(upload, update, upload_state, of(rounds.UPLOAD))
+    up = base.transmit(upload, update, upload_state, of(draws.Purpose.UPLOAD))
     finite = jnp.isfinite(update).all() & jnp.isfinite(up.received).all()
     weight = jnp.where(finite, cohort.weights, 0)
     keep = lambda new, old: jnp.where(weight > 0, new, old)

@@ -27,7 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, segments, wire
-from fedjax_llm.federated import channels, clients, parameters, rounds
+from fedjax_llm.federated import channels, clients, draws, parameters, rounds
 
 
 class EcoState(NamedTuple):
@@ -205,7 +205,7 @@ def layout(trainable: Any, segment_count: int) -> Layout:
 
 def _broadcast(channel, state, key):
   vector, _ = ravel_pytree(state.trainable)
-  key = rounds.stream(key, rounds.DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   return base.transmit(channel.download, vector, state.download, key)
 
 
@@ -225,7 +225,7 @@ def _answer(loss_fn, optimizer, segment_count, choices):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
     )
     update = split.rows(jax.tree.map(jnp.subtract, start, training.trainable))
     number = (cohort.clients + state.round) % segment_count

@@ -19,6 +19,7 @@ from fedjax_llm.federated import (
   aggregators,
   channels,
   clients,
+  draws,
   parameters,
   rounds,
 )
@@ -172,7 +173,7 @@ def _mean(state):
 def _broadcast(channel, server, key):
   """The message to all clients: the shared part."""
   vector, _ = ravel_pytree(server.trainable)
-  key = rounds.stream(key, rounds.DOWNLOAD, server.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, server.round)
   return base.transmit(channel.download, vector, server.download[0], key)
 
 
@@ -184,7 +185,7 @@ def _answer(local_update, channel, aggregate, is_shared):
     server, payload, received, frozen, examples, key = common
     cohort, (own, memory) = client
     _, unravel = ravel_pytree(server.trainable)
-    draws = lambda purpose: rounds.stream(
+    key_of = lambda purpose: draws.stream(
       key, purpose, server.round, cohort.clients
     )
     training = local_update(
@@ -193,12 +194,12 @@ def _answer(local_update, channel, aggregate, is_shared):
       examples,
       cohort.indices,
       cohort.mask,
-      draws(rounds.TRAIN),
+      key_of(draws.Purpose.TRAIN),
     )
     shared, trained = parameters.split(training.trainable, is_shared)
     update = received - ravel_pytree(shared)[0]
     message = channels.upload(
-      tiers, [payload], 0, update, memory, draws(rounds.UPLOAD)
+      tiers, [payload], 0, update, memory, key_of(draws.Purpose.UPLOAD)
     )
     everything = (training.trainable, message.received)
     finite = jnp.isfinite(ravel_pytree(everything)[0]).all()

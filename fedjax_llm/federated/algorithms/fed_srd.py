@@ -37,6 +37,7 @@ from fedjax_llm.compression import base, segments, sparse, wire
 from fedjax_llm.federated import (
   channels,
   clients,
+  draws,
   factors,
   gathering,
   parameters,
@@ -132,7 +133,7 @@ def fed_srd(
       old, fixed = parameters.split(state.trainable, travels)
       start, unravel = ravel_pytree(old)
       change = ravel_pytree(aim)[0] - start
-      server_key = rounds.stream(key, rounds.SERVER, state.round)
+      server_key = draws.stream(key, draws.Purpose.SERVER, state.round)
       message = base.transmit(download, change, (), server_key)
       new = parameters.combine(unravel(start + message.received), fixed)
       return new, _size(message.payload)

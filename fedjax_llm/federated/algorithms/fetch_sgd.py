@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from fedjax_llm.compression import base, sketch, sparse, wire
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import aggregators, clients, draws, rounds
 
 Table = Float[Array, " cells"]
 
@@ -176,7 +176,7 @@ def _answer(local_update, to_server, mean):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, number, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, number, cohort.clients),
     )
     start, _ = ravel_pytree(trainable)
     update = start - ravel_pytree(training.trainable)[0]

@@ -17,7 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, rounds
+from fedjax_llm.federated import aggregators, channels, clients, draws, rounds
 
 
 class ScaffoldState(NamedTuple):
@@ -148,10 +148,10 @@ def scaffold(
 
 def _broadcast(channel, state, key):
   """The messages to all clients: of the parameters, and of c."""
-  key = rounds.stream(key, rounds.DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   vectors = ravel_pytree(state.trainable)[0], state.control
   return tuple(
-    base.transmit(channel.download, vector, memory, rounds.stream(key, i))
+    base.transmit(channel.download, vector, memory, draws.stream(key, i))
     for i, (vector, memory) in enumerate(
       zip(vectors, state.download, strict=True)
     )
@@ -178,17 +178,17 @@ def _answer(loss_fn, learning_rate, channel, mean):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
     )
     update = start - ravel_pytree(training.trainable)[0]
     steps = cohort.mask.any(axis=1).sum()
     along = update / (learning_rate * jnp.maximum(steps, 1))
     # Who took no step has learned nothing of its gradient.
     change = jnp.where(steps > 0, along - control, 0)
-    key = rounds.stream(key, rounds.UPLOAD, state.round, cohort.clients)
+    key = draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients)
     parts = zip(payloads, (update, change), memory, strict=True)
     sent = [
-      base.transmit(channel.uplink(payload), vector, x, rounds.stream(key, i))
+      base.transmit(channel.uplink(payload), vector, x, draws.stream(key, i))
       for i, (payload, vector, x) in enumerate(parts)
     ]
     vectors = [update, change, *(x.received for x in sent)]

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
-from fedjax_llm.federated import clients, factors, rounds
+from fedjax_llm.federated import clients, draws, factors
 from fedjax_llm.federated.algorithms import fed_avg, fed_srd
 from tests import placements
 
@@ -87,7 +87,7 @@ def drawn(number, name, density):
   """Which entries travel down, by the draw that the message's seed makes."""
   of_part = np.r_[0:12, 20:24] if name == "a" else np.r_[12:24]
   ones = jnp.ones(of_part.size)
-  key = rounds.stream(KEY, rounds.SERVER, number)
+  key = draws.stream(KEY, draws.Purpose.SERVER, number)
   compressor = sparse.random_k(density, unbiased=False)
   received = base.transmit(compressor, ones, (), key).received
   return of_part[np.asarray(received) > 0], of_part.size
