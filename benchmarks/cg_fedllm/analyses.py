@@ -31,8 +31,8 @@ import tabulate
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
-from fedjax_llm import panels
 from fedjax_llm.codecs import measures, reports
+from fedjax_llm.reporting import panels
 
 BITS = 0.5
 SIGMAS = (5e-5, 5e-4, 5e-3, 5e-2, 5e-1)

@@ -25,8 +25,8 @@ import tabulate
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
-from fedjax_llm import panels
 from fedjax_llm.codecs import controls, reports
+from fedjax_llm.reporting import panels
 
 COLUMNS = {
   "relative_squared_error": "squared error",

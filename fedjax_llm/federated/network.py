@@ -32,7 +32,7 @@ _MEGA = 1e6
 _DROPOUTS = 6
 
 
-class Tier(NamedTuple):
+class Link(NamedTuple):
   """The link and the speed of a client.
 
   Attributes:
@@ -114,7 +114,7 @@ class Network:
     seed: of the dropouts, each drawn from (seed, round, client).
   """
 
-  tiers: Sequence[Tier]
+  tiers: Sequence[Link]
   of_client: Callable[[Any], Any] | None = None
   dropout_before: float = 0.0
   dropout_during: float = 0.0
@@ -270,4 +270,4 @@ class Network:
 
 
 # Everybody answers, at once.
-IDEAL = Network(tiers=(Tier(math.inf, math.inf),), seed=0)
+IDEAL = Network(tiers=(Link(math.inf, math.inf),), seed=0)

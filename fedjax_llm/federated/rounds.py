@@ -79,8 +79,7 @@ def federated_round(
   channel: channels.Channel | channels.Tiers | None = None,
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its parts.
 
@@ -92,9 +91,7 @@ def federated_round(
       for nothing.
     aggregate: from updates to one; None for the weighted mean.
     population: number of clients; needed if the upload keeps a state for each.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`. The state is replicated on it; place
-      `frozen` and `examples` alike, or every round copies them.
+    placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
@@ -104,8 +101,7 @@ def federated_round(
   tiers = channels.tiers_of(channel)
   answers = clients.map_clients(
     _answer(local_update, tiers, aggregate),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -123,7 +119,7 @@ def federated_round(
     upload = tuple(
       channels.upload_states(x, vector, population) for x in tiers.channels
     )
-    return replicate(state._replace(upload=upload), mesh)
+    return replicate(state._replace(upload=upload), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     messages = [
@@ -144,12 +140,12 @@ def federated_round(
       download=tuple(x.state for x in messages),
       upload=jax.tree.map(put, state.upload, memory),
     )
-    if not aggregate.always:
+    if not aggregate.steps_when_empty:
       after = unless_nobody(present > 0, after, state)
     tier = tiers.of_client(cohort.clients)
     sizes = [(wire.nbytes(x), wire.entries(x)) for x in payloads]
     nbytes, entries = jnp.array(sizes, jnp.int32).T
-    return replicate(after, mesh), {
+    return replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       **fidelity.cosines(arrived),
@@ -264,12 +260,12 @@ def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
   return jax.tree.map(keep, after, before)._replace(round=after.round)
 
 
-def replicate(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def replicate(state: Any, placement: clients.Placement | None) -> Any:
   """Fixes where the state lives, so that every round finds it there."""
-  if mesh is None:
+  placement = placement or clients.Placement()
+  if placement.mesh.size == 1:
     return state
-  everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-  return jax.lax.with_sharding_constraint(state, everywhere)
+  return jax.lax.with_sharding_constraint(state, placement.everywhere)
 
 
 def stream(key: Any, *numbers: Any) -> Any:

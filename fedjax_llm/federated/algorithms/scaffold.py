@@ -50,8 +50,7 @@ def scaffold(
   *,
   population: int,
   channel: channels.Channel | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """SCAFFOLD (Algorithm 1, option II).
 
@@ -67,8 +66,7 @@ def scaffold(
       `optax.sgd(eta_g)`.
     population: number of clients.
     channel: what compresses the messages of both kinds; None for nothing.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if the learning rate is not positive, or the channel says what
@@ -84,8 +82,7 @@ def scaffold(
   mean = aggregators.uniform_mean()
   answers = clients.map_clients(
     _answer(loss_fn, client_learning_rate, channel, mean),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -101,7 +98,7 @@ def scaffold(
       upload=(uploads(), uploads()),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     _, unravel = ravel_pytree(state.trainable)
@@ -134,7 +131,7 @@ def scaffold(
     )
     after = rounds.unless_nobody(present > 0, after, state)
     each = lambda total: jnp.full(cohort.clients.shape, total, jnp.int32)
-    return rounds.replicate(after, mesh), {
+    return rounds.replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       "download_bytes": each(sum(wire.nbytes(x) for x in payloads)),
