@@ -156,7 +156,7 @@ def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     xlabel="bits an entry, of real messages",
     ylabel="squared error, relative to sending nothing",
   )
-  names = list(dict.fromkeys(x["codec"] for x in records if x["budget"]))
+  names = sorted({x["codec"] for x in records if x["budget"]})
   palette = [
     matplotlib.colormaps[name](i)
     for name in ("tab10", "Dark2")

@@ -263,7 +263,7 @@ def ratios(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   panels.logarithmic(axes, "y", found[np.isfinite(found)].tolist())
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
   if never:
-    text = f"never as good as dense LoRA on its way: {', '.join(never)}"
+    text = f"never as good as dense LoRA on its way: {'; '.join(never)}"
     figure.suptitle(text, fontsize="small", wrap=True)
   figure.savefig(path, dpi=150)
 
