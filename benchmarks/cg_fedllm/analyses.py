@@ -26,14 +26,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tabulate
-from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
 from fedjax_llm.codecs import measures, reports
+from fedjax_llm.reporting import panels
 
 BITS = 0.5
 SIGMAS = (5e-5, 5e-4, 5e-3, 5e-2, 5e-1)
@@ -74,31 +73,28 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
-  """Errors against the noise that was added before a codec."""
-  matplotlib.use("agg")
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  """Errors against the noise that was added before a codec, a panel a codec."""
   *rows, nothing = found["tables"]["noise"]
-  sigmas = [float(row["sigma"]) for row in rows]
-  for name in list(rows[0])[1:]:
-    axes.plot(
-      sigmas,
-      [float(row[name]) for row in rows],
-      marker=".",
-      linewidth=2 if name.startswith("our") else 1,
-      label=name,
-    )
-  level = float(nothing["uncompressed"])
-  axes.axhline(level, color="k", linestyle=":", label=nothing["sigma"])
-  axes.set(
-    xscale="log",
-    yscale="log",
-    xlabel="standard deviation of the noise of an entry",
-    ylabel="mean squared error to the clean update",
-    title=found["task"],
+  names = list(rows[0])[1:]
+  figure, by_name = panels.grid(
+    names,
+    "standard deviation of the noise added to an entry",
+    "mean squared error to the clean update",
   )
-  axes.legend(fontsize=7)
+  sigmas = [float(row["sigma"]) for row in rows]
+  errors = {name: [float(row[name]) for row in rows] for name in names}
+  level = float(nothing["uncompressed"])
+  for name, axes in by_name.items():
+    for other in names:
+      axes.plot(sigmas, errors[other], color="0.8", linewidth=0.8, zorder=1)
+    axes.plot(sigmas, errors[name], marker="o", markersize=3)
+    axes.axhline(level, color="k", linestyle=":", linewidth=1)
+    axes.annotate(
+      nothing["sigma"], (sigmas[0], 1.2 * level), fontsize="x-small"
+    )
+    # Uncompressed updates leave it: their error is that of the noise.
+    axes.set(xscale="log", yscale="log", ylim=(level / 10, 1))
   figure.savefig(path, dpi=150)
-  plt.close(figure)
 
 
 def _analyse(task: str) -> dict[str, Any]:

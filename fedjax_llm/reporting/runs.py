@@ -16,6 +16,7 @@ import matplotlib.figure
 import tabulate
 
 from fedjax_llm.experiments import runner
+from fedjax_llm.reporting import panels
 
 _MEGA = 1e6
 _HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
@@ -259,21 +260,22 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
   """Draws held-out loss against megabytes sent, a curve a run.
 
   Where nobody sent anything, as in pre-training, it is drawn against rounds.
+  Each curve has its name at its end.
   """
-  figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+  size = (panels.WIDTH, 4.5)
+  figure = matplotlib.figure.Figure(size, layout="constrained")
   axes = figure.subplots()
   sent = any(run.megabytes() for run in runs)
+  ends, colours, places = {}, {}, []
   for label, run in zip(_labels(runs), runs, strict=True):
     # The first point has sent nothing; a logarithmic axis has no place for it.
     points = [line for line in run.evaluated if line["round"] > 0]
     rounds = [line["round"] for line in points]
-    axes.plot(
-      [run.megabytes(x) for x in rounds] if sent else rounds,
-      [line["loss"] for line in points],
-      marker="o",
-      markersize=4,
-      label=label,
-    )
+    at = [run.megabytes(x) for x in rounds] if sent else rounds
+    losses = [line["loss"] for line in points]
+    (line,) = axes.plot(at, losses, marker="o", markersize=4)
+    ends[label], colours[label] = (at[-1], losses[-1]), line.get_color()
+    places += at
   starts = {run.evaluated[0]["loss"] for run in runs}
   for loss in sorted(starts):
     axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
@@ -286,13 +288,12 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
       color="gray",
     )
   axes.margins(y=0.1)
-  axes.set_xscale("log")
-  axes.xaxis.set_major_formatter("{x:g}")
+  panels.logarithmic(axes, "x", places)
   axes.set_xlabel(
     "megabytes sent, both directions, all clients" if sent else "round"
   )
   per = any("perplexity" in line for run in runs for line in run.evaluated)
   axes.set_ylabel(f"held-out loss (nats{' per token' if per else ''})")
   axes.grid(alpha=0.3)
-  axes.legend()
+  panels.name_ends(axes, ends, colours)
   figure.savefig(path, dpi=150)

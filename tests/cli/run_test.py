@@ -10,6 +10,7 @@ import pytest
 from fedjax_llm.cli import run as commands
 from fedjax_llm.data import batches
 from fedjax_llm.experiments import runner
+from tests import toy_study
 
 
 def halving(*, factor: float = 0.5) -> runner.Experiment:
@@ -144,6 +145,17 @@ def test_compare_adds_what_a_target_took_and_how_papers_count(tmp_path, capsys):
 def test_compare_wants_a_run():
   with pytest.raises(ValueError, match="one or more run folders"):
     commands.compare(())
+
+
+def test_compare_of_a_study_draws_ends_and_ratios(tmp_path, capsys):
+  path = toy_study.write(
+    tmp_path / "toy.jsonl", [*toy_study.DENSE, *toy_study.SPARSE]
+  )
+  commands.compare((path,), out=tmp_path / "toy.png")
+  told = capsys.readouterr().out.splitlines()[-1]
+  plots = tmp_path / "toy.png", tmp_path / "toy_ratios.png"
+  assert told == f"Plot: {plots[0]}, {plots[1]}"
+  assert all(plot.is_file() for plot in plots)
 
 
 def test_compare_of_a_study_has_a_target_of_its_own(tmp_path):
