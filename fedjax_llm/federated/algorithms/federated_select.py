@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from fedjax_llm.compression import base, groups, sparse
+from fedjax_llm.compression import base, grouped, sparse
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -46,7 +46,7 @@ def federated_select(
   the default, which SparseAdapter has as well, sets `b` free if it leaves some
   of it among the largest parameters: `b` must have moved far enough. Else take
   the largest of `a` and of `b` apart:
-  `top_k=partial(sparse.top_k_per_group, parameters.owners(trainable))`.
+  `top_k=partial(grouped.top_k_per_group, parameters.owners(trainable))`.
 
   The support travels down; what comes back is of the same support, so values
   alone travel up.
@@ -152,10 +152,10 @@ def federated_select_ranks(
 
   def of(trainable):
     owners, rows = _rank_owners(trainable)
-    support = functools.partial(groups.support, owners=owners)
+    support = functools.partial(grouped.support, owners=owners)
     each = [
       received_alone(
-        groups.top_k_groups(owners, rows, [x] * len(rows)), support
+        grouped.top_k_groups(owners, rows, [x] * len(rows)), support
       )
       for x in ranks
     ]
