@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 import optax
 
 from fedjax_llm.compression import base, grouped, sparse
@@ -151,7 +149,7 @@ def federated_select_ranks(
   parts = {"aggregate": aggregators.uniform_mean()} | parts
 
   def of(trainable):
-    owners, rows = _rank_owners(trainable)
+    owners, rows = factors.rank_owners(trainable)
     support = functools.partial(grouped.support, owners=owners)
     each = [
       received_alone(
@@ -172,21 +170,3 @@ def federated_select_ranks(
     round=lambda state, *rest: of(state.trainable).round(state, *rest),
     received=lambda state, key: of(state.trainable).received(state, key),
   )
-
-
-def _rank_owners(trainable):
-  """Which rank of which layer each entry is of, and the ranks of each layer."""
-  owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), trainable)
-  numbered, rows, count = {}, [], 0
-  for path, pair in factors.pairs(trainable).items():
-    *layers, _, rank = pair.a.shape
-    number = count + np.arange(np.prod(layers, dtype=int) * rank)
-    number = number.reshape(*layers, rank)
-    numbered[path] = factors.Pair(
-      np.broadcast_to(number[..., None, :], pair.a.shape),
-      np.broadcast_to(number[..., :, None], pair.b.shape),
-    )
-    rows += [rank] * (number.size // rank)
-    count += number.size
-  owners = factors.put(owners, numbered)
-  return np.concatenate([x.ravel() for x in jax.tree.leaves(owners)]), rows
