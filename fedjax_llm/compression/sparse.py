@@ -126,14 +126,14 @@ def select(
   Raises:
     ValueError: if `count` is missing or too small.
   """
-  payload_of: Callable[[Any], base.Dense] = base.Dense
-  if isinstance(mask, jax.core.Tracer):
+  is_traced = isinstance(mask, jax.core.Tracer)
+  if is_traced:
     if count is None:
       raise ValueError(
         "select needs `count`, the number of entries to send, because `mask` is"
         " traced and the size of a message must not depend on data."
       )
-    payload_of, indices = Masked, _where(mask, count)
+    indices = _where(mask, count)
   else:
     held = np.flatnonzero(mask)
     count = held.size if count is None else count
@@ -152,7 +152,8 @@ def select(
         f"select expected a vector of shape {mask.shape}, the shape of its"
         f" mask, got {vector.shape}."
       )
-    return payload_of(_take(vector, indices))
+    values = _take(vector, indices)
+    return Masked(values) if is_traced else base.Dense(values)
 
   def decode(payload):
     return _put(payload.values, indices, mask.size)
@@ -176,8 +177,8 @@ def scatter(payload: Sparse) -> Float[Array, " n"]:
 
 def support(payload: Sparse) -> Bool[Array, " n"]:
   """Which entries of the vector a payload of `top_k` holds."""
-  empty = jnp.zeros(payload.size, bool)
-  return empty.at[_indices(payload)].set(True, mode="drop")
+  indices = _indices(payload)
+  return jnp.zeros(payload.size, bool).at[indices].set(True, mode="drop")
 
 
 def _indices(payload: Sparse) -> Int[Array, " count"]:
@@ -194,12 +195,11 @@ def top_k_mask(
 ) -> Bool[Array, " n"]:
   """The `k` entries largest in magnitude, exactly as `lax.top_k` chooses them.
 
-  It is several times faster than `lax.top_k` on a CPU (`benchmarks/top_k.py`),
-  and `k` may be traced.
+  It is several times faster on a CPU than `lax.top_k` (`benchmarks/top_k.py`).
 
   Args:
     vector: a vector of any floating type.
-    k: the number of entries, in [0, n].
+    k: the number of entries, in [0, n]; it may be traced.
 
   Returns:
     A mask with `k` entries set. Of equal magnitudes, the first are chosen.
@@ -254,8 +254,7 @@ def _largest(
 def _count_rows(*masks: Bool[Array, "r c"]) -> tuple[Int[Array, " r"], ...]:
   """The number of entries set in each row, for all masks in one pass.
 
-  XLA:CPU turns a large reduction of one operand into a slow cascade. A
-  reduction of several operands, as here, becomes one fused loop.
+  XLA:CPU is slow at large reductions of one operand, and fuses this one.
   """
   return lax.reduce(
     tuple(mask.astype(jnp.int32) for mask in masks),
@@ -280,17 +279,11 @@ def _where(mask: Bool[Array, " n"], count: int) -> Int[Array, " count"]:
   return jnp.nonzero(mask, size=count, fill_value=mask.size)[0]
 
 
-def _take(
-  vector: Float[Array, " n"], indices: Int[Array | np.ndarray, " count"]
-) -> Float[Array, " count"]:
+def _take(vector, indices):
   return jnp.asarray(vector).at[indices].get(mode="fill", fill_value=0)
 
 
-def _put(
-  values: Float[Array, " count"],
-  indices: Int[Array | np.ndarray, " count"],
-  size: int,
-) -> Float[Array, " n"]:
+def _put(values, indices, size):
   return (
     jnp.zeros(size, values.dtype)
     .at[indices]
