@@ -21,7 +21,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import fedjax_llm as fl
-from fedjax_llm.compression import base, levels, quantize, sparse
+from fedjax_llm.compression import base, grouped, levels, quantize, sparse
 from fedjax_llm.data import corpora, records, sources, templates
 from fedjax_llm.data import partition as partitions
 from fedjax_llm.experiments import finetuning, runner, tasks
@@ -171,7 +171,7 @@ def _quantised(k: Knobs) -> Any:
 
 def _apart(k: Knobs) -> Callable[[float], base.Compressor]:
   owners = parameters.owners(k.task.trainable)
-  return functools.partial(sparse.top_k_per_group, owners)
+  return functools.partial(grouped.top_k_per_group, owners)
 
 
 def _adapter_lth(k: Knobs) -> Any:

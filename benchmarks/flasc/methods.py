@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks import problems, study
 from fedjax_llm import compression
-from fedjax_llm.compression import sparse
+from fedjax_llm.compression import grouped, sparse
 from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import (
   aggregators,
@@ -99,7 +99,7 @@ def _flasc(down=None, up=None, top_k=None):
 def _apart(task):
   """The largest of `a`, of `b` and of a head, each a Top-K of its own."""
   owners = parameters.owners(task.trainable)
-  return functools.partial(sparse.top_k_per_group, owners)
+  return functools.partial(grouped.top_k_per_group, owners)
 
 
 def _moved(task):

@@ -72,15 +72,32 @@ def entry_ranks(tree: Mapping[str, Any]) -> Any:
   Returns:
     NumPy int [n]; -1 for what is in no pair.
   """
-  none = jax.tree.map(lambda x: np.full(np.shape(x), -1), tree)
+  owners, ranks = rank_owners(tree)
+  within = np.concatenate([np.arange(x) for x in ranks])
+  return np.where(owners < 0, -1, within[owners])
 
-  def of(pair):
-    number = np.arange(pair.a.shape[-1])
-    in_b = np.broadcast_to(number[:, None], pair.b.shape)
-    return Pair(np.broadcast_to(number, pair.a.shape), in_b)
 
-  numbered = put(none, {path: of(x) for path, x in pairs(tree).items()})
-  return np.concatenate([x.ravel() for x in jax.tree.leaves(numbered)])
+def rank_owners(tree: Mapping[str, Any]) -> tuple[Any, list[int]]:
+  """Which rank of which layer each entry of the flat vector belongs to.
+
+  Returns:
+    NumPy int [n], numbers that count the ranks of all layers, with -1 for what
+    is in no pair; and how many ranks each layer has.
+  """
+  owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), tree)
+  numbered, ranks, count = {}, [], 0
+  for path, pair in pairs(tree).items():
+    *layers, _, rank = pair.a.shape
+    number = count + np.arange(math.prod(layers) * rank)
+    number = number.reshape(*layers, rank)
+    numbered[path] = Pair(
+      np.broadcast_to(number[..., None, :], pair.a.shape),
+      np.broadcast_to(number[..., :, None], pair.b.shape),
+    )
+    ranks += [rank] * math.prod(layers)
+    count += number.size
+  leaves = jax.tree.leaves(put(owners, numbered))
+  return np.concatenate([x.ravel() for x in leaves]), ranks
 
 
 def tiers(

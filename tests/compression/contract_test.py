@@ -10,7 +10,7 @@ import pytest
 
 from fedjax_llm import compression
 from fedjax_llm.codecs import autoencoder, layouts, pca, row_network
-from fedjax_llm.compression import groups, segments, wire
+from fedjax_llm.compression import grouped, wire
 
 chain, error_feedback = compression.chain, compression.error_feedback
 top_k, random_k = compression.top_k, compression.random_k
@@ -118,17 +118,17 @@ COMPRESSORS = {
     thirds(n), top_k(1 / 4), cast(jnp.float16)
   ),
   "top_k_per_segment + stochastic_uniform": lambda n: chain(
-    segments.top_k_per_segment(
+    grouped.top_k_per_segment(
       (n // 3, n // 3, n - 2 * (n // 3)), (1 / 4, 1 / 4, 1.0)
     ),
     stochastic_uniform(4),
   ),
   "top_k_groups + stochastic_uniform": lambda n: chain(
     # Sixty-four groups of four entries, and one of none.
-    groups.top_k_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
+    grouped.top_k_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
     stochastic_uniform(4),
   ),
-  "at": lambda n: segments.send_mask(np.arange(n) % 3 == 0, -(-n // 3)),
+  "send_mask": lambda n: grouped.send_mask(np.arange(n) % 3 == 0, -(-n // 3)),
   "pca": lambda n: pca.pca(principal(n)),
   "autoencoder": lambda n: codec(n, None),
   "autoencoder, quantised": lambda n: codec(n, 2),
@@ -139,8 +139,9 @@ COMPRESSORS = {
   "feedback of a chain": lambda n: error_feedback(
     chain(top_k(1 / 4), stochastic_uniform(2))
   ),
+  # The mask never moves, so the residual stays with its entries.
   "a chain with feedback": lambda n: chain(
-    top_k(1 / 4), error_feedback(stochastic_uniform(2))
+    thirds(n), error_feedback(stochastic_uniform(2))
   ),
 }
 # Their products of matrices add up in another order under vmap.

@@ -50,6 +50,23 @@ def test_every_entry_is_of_its_column_of_a_and_row_of_b():
   assert (owners == -1).sum() == 4 * 2 + 2
 
 
+def test_the_ranks_of_all_layers_have_numbers_of_their_own():
+  owners, ranks = factors.rank_owners(TREE)
+  assert ranks == [3, 3, 3]
+  _, unravel = ravel_pytree(jax.tree.map(np.float32, TREE))
+  numbers = unravel(jnp.asarray(owners, jnp.float32))
+  # Two layers of `q`, then `top`.
+  for start, pair in (
+    (0, jax.tree.map(lambda x: x[0], numbers["layers"]["q"])),
+    (3, jax.tree.map(lambda x: x[1], numbers["layers"]["q"])),
+    (6, numbers["top"]),
+  ):
+    for rank in range(3):
+      assert (pair["a"][:, rank] == start + rank).all()
+      assert (pair["b"][rank] == start + rank).all()
+  assert (numbers["score"]["kernel"] == -1).all()
+
+
 def test_tiers_send_their_ranks_and_all_else():
   vector, unravel = ravel_pytree(TREE)
   tiers = factors.tiers(TREE, (1, 3), upload=quantize.cast(jnp.bfloat16))

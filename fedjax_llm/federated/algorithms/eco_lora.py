@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, segments, wire
+from fedjax_llm.compression import base, grouped, wire
 from fedjax_llm.federated import channels, clients, draws, parameters, rounds
 
 
@@ -263,7 +263,7 @@ def _send(sizes, densities):
   """Sends a segment with these densities of `a` and of the rest."""
 
   def fn(target):
-    compressor = segments.top_k_per_segment(sizes, densities)
+    compressor = grouped.top_k_per_segment(sizes, densities)
     message = base.transmit(compressor, target, (), jax.random.key(0))
     numbers = wire.nbytes(message.payload), wire.entries(message.payload)
     return message.received, *map(jnp.int32, numbers)

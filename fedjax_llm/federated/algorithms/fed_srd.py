@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, segments, sparse, wire
+from fedjax_llm.compression import base, grouped, sparse, wire
 from fedjax_llm.federated import (
   channels,
   clients,
@@ -91,7 +91,7 @@ def fed_srd(
     ValueError: if a density is out of range; from `init`, if there are no
       factors.
   """
-  segments.counts_of_each([1], [upload_density])
+  grouped.counts_of_each([1], [upload_density])
   download = sparse.random_k(download_density)
   at_clients = gathering.gather(
     clients.local_update(loss_fn, client_optimizer),
@@ -181,17 +181,17 @@ def _answer(density):
     training = train(start, frozen)
     update = start - ravel_pytree(training.trainable)[0]
     sizes = _matrices(trainable)
-    counts = segments.counts_of_each(sizes, [density] * len(sizes))
+    counts = grouped.counts_of_each(sizes, [density] * len(sizes))
     scores = jax.tree.map(
       lambda x, weight: jnp.abs(x) * weight,
       unravel(update),
       _importance(trainable, training.trainable),
     )
     scores, _ = ravel_pytree(scores)
-    mask = segments.largest_of_each(scores, sizes, counts)
+    mask = grouped.largest_of_each(scores, sizes, counts)
     kept = jnp.where(mask, update, 0)
-    scaled = segments.rescale_each(kept, update, sizes)
-    sender = segments.send_mask(mask, sum(counts))
+    scaled = grouped.rescale_each(kept, update, sizes)
+    sender = grouped.send_mask(mask, sum(counts))
     message = base.transmit(sender, scaled, (), key)
     nbytes, entries = _size(message.payload)
     return (

@@ -10,11 +10,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 import optax
 
-from fedjax_llm.compression import base, groups, sparse
+from fedjax_llm.compression import base, grouped, sparse
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -46,7 +44,7 @@ def federated_select(
   the default, which SparseAdapter has as well, sets `b` free if it leaves some
   of it among the largest parameters: `b` must have moved far enough. Else take
   the largest of `a` and of `b` apart:
-  `top_k=partial(sparse.top_k_per_group, parameters.owners(trainable))`.
+  `top_k=partial(grouped.top_k_per_group, parameters.owners(trainable))`.
 
   The support travels down; what comes back is of the same support, so values
   alone travel up.
@@ -151,11 +149,11 @@ def federated_select_ranks(
   parts = {"aggregate": aggregators.uniform_mean()} | parts
 
   def of(trainable):
-    owners, rows = _rank_owners(trainable)
-    support = functools.partial(groups.support, owners=owners)
+    owners, rows = factors.rank_owners(trainable)
+    support = functools.partial(grouped.support, owners=owners)
     each = [
       received_alone(
-        groups.top_k_groups(owners, rows, [x] * len(rows)), support
+        grouped.top_k_groups(owners, rows, [x] * len(rows)), support
       )
       for x in ranks
     ]
@@ -172,21 +170,3 @@ def federated_select_ranks(
     round=lambda state, *rest: of(state.trainable).round(state, *rest),
     received=lambda state, key: of(state.trainable).received(state, key),
   )
-
-
-def _rank_owners(trainable):
-  """Which rank of which layer each entry is of, and the ranks of each layer."""
-  owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), trainable)
-  numbered, rows, count = {}, [], 0
-  for path, pair in factors.pairs(trainable).items():
-    *layers, _, rank = pair.a.shape
-    number = count + np.arange(np.prod(layers, dtype=int) * rank)
-    number = number.reshape(*layers, rank)
-    numbered[path] = factors.Pair(
-      np.broadcast_to(number[..., None, :], pair.a.shape),
-      np.broadcast_to(number[..., :, None], pair.b.shape),
-    )
-    rows += [rank] * (number.size // rank)
-    count += number.size
-  owners = factors.put(owners, numbered)
-  return np.concatenate([x.ravel() for x in jax.tree.leaves(owners)]), rows

@@ -44,7 +44,7 @@ def flasc(
     upload_density: share of an update that is sent, likewise.
     top_k: from a density to what downloads the largest parameters. The paper's
       is one Top-K of all, which leaves out `b` while it is smaller than `a`;
-      see `sparse.top_k_per_group`, and `compression.relative_to` for the Top-K
+      see `grouped.top_k_per_group`, and `compression.relative_to` for the Top-K
       of what has moved.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
       `placement` of `rounds.federated_round`.

@@ -4,6 +4,7 @@ Wang, Shen, He, Sun, Wang, Lyu, Li, "FLoRA: Federated Fine-Tuning Large Language
 Models with Heterogeneous Low-Rank Adaptations", 2024 (arXiv 2409.05976).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,8 @@ def flora(
 
     def with_known(channel, rank):
       known = jnp.where((owners >= 0) & (owners < rank), vector, 0)
-      return channel._replace(download=base.relative_to(known, heads))
+      download = base.relative_to(known, heads)
+      return dataclasses.replace(channel, download=download)
 
     return tiers._replace(channels=[*map(with_known, tiers.channels, own)])
 

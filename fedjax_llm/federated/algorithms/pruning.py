@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.compression import base, segments, sparse, wire
+from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -133,9 +133,7 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     mask = jax.lax.cond(
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
-    send = lambda values: segments.send_mask(mask, count).encode(
-      values, (), key
-    )[0]
+    send = lambda values: sparse.gather(values, mask, count)
     # What arrives of zeros: `top_k` may send how much has moved since the seed.
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)

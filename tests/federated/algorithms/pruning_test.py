@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, sparse, supports, wire
+from fedjax_llm.compression import base, grouped, sparse, supports, wire
 from fedjax_llm.federated import densities, parameters
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
 from tests import placements
@@ -208,7 +208,7 @@ def test_factors_are_received_apart_on_request(problem, make, knobs):
   # A Top-K of a sixth is filled by `a`, a hundred times larger, unless apart.
   scaled = {**problem.trainable, "a": 100 * problem.trainable["a"]}
   apart = functools.partial(
-    sparse.top_k_per_group, parameters.owners(problem.trainable)
+    grouped.top_k_per_group, parameters.owners(problem.trainable)
   )
   received = {}
   for name, top_k in {"global": sparse.top_k, "apart": apart}.items():
