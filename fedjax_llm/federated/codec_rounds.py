@@ -159,7 +159,7 @@ def with_codec(
     # Copied, so that donating the state leaves the caller's arrays alone.
     copy = jax.tree.map(jnp.array, codec)
     held = jnp.zeros(population, jnp.int32)
-    return rounds.replicate(
+    return clients.replicate(
       CodecState(state, copy, jnp.int32(1), held), placement
     )
 
@@ -180,7 +180,7 @@ def with_codec(
       metrics |= {"upload_bytes": metrics["upload_bytes"] + raw}
     held = state.held.at[cohort.clients].set(new)
     after = state._replace(inner=after, held=held)
-    return rounds.replicate(after, placement), metrics
+    return clients.replicate(after, placement), metrics
 
   def received(state, key):
     return first.received(state.inner, key)

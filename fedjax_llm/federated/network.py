@@ -170,6 +170,7 @@ class Network:
       The next state, the metrics, in which messages have sizes that were not
       sent, the outcome, and the simulated seconds of the round.
     """
+    clients.check_cohort(cohort)
     sizes = lambda metrics: (metrics["download_bytes"], metrics["upload_bytes"])
     seconds = np.zeros(len(cohort.clients))
     if self.is_race:

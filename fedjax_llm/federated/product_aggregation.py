@@ -15,11 +15,12 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import (
+  answers,
   channels,
   clients,
+  downloads,
   draws,
   factors,
-  gathering,
   rounds,
 )
 from fedjax_llm.models import lora
@@ -99,9 +100,12 @@ def product_round(
       "expected population, the number of clients: what each has yet to fetch"
       " of the residual is counted."
     )
-  at_clients = gathering.gather(
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
     local_update,
-    _answer(tiers_of),
+    answers.by_tier(
+      tiers_of, own=lambda unravel, start, update: unravel(start - update)
+    ),
     placement=placement,
   )
 
@@ -116,93 +120,76 @@ def product_round(
       zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
       residual = factors.products(zero)
       missed = jnp.zeros((population, 2), jnp.int32)
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    copy = jax.tree.map(jnp.array, trainable)
-    state = State(jnp.int32(0), copy, residual, missed, upload)
-    return rounds.replicate(state, placement)
+    state = State(jnp.int32(0), trainable, (), (), ())
+    residual, missed, upload = clients.replicate(
+      (residual, missed, upload), placement
+    )
+    return rounds.first_state(state, placement)._replace(
+      residual=residual, missed=missed, upload=upload
+    )
 
   def round_fn(state, frozen, examples, cohort, key):
     tiers = tiers_of(state.trainable)
-    messages = [_download(x, state.trainable) for x in tiers.channels]
-    payloads = tuple(x.payload for x in messages)
-    received = tuple(x.received for x in messages)
     if scale is not None:
       frozen = lora.add(frozen, state.residual)
-    answers = at_clients(
-      state.trainable,
-      state.round,
-      (state.trainable, payloads, received, frozen),
-      jax.tree.map(lambda x: x[cohort.clients], state.upload),
-      examples,
-      cohort,
-      key,
+    shared, _ = _broadcast(tiers, state, frozen, key)
+    arrived = at_clients(
+      state.round, shared, state.upload, examples, cohort, key
     )
     combined = combine(
       state.trainable,
-      answers.trained,
-      answers.weights,
+      arrived.own,
+      arrived.weights,
       draws.stream(key, draws.Purpose.SERVER, state.round),
     )
-    present = answers.weights > 0
     tier = tiers.of_client(cohort.clients)
-    sizes = [[wire.nbytes(x), wire.entries(x)] for x in payloads]
-    down = jnp.array(sizes, jnp.int32)[tier]
-    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
+    sizes = downloads.sizes(shared.payloads, tier)
     after = state._replace(
       round=state.round + 1,
       trainable=combined.trainable,
-      upload=jax.tree.map(put, state.upload, answers.memory),
+      upload=arrived.memory,
     )
+    present = arrived.weights > 0
     if scale is not None:
-      old = state.missed[cohort.clients]
-      down = _add(down, old)
+      old = answers.take(state.missed, cohort.clients)
+      sizes = {
+        name: _add(sizes[name], old[:, i]) for i, name in enumerate(sizes)
+      }
       grown = factors.products(combined.added, scale)
-      has = put(state.missed, jnp.where(present[:, None], 0, old))
+      has = jnp.where(present[:, None], 0, old)
+      has = answers.put(state.missed, cohort.clients, has)
       sent = combined.forwarded[:, None] * _sizes(state.trainable, ranks)[tier]
       after = after._replace(
         residual=jax.tree.map(jnp.add, state.residual, grown),
         missed=_fetch(has, sent, _dense(state.residual)),
       )
     after = rounds.unless_nobody(present.any(), after, state)
-    metrics = {"download_bytes": down[:, 0], "download_entries": down[:, 1]}
-    return rounds.replicate(after, placement), answers.metrics | metrics
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
   def received_fn(state, key):
-    del key  # Downloads are not random.
-    last = tiers_of(state.trainable).channels[-1]
-    message = _download(last, state.trainable)
-    return ravel_pytree(state.trainable)[1](message.received)
+    tiers = tiers_of(state.trainable)
+    shared, _ = _broadcast(tiers, state, (), key)
+    return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   residual = None if scale is None else lambda state: state.residual
-  return rounds.FederatedAlgorithm(init, round_fn, received_fn, residual)
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received_fn, residual, placement=placement
+  )
+
+
+def _broadcast(tiers, state, frozen, key):
+  """Sends the parameters to every tier, by downloads that have no state."""
+  vector, _ = ravel_pytree(state.trainable)
+  states = [x.download.init(vector) for x in tiers.channels]
+  return downloads.broadcast(
+    tiers, state.trainable, frozen, states, state.round, key
+  )
 
 
 def size(count: int, dtype: Any) -> list[int]:
   """Bytes and numbers of a dense message of so many entries."""
   payload: Any = base.Dense(jax.ShapeDtypeStruct((count,), dtype))
   return [wire.nbytes(payload), count]
-
-
-def _answer(tiers_of):
-  """A client trains on what its tier receives, and answers as its tier does."""
-
-  def answer(shared, train, client, memory, key):
-    trainable, payloads, received, frozen = shared
-    tiers = tiers_of(trainable)
-    tier = tiers.of_client(client)
-    start = received[0] if len(received) == 1 else jnp.stack(received)[tier]
-    training = train(start, frozen)
-    update = start - ravel_pytree(training.trainable)[0]
-    message = channels.upload(tiers, payloads, tier, update, memory, key)
-    return start, training, message
-
-  return answer
-
-
-def _download(channel, trainable):
-  vector, _ = ravel_pytree(trainable)
-  state = channel.download.init(vector)
-  return base.transmit(channel.download, vector, state, jax.random.key(0))
 
 
 def _sizes(trainable, ranks):

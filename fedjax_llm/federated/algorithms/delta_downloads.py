@@ -1,14 +1,13 @@
-"""Incremental downloads: clients keep what they received, and receive changes.
+"""Delta downloads: clients keep what they received, and receive changes.
 
-The server knows each client's copy of the model, for it sent all that made it,
-and sends how the model differs from it now, compressed. What a message loses is
-in the next difference again, so nothing is lost for good, and a difference is
-the smaller the sooner a client comes back. It is EF21-P (Gruntkowska, Tyurin,
-Richtárik, "EF21-P and Friends", 2023, arXiv 2209.15218) with a copy for every
-client, because only some take part in a round.
+The server knows each client's copy of the model, because it sent all that made
+it, and sends the compressed difference between the model and this copy. What a
+message loses is part of the next difference, so nothing is lost for good, and
+the sooner a client comes back, the smaller its difference is. This is EF21-P
+(Gruntkowska, Tyurin, Richtárik, "EF21-P and Friends", 2023, arXiv 2209.15218)
+with a copy for every client, because only some take part in a round.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,20 +15,28 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, draws, rounds
+from fedjax_llm.compression import base
+from fedjax_llm.federated import (
+  aggregators,
+  answers,
+  channels,
+  clients,
+  downloads,
+  draws,
+  rounds,
+)
 
 
-class IncrementalState(NamedTuple):
+class DeltaState(NamedTuple):
   """What the server keeps between rounds.
 
   Attributes:
     round: int32, how many rounds are done.
     trainable: the server's parameters.
-    optimizer: state of the server optimizer.
-    aggregate: state of the aggregator.
+    optimizer: the server optimizer's state.
+    aggregate: the aggregator's state.
     copies: [population, n], the parameters that each client has.
-    upload: states of the upload compressor, [population, ...].
+    upload: the upload compressor's states, [population, ...].
   """
 
   round: Any
@@ -51,38 +58,42 @@ def delta_downloads(
   aggregate: aggregators.Aggregator | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Federated averaging with downloads of what changed since a client's last.
+  """Federated averaging whose downloads are changes since the last download.
 
-  Before its first round a client has the initial parameters, which the seed of
-  the experiment draws for it. Server and clients keep a copy of the parameters
-  for each client: `population * n` floats at the server.
+  Before its first round a client has the initial parameters, which the
+  experiment's seed draws. The server keeps a copy of every client's parameters:
+  `population * n` floats.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the aggregated update.
-    population: number of clients.
-    download: of the difference to a client's copy, without memory; a
-      contraction, such as `top_k` or `lloyd_max`. The more seldom a client
-      comes back, the more bits it needs. None for all of it.
-    upload: of a client's update; None for all of it.
-    aggregate: from updates to one; None for the uniform mean.
+    population: the number of clients.
+    download: compresses the difference to a client's copy. It has no memory and
+      is a contraction, such as `top_k` or `lloyd_max`. The more seldom a client
+      comes back, the more bits it needs. None for no compression.
+    upload: compresses a client's update; None for no compression.
+    aggregate: from updates to one; the uniform mean if not given.
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
-    The algorithm. As each client has parameters of its own, `received` are
-    those of the server, which come to nobody whole before the last round. A
-    client that does not answer has not received: its copy stays.
+    The algorithm. Each client has its own parameters, so `received` returns
+    the server's, which no client has exactly. A client that is left out of a
+    round keeps its copy: it counts as not having received.
 
   Raises:
     ValueError: from `init`, if `download` has a memory.
   """
   download = download or base.identity()
   aggregate = aggregate or aggregators.uniform_mean()
+  placement = placement or clients.Placement()
   channel = channels.Channel(upload=upload or base.identity())
-  local_update = clients.local_update(loss_fn, client_optimizer)
-  answers = clients.map_clients(
-    _answer(local_update, download, channel.upload, aggregate),
+  at_clients = answers.at_clients(
+    clients.local_update(loss_fn, client_optimizer),
+    _answer(download, channel.upload),
+    lambda update, weight, shared: aggregate.share(
+      update, weight, shared.aggregate
+    ),
     placement=placement,
   )
 
@@ -93,82 +104,74 @@ def delta_downloads(
         "delta_downloads expected a download without memory: a client's"
         " copy is the memory. Take it out of error_feedback."
       )
-    state = IncrementalState(
+    state = DeltaState(
       round=jnp.int32(0),
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
       aggregate=aggregate.init(),
-      copies=jnp.broadcast_to(vector, (population, vector.size)),
-      upload=channels.upload_states(channel, vector, population),
+      copies=(),
+      upload=(),
     )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
+    copies = jnp.tile(vector[None], (population, 1))
+    upload = channels.upload_states(channel, vector, population)
+    copies, upload = clients.replicate((copies, upload), placement)
+    state = rounds.first_state(state, placement)
+    return state._replace(copies=copies, upload=upload)
 
   def round_fn(state, frozen, examples, cohort, key):
-    shared = (state._replace(copies=(), upload=()), frozen, examples, key)
-    kept = (state.copies, state.upload)
-    memory = jax.tree.map(lambda x: x[cohort.clients], kept)
-    total, (memory, metrics) = answers(shared, (cohort, memory))
-    share, loss, count, present = total
-    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    copies, states = jax.tree.map(put, kept, memory)
-    after = rounds.server_step(server_optimizer, aggregate, state, share, key)
-    after = after._replace(copies=copies, upload=states)
+    memory = (state.copies, state.upload)
+    shared = Shared(state.trainable, frozen, state.aggregate)
+    arrived = at_clients(state.round, shared, memory, examples, cohort, key)
+    copies, upload = arrived.memory
+    after = rounds.server_step(
+      server_optimizer, aggregate, state, arrived.total, key
+    )
+    after = after._replace(copies=copies, upload=upload)
     if not aggregate.steps_when_empty:
-      after = rounds.unless_nobody(present > 0, after, state)
-    return rounds.replicate(after, placement), {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
-      **metrics,
-    }
+      after = rounds.unless_nobody(arrived.weights.any(), after, state)
+    vector, _ = ravel_pytree(state.trainable)
+    payload, _ = jax.eval_shape(
+      download.encode, vector, download.init(vector), key
+    )
+    sizes = downloads.sizes([payload], jnp.zeros_like(cohort.clients))
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
-  received = lambda state, key: state.trainable
   return rounds.FederatedAlgorithm(
-    init, round_fn, received, noise_multiplier=aggregate.noise_multiplier
+    init,
+    round_fn,
+    received=lambda state, key: state.trainable,
+    noise_multiplier=aggregate.noise_multiplier,
+    placement=placement,
   )
 
 
-def _answer(
-  local_update: Callable[..., clients.Training],
-  download: base.Compressor,
-  upload: Any,
-  aggregate: aggregators.Aggregator,
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-  """Makes the function that trains one client, for `clients.map_clients`."""
+class Shared(NamedTuple):
+  """What all clients of a round share."""
 
-  def fn(shared, client):
-    state, frozen, examples, key = shared
-    cohort, (copy, upload_state) = client
-    vector, unravel = ravel_pytree(state.trainable)
-    of = lambda purpose: draws.stream(key, purpose, state.round, cohort.clients)
-    change, memoryless = vector - copy, download.init(vector)
+  trainable: Any
+  frozen: Any
+  aggregate: Any
+
+
+def _answer(download, upload):
+  """A client receives how the model differs from its copy."""
+
+  def answer(shared, client):
+    copy, upload_state = client.memory
+    vector, unravel = ravel_pytree(shared.trainable)
     down = base.transmit(
-      download, change, memoryless, of(draws.Purpose.DOWNLOAD)
+      download,
+      vector - copy,
+      download.init(vector),
+      client.key(draws.Purpose.DOWNLOAD),
     )
     start = copy + down.received
-    training = local_update(
-      unravel(start),
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      of(draws.Purpose.TRAIN),
-    )
+    training = client.train(unravel(start), shared.frozen)
     update = start - ravel_pytree(training.trainable)[0]
-    up = base.transmit(upload, update, upload_state, of(draws.Purpose.UPLOAD))
-    finite = jnp.isfinite(update).all() & jnp.isfinite(up.received).all()
-    weight = jnp.where(finite, cohort.weights, 0)
-    keep = lambda new, old: jnp.where(weight > 0, new, old)
-    memory = jax.tree.map(keep, (start, up.state), (copy, upload_state))
-    share = aggregate.share(up.received, weight, state.aggregate)
-    present = (weight > 0).astype(jnp.int32)
-    metrics = {
-      "download_bytes": jnp.int32(wire.nbytes(down.payload)),
-      "download_entries": jnp.int32(wire.entries(down.payload)),
-      "upload_bytes": jnp.int32(wire.nbytes(up.payload)),
-      "upload_entries": jnp.int32(wire.entries(up.payload)),
-      "finite": finite,
-    }
-    return (share, training.loss, training.count, present), (memory, metrics)
+    up = base.transmit(
+      upload, update, upload_state, client.key(draws.Purpose.UPLOAD)
+    )
+    message = answers.message(up.received, (start, up.state), up.payload)
+    return answers.Answer(training, update, message, up.received)
 
-  return fn
+  return answer

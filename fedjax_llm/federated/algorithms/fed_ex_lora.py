@@ -4,17 +4,15 @@ Singhal, Ponkshe, Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and
 Efficient Fine-Tuning of Foundation Models", 2024 (arXiv 2410.09432).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjax_llm.compression import base
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
-  gathering,
   product_aggregation,
   rounds,
 )
@@ -28,7 +26,7 @@ def fed_ex_lora(
   weighted: bool = False,
   upload: base.Compressor | None = None,
   population: int,
-  **placement: Any,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FedEx-LoRA: factors are averaged, and the kernels take the residual.
 
@@ -48,9 +46,9 @@ def fed_ex_lora(
     client_optimizer: the paper's is AdamW.
     scale: `LoRA.scale`.
     weighted: weight clients by the cohort's weights; the paper's mean is plain.
-    upload: what compresses the updates; None for nothing.
-    population: number of clients.
-    **placement: `placement` of `rounds.federated_round`.
+    upload: compresses the updates; None for no compression.
+    population: the number of clients.
+    placement: see `clients.Placement`; all devices if not given.
   """
 
   def tiers_of(trainable):
@@ -60,8 +58,8 @@ def fed_ex_lora(
     del trainable, key  # Replaced; deterministic.
     present = weights > 0
     weights = weights if weighted else present.astype(weights.dtype)
-    weights = gathering.normalised(weights)
-    mean = gathering.mean(trained, weights)
+    weights = aggregators.normalised(weights)
+    mean = aggregators.weighted_sum(trained, weights)
     centred = jax.tree.map(lambda x, y: x - y[None], trained, mean)
     added = factors.stacks(centred, weights)
     return product_aggregation.Combined(
@@ -74,7 +72,7 @@ def fed_ex_lora(
     tiers_of,
     scale=scale,
     population=population,
-    **placement,
+    placement=placement,
   )
 
 

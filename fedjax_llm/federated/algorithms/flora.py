@@ -14,9 +14,9 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
-  gathering,
   product_aggregation,
   rounds,
 )
@@ -31,7 +31,7 @@ def flora(
   of_client: Callable[[Any], Any] | None = None,
   upload: base.Compressor | None = None,
   population: int,
-  **placement: Any,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLoRA: `sum_k p_k a_k b_k` goes to the kernels, and the factors start anew.
 
@@ -52,9 +52,9 @@ def flora(
     scale: `LoRA.scale`, one for all ranks.
     ranks: of tiers of clients, see `factors.tiers`; None for one of full rank.
     of_client: numbers of clients -> numbers of their tiers.
-    upload: what compresses the updates; None for nothing.
-    population: number of clients.
-    **placement: `placement` of `rounds.federated_round`.
+    upload: compresses the updates; None for no compression.
+    population: the number of clients.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -74,12 +74,12 @@ def flora(
     return tiers._replace(channels=[*map(with_known, tiers.channels, own)])
 
   def combine(trainable, trained, weights, key):
-    present, weights = weights > 0, gathering.normalised(weights)
+    present, weights = weights > 0, aggregators.normalised(weights)
     pairs = factors.pairs(trainable)
     keys = dict(zip(pairs, jax.random.split(key, len(pairs)), strict=True))
     anew = {path: factors.redraw(x, keys[path]) for path, x in pairs.items()}
     return product_aggregation.Combined(
-      trainable=factors.put(gathering.mean(trained, weights), anew),
+      trainable=factors.put(aggregators.weighted_sum(trained, weights), anew),
       added=factors.stacks(trained, weights),
       forwarded=present,
     )
@@ -91,5 +91,5 @@ def flora(
     ranks=ranks,
     scale=scale,
     population=population,
-    **placement,
+    placement=placement,
   )

@@ -6,12 +6,14 @@ says little about any one example, to the server too. What that is worth is
 accounted by `privacy.ExampleLevel`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federated import clients
+from fedjax_llm.federated import clients, mapping
 from fedjax_llm.federated.privacy import mechanisms
 
 
@@ -75,12 +77,11 @@ def local_update(
     noise_key, loss_key = jax.random.split(key)
     rows = (examples, mask, jax.random.split(loss_key, mask.size))
     # What maps over clients and adds up serves as well for examples.
-    over_rows = clients.map_in_steps(of_example, microbatch)
+    over_rows = mapping.in_steps(of_example, microbatch)
     (total, sums), _ = over_rows((), rows)
     total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)
     gradient = unravel((total / mask.size).astype(flat.dtype))
     return clients.only(trains, gradient), sums
 
-  return clients.local_steps(
-    gradient_fn, optimizer, example_noise_multiplier=noise_multiplier
-  )
+  plain = clients.local_steps(gradient_fn, optimizer)
+  return dataclasses.replace(plain, example_noise_multiplier=noise_multiplier)
