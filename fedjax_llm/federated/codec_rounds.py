@@ -186,12 +186,11 @@ def with_codec(
     return first.received(state.inner, key)
 
   residual_of = first.residual
-  return rounds.FederatedAlgorithm(
-    init,
-    round_fn,
-    received,
+  return first._replace(
+    init=init,
+    round=round_fn,
+    received=received,
     residual=residual_of and (lambda state: residual_of(state.inner)),
-    noise_multiplier=first.noise_multiplier,
   )
 
 

@@ -1,8 +1,8 @@
 """Rounds whose server aggregates the products of factors, not the factors.
 
 The mean of the clients' products `a @ b` is not the product of the mean
-factors. The server has all of them, so it can do better: decompose their mean
-product anew, or add to the base model what the factors cannot hold.
+factors. The server has all factors, so it can do better: decompose the mean
+product into new factors, or add to the base model what factors cannot express.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,9 +36,9 @@ class State(NamedTuple):
     round: int32, how many rounds are done.
     trainable: the parameters that are trained.
     residual: what was added to the base model; () if nothing ever is.
-    missed: int32 [population, 2], how many bytes and numbers each client has
-      yet to fetch of the residual; () if there is none.
-    upload: states of the upload compressor, [population, ...].
+    missed: int32 [population, 2], the bytes and entries of the residual that
+      each client must still fetch; () if there is no residual.
+    upload: the upload compressor's states, for each tier [population, ...].
   """
 
   round: Any
@@ -49,13 +49,14 @@ class State(NamedTuple):
 
 
 class Combined(NamedTuple):
-  """What a server makes of the answers.
+  """What a server computes from the answers.
 
   Attributes:
     trainable: the next parameters.
-    added: pairs by path, whose products go to the base model; None for none.
-    forwarded: bool [cohort], whose factors are sent on to the other clients so
-      that they can add the same; None for none.
+    added: pairs by path, whose products are added to the base model; None if
+      nothing is added.
+    forwarded: bool [cohort], the clients whose factors are sent to all others,
+      so that they can add the same; None if nothing is added.
   """
 
   trainable: Any
@@ -75,20 +76,20 @@ def product_round(
 ) -> rounds.FederatedAlgorithm:
   """Composes an algorithm that aggregates products of factors.
 
-  The residual is paid for by each client when it comes: of every round that it
-  missed, the factors that are forwarded or the dense change, whichever is
-  smaller; at most the dense sum. A client that is left out of a round is taken
-  for one that did not come. Sizes above 2 GB are counted as that.
+  A client downloads the residual when it takes part: for every round that it
+  missed the forwarded factors or the dense change, whichever is smaller; in
+  total at most the dense sum. A client that is left out of a round counts as
+  absent. Sizes above 2 GB are counted as 2 GB.
 
   Args:
     local_update: see `clients.local_update`.
-    combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`; the
-      weights are the cohort's, zero for who is left out.
+    combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`. The
+      weights are the cohort's, zero for a client that is left out.
     tiers_of: trainable -> how messages are compressed; downloads have no state.
-    ranks: of the tiers; None if all are of full rank.
+    ranks: the rank of each tier; None if all have the full rank.
     scale: `LoRA.scale`, if products are added to the base model; else None.
-    population: number of clients; needed for a residual, or if the upload keeps
-      a state for each.
+    population: the number of clients; needed for a residual, or if the upload
+      keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -97,8 +98,8 @@ def product_round(
   """
   if scale is not None and population is None:
     raise ValueError(
-      "expected population, the number of clients: what each has yet to fetch"
-      " of the residual is counted."
+      "expected population, the number of clients: the bytes of the residual"
+      " that each must still fetch are counted."
     )
   placement = placement or clients.Placement()
   at_clients = answers.at_clients(
@@ -187,13 +188,13 @@ def _broadcast(tiers, state, frozen, key):
 
 
 def size(count: int, dtype: Any) -> list[int]:
-  """Bytes and numbers of a dense message of so many entries."""
+  """Bytes and entries of a dense message of `count` entries."""
   payload: Any = base.Dense(jax.ShapeDtypeStruct((count,), dtype))
   return [wire.nbytes(payload), count]
 
 
 def _sizes(trainable, ranks):
-  """Sizes of the factors of one client of each tier: int32 [tiers, 2]."""
+  """Sizes of one client's factors, by tier: int32 [tiers, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   owners = owners[owners >= 0]
@@ -203,19 +204,19 @@ def _sizes(trainable, ranks):
 
 
 def _dense(residual):
-  """Size of all deltas, or of a change of them: int32 [2]."""
+  """The size of the dense residual, or of a change of it: int32 [2]."""
   leaves = jax.tree.leaves(residual)
   whole = size(sum(x.size for x in leaves), leaves[0].dtype)
   return np.minimum(whole, _LIMIT).astype(np.int32)
 
 
 def _fetch(missed, sent, dense):
-  """What clients have yet to fetch, a round later: int32 [population, 2].
+  """What clients must still fetch, a round later: int32 [population, 2].
 
   Args:
-    missed: of each client before.
-    sent: sizes of what is forwarded of each client of the cohort, [cohort, 2].
-    dense: size of a dense change, and of the dense sum.
+    missed: what each client had to fetch before the round.
+    sent: [cohort, 2], the sizes of what is forwarded of each client.
+    dense: the size of a dense change, and of the dense sum.
   """
   none = jnp.zeros(2, jnp.int32)
   new, _ = jax.lax.scan(lambda total, x: (_add(total, x), None), none, sent)

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from fedjax_llm.federated import clients
-from tests import placements
 
 KEY = jax.random.key(3)
 OPTIMIZERS = {
@@ -75,7 +74,7 @@ def test_a_padded_step_changes_neither_parameters_nor_optimizer(
 
 @pytest.mark.parametrize("vmapped", [False, True])
 def test_padding_at_the_end_changes_no_bit(problem, vmapped):
-  # Law 22, also when training draws random numbers.
+  # Also when training draws random numbers.
   client = problem.cohort(3, steps=3)
   padded = problem.cohort(3, steps=6)
   train = functools.partial(run, problem, vmapped=vmapped, noisy=True)
@@ -193,33 +192,6 @@ def test_proximal_refuses_to_push():
     clients.proximal(-0.1)
 
 
-@pytest.mark.parametrize("clients_per_step", [1, 2, 5])
-@pytest.mark.parametrize(
-  ("cohort", "on_mesh"), [(5, False), (5, True), (1, True)]
-)
-def test_all_placements_agree(cohort, on_mesh, clients_per_step):
-  # Two devices or steps of two do not divide five clients. Whole numbers, so
-  # that the order of additions does not matter.
-  def fn(shared, client):
-    value, key = client
-    sums = {"square": shared * value**2, "count": jnp.int32(1)}
-    return sums, (value + shared, jax.random.bits(key))
-
-  mapped = jax.jit(
-    clients.map_clients(
-      fn,
-      placements.on(2 if on_mesh else 1, clients_per_step),
-    )
-  )
-  values = np.arange(3 * cohort, dtype=np.float32).reshape(cohort, 3)
-  keys = jax.random.split(KEY, cohort)
-  sums, (outputs, drawn) = mapped(jnp.float32(2), (values, keys))
-  np.testing.assert_array_equal(sums["square"], 2 * (values**2).sum(0))
-  assert sums["count"] == cohort
-  np.testing.assert_array_equal(outputs, values + 2)
-  assert drawn.tolist() == [int(jax.random.bits(key)) for key in keys]
-
-
 def test_a_placement_that_is_not_told_is_all_devices_one_client_at_a_time():
   placement = clients.Placement()
   assert placement.mesh.size == jax.device_count() == 2
@@ -239,3 +211,26 @@ def test_a_placement_refuses_what_it_cannot_place():
   explicit = jax.make_mesh((2,), ("clients",), axis_types=(kinds.Explicit,))
   with pytest.raises(ValueError, match="jax.make_mesh `axis_types"):
     clients.Placement(explicit)
+
+
+def test_the_cosines_are_measured_where_few_numbers_are_trained():
+  assert clients.Placement().has_cosines(clients.FEW)
+  assert not clients.Placement().has_cosines(clients.FEW + 1)
+  assert clients.Placement(cosines=True).has_cosines(clients.FEW + 1)
+  assert not clients.Placement(cosines=False).has_cosines(1)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
+def test_a_cohort_refuses_weights_that_are_no_numbers_of_examples(
+  problem, weight
+):
+  cohort = problem.cohort(2, 0, 5)
+  assert clients.check_cohort(cohort) is cohort
+  nobody = cohort._replace(weights=np.zeros(3, np.float32))
+  assert clients.check_cohort(nobody) is nobody
+  weights = np.array([8, weight, 7], np.float32)
+  broken = cohort._replace(weights=weights)
+  with pytest.raises(ValueError, match="finite weights of at least 0, got"):
+    clients.check_cohort(broken)
+  # Traced, there is nothing to see.
+  jax.jit(clients.check_cohort)(broken)
