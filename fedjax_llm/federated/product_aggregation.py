@@ -122,11 +122,8 @@ def product_round(
       residual = factors.products(zero)
       missed = jnp.zeros((population, 2), jnp.int32)
     state = State(jnp.int32(0), trainable, (), (), ())
-    residual, missed, upload = clients.replicate(
-      (residual, missed, upload), placement
-    )
-    return rounds.first_state(state, placement)._replace(
-      residual=residual, missed=missed, upload=upload
+    return rounds.first_state(
+      state, placement, residual=residual, missed=missed, upload=upload
     )
 
   def round_fn(state, frozen, examples, cohort, key):

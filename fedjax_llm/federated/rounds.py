@@ -39,7 +39,8 @@ class ServerState(NamedTuple):
     optimizer: the server optimizer's state.
     aggregate: the aggregator's state.
     download: the download compressor's state, for each tier.
-    upload: the upload compressor's states, for each tier [population, ...].
+    upload: what clients remember, [population, ...]: the upload compressor's
+      states, for each tier, unless the method says otherwise.
   """
 
   round: Any
@@ -99,6 +100,7 @@ def federated_round(
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
   placement: clients.Placement | None = None,
+  answer: Callable[[Any, answers.Client], answers.Answer] | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its parts.
 
@@ -112,6 +114,9 @@ def federated_round(
     population: the number of clients; needed if the upload keeps a state for
       each.
     placement: see `clients.Placement`; all devices if not given.
+    answer: what one client does with a `downloads.Broadcast`, see
+      `answers.at_clients`; `answers.by_tier` if not given. Its memory is
+      `state.upload`.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
@@ -122,7 +127,7 @@ def federated_round(
   tiers_of = by_trainable(channel)
   at_clients = answers.at_clients(
     local_update,
-    answers.by_tier(tiers_of),
+    answer or answers.by_tier(tiers_of),
     lambda update, weight, shared: aggregate.share(
       update, weight, shared.aggregate
     ),
@@ -141,8 +146,7 @@ def federated_round(
       upload=(),
     )
     upload = [channels.upload_states(x, vector, population) for x in each]
-    upload = clients.replicate(tuple(upload), placement)
-    return first_state(state, placement)._replace(upload=upload)
+    return first_state(state, placement, upload=tuple(upload))
 
   def round_fn(state, frozen, examples, cohort, key):
     tiers = tiers_of(state.trainable)
@@ -195,12 +199,23 @@ def by_trainable(
   return lambda trainable: tiers
 
 
-def first_state(state: Any, placement: clients.Placement | None) -> Any:
+def first_state(
+  state: Any, placement: clients.Placement | None, **fresh: Any
+) -> Any:
   """Copies a state, and puts it where every round will find it.
 
   It is copied so that donating it leaves the caller's arrays alone.
+
+  Args:
+    state: a tree of arrays.
+    placement: see `clients.Placement`; all devices if not given.
+    **fresh: fields of the state that nobody else holds, and that are too large
+      to be copied.
   """
-  return clients.replicate(jax.tree.map(jnp.array, state), placement)
+  copied = jax.tree.map(jnp.array, state)
+  return clients.replicate(
+    copied._replace(**fresh) if fresh else copied, placement
+  )
 
 
 def server_step(

@@ -8,7 +8,7 @@ the sooner a client comes back, the smaller its difference is. This is EF21-P
 with a copy for every client, because only some take part in a round.
 """
 
-from typing import Any, NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,6 @@ from fedjax_llm.federated import (
   draws,
   rounds,
 )
-
-
-class DeltaState(NamedTuple):
-  """What the server keeps between rounds.
-
-  Attributes:
-    round: int32, how many rounds are done.
-    trainable: the server's parameters.
-    optimizer: the server optimizer's state.
-    aggregate: the aggregator's state.
-    copies: [population, n], the parameters that each client has.
-    upload: the upload compressor's states, [population, ...].
-  """
-
-  round: Any
-  trainable: Any
-  optimizer: Any
-  aggregate: Any
-  copies: Any
-  upload: Any
 
 
 def delta_downloads(
@@ -77,24 +57,25 @@ def delta_downloads(
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
-    The algorithm. Each client has its own parameters, so `received` returns
-    the server's, which no client has exactly. A client that is left out of a
-    round keeps its copy: it counts as not having received.
+    The algorithm. Its state is a `rounds.ServerState` with `upload` (copies
+    [population, n], the upload compressor's states). Each client has its own
+    parameters, so `received` returns the server's, which no client has exactly.
+    A client that is left out of a round keeps its copy: it counts as not having
+    received.
 
   Raises:
     ValueError: from `init`, if `download` has a memory.
   """
   download = download or base.identity()
-  aggregate = aggregate or aggregators.uniform_mean()
-  placement = placement or clients.Placement()
   channel = channels.Channel(upload=upload or base.identity())
-  at_clients = answers.at_clients(
+  algorithm = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
-    _answer(download, channel.upload),
-    lambda update, weight, shared: aggregate.share(
-      update, weight, shared.aggregate
-    ),
+    server_optimizer,
+    channel=channel,
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
     placement=placement,
+    answer=functools.partial(_answer, download, channels.tiers_of(channel)),
   )
 
   def init(trainable):
@@ -104,74 +85,37 @@ def delta_downloads(
         "delta_downloads expected a download without memory: a client's"
         " copy is the memory. Take it out of error_feedback."
       )
-    state = DeltaState(
-      round=jnp.int32(0),
-      trainable=trainable,
-      optimizer=server_optimizer.init(trainable),
-      aggregate=aggregate.init(),
-      copies=(),
-      upload=(),
-    )
+    state = algorithm.init(trainable)
     copies = jnp.tile(vector[None], (population, 1))
-    upload = channels.upload_states(channel, vector, population)
-    copies, upload = clients.replicate((copies, upload), placement)
-    state = rounds.first_state(state, placement)
-    return state._replace(copies=copies, upload=upload)
+    copies = clients.replicate(copies, algorithm.placement)
+    return state._replace(upload=(copies, state.upload))
 
   def round_fn(state, frozen, examples, cohort, key):
-    memory = (state.copies, state.upload)
-    shared = Shared(state.trainable, frozen, state.aggregate)
-    arrived = at_clients(state.round, shared, memory, examples, cohort, key)
-    copies, upload = arrived.memory
-    after = rounds.server_step(
-      server_optimizer, aggregate, state, arrived.total, key
-    )
-    after = after._replace(copies=copies, upload=upload)
-    if not aggregate.steps_when_empty:
-      after = rounds.unless_nobody(arrived.weights.any(), after, state)
+    after, metrics = algorithm.round(state, frozen, examples, cohort, key)
     vector, _ = ravel_pytree(state.trainable)
     payload, _ = jax.eval_shape(
       download.encode, vector, download.init(vector), key
     )
-    sizes = downloads.sizes([payload], jnp.zeros_like(cohort.clients))
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    tier = jnp.zeros_like(cohort.clients)
+    return after, metrics | downloads.sizes([payload], tier)
 
-  return rounds.FederatedAlgorithm(
-    init,
-    round_fn,
-    received=lambda state, key: state.trainable,
-    noise_multiplier=aggregate.noise_multiplier,
-    placement=placement,
-  )
+  return algorithm._replace(init=init, round=round_fn)
 
 
-class Shared(NamedTuple):
-  """What all clients of a round share."""
-
-  trainable: Any
-  frozen: Any
-  aggregate: Any
-
-
-def _answer(download, upload):
+def _answer(download, tiers, shared, client):
   """A client receives how the model differs from its copy."""
-
-  def answer(shared, client):
-    copy, upload_state = client.memory
-    vector, unravel = ravel_pytree(shared.trainable)
-    down = base.transmit(
-      download,
-      vector - copy,
-      download.init(vector),
-      client.key(draws.Purpose.DOWNLOAD),
-    )
-    start = copy + down.received
-    training = client.train(unravel(start), shared.frozen)
-    update = start - ravel_pytree(training.trainable)[0]
-    up = base.transmit(
-      upload, update, upload_state, client.key(draws.Purpose.UPLOAD)
-    )
-    message = answers.message(up.received, (start, up.state), up.payload)
-    return answers.Answer(training, update, message, up.received)
-
-  return answer
+  copy, memory = client.memory
+  vector, unravel = ravel_pytree(shared.trainable)
+  down = base.transmit(
+    download,
+    vector - copy,
+    download.init(vector),
+    client.key(draws.Purpose.DOWNLOAD),
+  )
+  start = copy + down.received
+  training = client.train(unravel(start), shared.frozen)
+  update = start - ravel_pytree(training.trainable)[0]
+  key = client.key(draws.Purpose.UPLOAD)
+  message = channels.upload(tiers, shared.payloads, 0, update, memory, key)
+  message = message._replace(memory=(start, message.memory))
+  return answers.Answer(training, update, message, message.received)

@@ -142,9 +142,7 @@ def eco_lora(
       residuals=(),
     )
     residuals = jnp.zeros((population, *shape))
-    return rounds.first_state(state, placement)._replace(
-      residuals=clients.replicate(residuals, placement)
-    )
+    return rounds.first_state(state, placement, residuals=residuals)
 
   def round_fn(state, frozen, examples, cohort, key):
     sent = _send(download, state, key)

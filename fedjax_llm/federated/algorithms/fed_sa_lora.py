@@ -6,6 +6,7 @@ factors; only `a` travels and is averaged. Its `b`, and its head if the model
 has one, stay with the client until it takes part again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from fedjax_llm.federated import (
   answers,
   channels,
   clients,
-  downloads,
   draws,
   parameters,
   rounds,
@@ -30,14 +30,12 @@ class FedSAState(NamedTuple):
   """What the server and all clients keep between rounds.
 
   Attributes:
-    inner: the server's state, which has the shared part.
-    own: every client's personal part, [population, ...].
-    has_trained: bool [population], which clients have taken part so far.
+    inner: the server's state, which has the shared part. Its `upload` is
+      (personal parts [population, ...], which clients have taken part so far,
+      the upload compressor's states).
   """
 
-  inner: Any
-  own: Any
-  has_trained: Any
+  inner: rounds.ServerState
 
   @property
   def round(self) -> Any:
@@ -58,7 +56,7 @@ def personal(state: FedSAState, client: int) -> Any:
     client: the client's number; one that never took part has the initial
       personal part.
   """
-  own = jax.tree.map(lambda x: x[client], state.own)
+  own = jax.tree.map(lambda x: x[client], state.inner.upload[0])
   return parameters.combine(state.inner.trainable, own)
 
 
@@ -97,31 +95,19 @@ def fed_sa_lora(
   Raises:
     ValueError: if the channel has `trains`; from `init`, if nothing is shared.
   """
-  channel = channel or channels.Channel()
-  if channel.trains is not None:
+  if channel is not None and channel.trains is not None:
     raise ValueError(
       "fed_sa_lora trains all parameters, got a channel with `trains`. Leave it"
       " out."
     )
-  placement = placement or clients.Placement()
-  aggregate = aggregate or aggregators.weighted_mean()
-  tiers = channels.tiers_of(channel)
-  local_update = clients.local_update(loss_fn, client_optimizer)
-  of_server = rounds.federated_round(
-    local_update,
+  inner = rounds.federated_round(
+    clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
     channel=channel,
     aggregate=aggregate,
     population=population,
     placement=placement,
-  )
-  at_clients = answers.at_clients(
-    local_update,
-    _answer(tiers, is_shared),
-    lambda update, weight, shared: aggregate.share(
-      update, weight, shared.aggregate
-    ),
-    placement=placement,
+    answer=functools.partial(_answer, channels.tiers_of(channel), is_shared),
   )
 
   def init(trainable):
@@ -131,81 +117,48 @@ def fed_sa_lora(
       raise ValueError(f"fed_sa_lora found nothing to share among {names}.")
     copies = lambda x: jnp.tile(x, (population, *[1] * jnp.ndim(x)))
     own = (jax.tree.map(copies, own), jnp.zeros(population, bool))
-    return FedSAState(
-      of_server.init(shared), *clients.replicate(own, placement)
-    )
+    own = clients.replicate(own, inner.placement)
+    state = inner.init(shared)
+    return FedSAState(state._replace(upload=(*own, state.upload)))
 
   def round_fn(state, frozen, examples, cohort, key):
-    server = state.inner
-    shared, download = downloads.broadcast(
-      tiers,
-      server.trainable,
-      frozen,
-      server.download,
-      server.round,
-      key,
-      server.aggregate,
-    )
-    memory = (state.own, server.upload)
-    arrived = at_clients(server.round, shared, memory, examples, cohort, key)
-    own, upload = arrived.memory
-    after = rounds.server_step(
-      server_optimizer, aggregate, server, arrived.total, key
-    )
-    after = after._replace(download=download, upload=upload)
-    present = arrived.weights > 0
-    if not aggregate.steps_when_empty:
-      after = rounds.unless_nobody(present.any(), after, server)
-    has_trained = state.has_trained.at[cohort.clients].max(present)
-    tier = jnp.zeros_like(cohort.clients)
-    sizes = downloads.sizes(shared.payloads, tier)
-    after = FedSAState(after, own, has_trained)
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    after, metrics = inner.round(state.inner, frozen, examples, cohort, key)
+    return FedSAState(after), metrics
 
   def received(state, key):
-    shared = of_server.received(state.inner, key)
-    return parameters.combine(shared, _mean(state))
+    return parameters.combine(inner.received(state.inner, key), _mean(state))
 
-  # No noise multiplier: the mean of the personal parts is not private.
-  return rounds.FederatedAlgorithm(
-    init, round_fn, received, placement=placement
+  # The mean of the personal parts is not private, whatever `aggregate` is.
+  return inner._replace(
+    init=init, round=round_fn, received=received, noise_multiplier=None
   )
 
 
 def _mean(state):
   """The mean personal part of the clients that have taken part."""
-  count = state.has_trained.sum()
+  own, has_trained, _ = state.inner.upload
+  count = has_trained.sum()
 
   def mean(x):
-    trained = jnp.expand_dims(state.has_trained, range(1, x.ndim))
+    trained = jnp.expand_dims(has_trained, range(1, x.ndim))
     total = jnp.where(trained, x, 0).sum(0)
     # Before the first round all personal parts are the same.
     return jnp.where(count > 0, total / jnp.maximum(count, 1), x[0])
 
-  return jax.tree.map(mean, state.own)
+  return jax.tree.map(mean, own)
 
 
-def _answer(tiers, is_shared):
+def _answer(tiers, is_shared, shared, client):
   """A client trains both parts, sends the shared one and keeps its own."""
-
-  def answer(shared, client):
-    own, memory = client.memory
-    (start,) = shared.received
-    _, unravel = ravel_pytree(shared.trainable)
-    training = client.train(
-      parameters.combine(unravel(start), own), shared.frozen
-    )
-    sent, kept = parameters.split(training.trainable, is_shared)
-    update = start - ravel_pytree(sent)[0]
-    message = channels.upload(
-      tiers,
-      shared.payloads,
-      0,
-      update,
-      memory,
-      client.key(draws.Purpose.UPLOAD),
-    )
-    message = message._replace(memory=(kept, message.memory))
-    return answers.Answer(training, update, message, message.received)
-
-  return answer
+  own, _, memory = client.memory
+  (start,) = shared.received
+  _, unravel = ravel_pytree(shared.trainable)
+  training = client.train(
+    parameters.combine(unravel(start), own), shared.frozen
+  )
+  sent, kept = parameters.split(training.trainable, is_shared)
+  update = start - ravel_pytree(sent)[0]
+  key = client.key(draws.Purpose.UPLOAD)
+  message = channels.upload(tiers, shared.payloads, 0, update, memory, key)
+  message = message._replace(memory=(kept, jnp.bool(True), message.memory))
+  return answers.Answer(training, update, message, message.received)

@@ -115,10 +115,12 @@ def scaffold(
       download=(channel.download.init(vector), channel.download.init(vector)),
       upload=(),
     )
-    controls = jnp.zeros((population, vector.size), vector.dtype)
-    memory = clients.replicate((controls, (uploads(), uploads())), placement)
-    state = rounds.first_state(state, placement)
-    return state._replace(controls=memory[0], upload=memory[1])
+    return rounds.first_state(
+      state,
+      placement,
+      controls=jnp.zeros((population, vector.size), vector.dtype),
+      upload=(uploads(), uploads()),
+    )
 
   def round_fn(state, frozen, examples, cohort, key):
     messages = _broadcast(channel, state, key)

@@ -130,9 +130,7 @@ def local_pretraining(
     vector, _ = ravel_pytree(trainable)
     own = jnp.tile(vector[None], (population, 1))
     state = LocalState(jnp.int32(0), trainable, ())
-    return rounds.first_state(state, placement)._replace(
-      own=clients.replicate(own, placement)
-    )
+    return rounds.first_state(state, placement, own=own)
 
   def round_fn(state, frozen, examples, cohort, key):
     arrived = at_clients(
