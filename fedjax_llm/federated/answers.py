@@ -16,7 +16,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
 from fedjax_llm.compression import wire
-from fedjax_llm.federated import channels, clients, downloads, draws, fidelity
+from fedjax_llm.federated import (
+  channels,
+  clients,
+  downloads,
+  draws,
+  fidelity,
+  local_training,
+)
 
 
 class Client(NamedTuple):
@@ -34,7 +41,7 @@ class Client(NamedTuple):
   number: Any
   steps: Any
   memory: Any
-  train: Callable[..., clients.Training]
+  train: Callable[..., local_training.Training]
   key: Callable[[draws.Purpose], Any]
 
 
@@ -50,7 +57,7 @@ class Answer(NamedTuple):
     own: a tree that the server needs of each client by itself, not summed.
   """
 
-  training: clients.Training
+  training: local_training.Training
   update: Any
   message: channels.Message
   arrived: Any = None
@@ -76,7 +83,7 @@ class Answers(NamedTuple):
 
 
 def at_clients(
-  local_update: Callable[..., clients.Training],
+  local_update: Callable[..., local_training.Training],
   answer: Callable[[Any, Client], Answer],
   share: Callable[[Any, Any, Any], Any] = lambda *_: (),
   *,

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fedjax_llm.compression import base, sparse
-from fedjax_llm.federated import channels
+from fedjax_llm.federated import channels, clients
 
 Path = tuple[str, ...]
 
@@ -104,7 +104,7 @@ def tiers(
   Raises:
     ValueError: if a rank is out of range, or there is no tier.
   """
-  largest, owners, count = rank(tree), entry_ranks(tree), len(ranks)
+  largest, owners = rank(tree), entry_ranks(tree)
   if not ranks or not all(1 <= x <= largest for x in ranks):
     raise ValueError(
       f"expected ranks of tiers in [1, {largest}], the rank of the adapter, got"
@@ -116,7 +116,7 @@ def tiers(
     return channels.Channel(kept, base.chain(kept, upload) if upload else kept)
 
   return channels.Tiers(
-    tuple(channel(x) for x in ranks), of_client or (lambda x: x % count)
+    tuple(channel(x) for x in ranks), of_client or clients.in_turn(len(ranks))
   )
 
 

@@ -206,7 +206,7 @@ class Network:
   ) -> Float[np.ndarray, " cohort"]:
     """The seconds from the round's start to each client's answer."""
     number = np.asarray(cohort.clients)
-    of_client = self.of_client or (lambda client: client % len(self.tiers))
+    of_client = self.of_client or clients.in_turn(len(self.tiers))
     tiers = np.array(self.tiers, float)[np.asarray(of_client(number))]
     download_mbits, upload_mbits, latency, step = tiers.T
     steps = cohort.mask.any(axis=2).sum(axis=1)

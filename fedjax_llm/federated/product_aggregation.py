@@ -21,6 +21,7 @@ from fedjax_llm.federated import (
   downloads,
   draws,
   factors,
+  local_training,
   rounds,
 )
 from fedjax_llm.models import lora
@@ -65,7 +66,7 @@ class Combined(NamedTuple):
 
 
 def product_round(
-  local_update: Callable[..., clients.Training],
+  local_update: Callable[..., local_training.Training],
   combine: Callable[..., Combined],
   tiers_of: Callable[[Any], channels.Tiers],
   *,

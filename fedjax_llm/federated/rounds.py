@@ -19,6 +19,7 @@ from fedjax_llm.federated import (
   clients,
   downloads,
   draws,
+  local_training,
 )
 
 # A channel, one for each tier, or a function that makes either from the
@@ -79,7 +80,7 @@ class FederatedAlgorithm(NamedTuple):
     noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
       there is no such noise, or if clients reach `trainable` in any other way.
     example_noise_multiplier: the noise of private local training, see
-      `clients.LocalUpdate`. None if the training is not private.
+      `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.
   """
 
@@ -93,7 +94,7 @@ class FederatedAlgorithm(NamedTuple):
 
 
 def federated_round(
-  local_update: Callable[..., clients.Training],
+  local_update: Callable[..., local_training.Training],
   server_optimizer: optax.GradientTransformation,
   *,
   channel: AnyChannel | None = None,
@@ -183,7 +184,7 @@ def federated_round(
     received_fn,
     noise_multiplier=aggregate.noise_multiplier,
     example_noise_multiplier=local_update.example_noise_multiplier
-    if isinstance(local_update, clients.LocalUpdate)
+    if isinstance(local_update, local_training.LocalUpdate)
     else None,
     placement=placement,
   )

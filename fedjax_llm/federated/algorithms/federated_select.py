@@ -154,7 +154,6 @@ def federated_select_ranks(
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
       if a rank is not in [1, that of the pairs].
   """
-  tier = of_client or (lambda client: client % len(ranks))
 
   def tiers(trainable):
     owners, rows = _rank_owners(trainable)
@@ -165,7 +164,7 @@ def federated_select_ranks(
       )
       for x in ranks
     ]
-    return channels.Tiers(each, tier)
+    return channels.Tiers(each, of_client or clients.in_turn(len(each)))
 
   return fed_avg.fed_avg(
     loss_fn,

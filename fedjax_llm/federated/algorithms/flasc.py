@@ -110,7 +110,7 @@ def flasc_tiers(
     loss_fn,
     client_optimizer,
     server_optimizer,
-    channel=channels.Tiers(each, of_client or (lambda x: x % len(each))),
+    channel=channels.Tiers(each, of_client or clients.in_turn(len(each))),
     aggregate=aggregate or aggregators.uniform_mean(),
     population=population,
     placement=placement,

@@ -24,6 +24,7 @@ from fedjax_llm.federated import (
   clients,
   downloads,
   draws,
+  local_training,
   rounds,
 )
 
@@ -165,14 +166,14 @@ def _broadcast(channel, state, key):
 
 def _corrected(loss_fn, learning_rate):
   """SGD along the gradient plus a correction, which comes beside `frozen`."""
-  plain = clients.batch_gradient(loss_fn)
+  plain = local_training.batch_gradient(loss_fn)
 
   def gradient_fn(trainable, shared, *batch, trains):
     frozen, correction = shared
     gradient, sums = plain(trainable, frozen, *batch, trains=trains)
     return jax.tree.map(jnp.add, gradient, correction), sums
 
-  return clients.local_steps(gradient_fn, optax.sgd(learning_rate))
+  return local_training.local_steps(gradient_fn, optax.sgd(learning_rate))
 
 
 def _answer(channel, learning_rate):

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federated import clients, mapping
+from fedjax_llm.federated import (
+  clients,
+  local_training,
+  mapping,
+)
 from fedjax_llm.federated.privacy import mechanisms
 
 
@@ -24,7 +28,7 @@ def local_update(
   clip_norm: float,
   noise_multiplier: float,
   microbatch: int | None = None,
-) -> clients.LocalUpdate:
+) -> local_training.LocalUpdate:
   """Makes the private training that one client does in one round.
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
@@ -70,7 +74,7 @@ def local_update(
       gradient, sums = jax.grad(mean_loss, has_aux=True)(
         trainable, (*batch, key)
       )
-      gradient, _ = ravel_pytree(clients.only(trains, gradient))
+      gradient, _ = ravel_pytree(local_training.only(trains, gradient))
       gradient = mechanisms.clip(gradient.astype(precise), clip_norm)
       return (jnp.where(is_real, gradient, 0), sums), ()
 
@@ -81,7 +85,7 @@ def local_update(
     (total, sums), _ = over_rows((), rows)
     total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)
     gradient = unravel((total / mask.size).astype(flat.dtype))
-    return clients.only(trains, gradient), sums
+    return local_training.only(trains, gradient), sums
 
-  plain = clients.local_steps(gradient_fn, optimizer)
+  plain = local_training.local_steps(gradient_fn, optimizer)
   return dataclasses.replace(plain, example_noise_multiplier=noise_multiplier)
