@@ -17,18 +17,18 @@ class Broadcast(NamedTuple):
   Attributes:
     trainable: the server's parameters.
     frozen: what every client already has.
-    aggregate: the state of the aggregator.
     payloads: the download of each tier.
     received: [n], what each tier decodes.
     masks: which entries each tier trains; None for all.
+    aggregate: the aggregator's state.
   """
 
   trainable: Any
   frozen: Any
-  aggregate: Any
   payloads: Sequence[Any]
   received: Sequence[Any]
   masks: Any
+  aggregate: Any = ()
 
 
 def send(
@@ -42,50 +42,43 @@ def send(
   """Sends a vector from the server to all clients.
 
   Args:
-    compressor: how it is compressed.
+    compressor: how the vector is compressed.
     vector: what is sent.
-    state: the compressor's.
-    round_number: of the round.
-    key: of the experiment.
-    *stream: tells the messages of one round apart.
+    state: the compressor's state.
+    round_number: the number of the round.
+    key: the experiment's key.
+    *stream: numbers that tell the messages of one round apart.
   """
   key = draws.stream(key, draws.Purpose.DOWNLOAD, round_number, *stream)
   return base.transmit(compressor, vector, state, key)
 
 
 def broadcast(
-  tiers: channels.Tiers,
-  trainable: Any,
-  frozen: Any,
-  states: Sequence[Any],
-  round_number: Int[Array, ""],
-  key: Any,
-  aggregate: Any = (),
+  tiers: channels.Tiers, state: Any, frozen: Any, key: Any
 ) -> tuple[Broadcast, tuple[Any, ...]]:
   """Sends the parameters to every tier.
 
   Args:
     tiers: how they are compressed.
-    trainable: the server's parameters.
+    state: the server's, with `round`, `trainable` and `download`, the states of
+      the tiers' download compressors.
     frozen: what every client already has.
-    states: the download compressors' states, one for each tier.
-    round_number: of the round.
-    key: of the experiment.
-    aggregate: the state of the aggregator.
+    key: the experiment's key.
 
   Returns:
     What clients share, and the download compressors' new states.
   """
-  vector, _ = ravel_pytree(trainable)
+  vector, _ = ravel_pytree(state.trainable)
   # Tiers of one random compressor get messages of their own.
   messages = [
-    send(x.download, vector, state, round_number, key, *([i] if i else []))
-    for i, (x, state) in enumerate(zip(tiers.channels, states, strict=True))
+    send(x.download, vector, memory, state.round, key, *([i] if i else []))
+    for i, (x, memory) in enumerate(
+      zip(tiers.channels, state.download, strict=True)
+    )
   ]
   received, after, payloads = zip(*messages, strict=True)
   masks = channels.trains(tiers, payloads)
-  shared = Broadcast(trainable, frozen, aggregate, payloads, received, masks)
-  return shared, after
+  return Broadcast(state.trainable, frozen, payloads, received, masks), after
 
 
 def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:

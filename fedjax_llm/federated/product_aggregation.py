@@ -36,6 +36,7 @@ class State(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters that are trained.
+    download: the download compressor's state, for each tier.
     residual: what was added to the base model; () if nothing ever is.
     missed: int32 [population, 2], the bytes and entries of the residual that
       each client must still fetch; () if there is no residual.
@@ -44,6 +45,7 @@ class State(NamedTuple):
 
   round: Any
   trainable: Any
+  download: Any
   residual: Any
   missed: Any
   upload: Any
@@ -86,7 +88,7 @@ def product_round(
     local_update: see `clients.local_update`.
     combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`. The
       weights are the cohort's, zero for a client that is left out.
-    tiers_of: trainable -> how messages are compressed; downloads have no state.
+    tiers_of: trainable -> how messages are compressed.
     ranks: the rank of each tier; None if all have the full rank.
     scale: `LoRA.scale`, if products are added to the base model; else None.
     population: the number of clients; needed for a residual, or if the upload
@@ -113,16 +115,15 @@ def product_round(
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    upload = tuple(
-      channels.upload_states(x, vector, population)
-      for x in tiers_of(trainable).channels
-    )
+    each = tiers_of(trainable).channels
+    download = tuple(x.download.init(vector) for x in each)
+    upload = tuple(channels.upload_states(x, vector, population) for x in each)
     residual, missed = (), ()
     if scale is not None:
       zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
       residual = factors.products(zero)
       missed = jnp.zeros((population, 2), jnp.int32)
-    state = State(jnp.int32(0), trainable, (), (), ())
+    state = State(jnp.int32(0), trainable, download, (), (), ())
     return rounds.first_state(
       state, placement, residual=residual, missed=missed, upload=upload
     )
@@ -131,7 +132,7 @@ def product_round(
     tiers = tiers_of(state.trainable)
     if scale is not None:
       frozen = lora.add(frozen, state.residual)
-    shared, _ = _broadcast(tiers, state, frozen, key)
+    shared, download = downloads.broadcast(tiers, state, frozen, key)
     arrived = at_clients(
       state.round, shared, state.upload, examples, cohort, key
     )
@@ -146,6 +147,7 @@ def product_round(
     after = state._replace(
       round=state.round + 1,
       trainable=combined.trainable,
+      download=download,
       upload=arrived.memory,
     )
     present = arrived.weights > 0
@@ -167,21 +169,12 @@ def product_round(
 
   def received_fn(state, key):
     tiers = tiers_of(state.trainable)
-    shared, _ = _broadcast(tiers, state, (), key)
+    shared, _ = downloads.broadcast(tiers, state, (), key)
     return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   residual = None if scale is None else lambda state: state.residual
   return rounds.FederatedAlgorithm(
     init, round_fn, received_fn, residual, placement=placement
-  )
-
-
-def _broadcast(tiers, state, frozen, key):
-  """Sends the parameters to every tier, by downloads that have no state."""
-  vector, _ = ravel_pytree(state.trainable)
-  states = [x.download.init(vector) for x in tiers.channels]
-  return downloads.broadcast(
-    tiers, state.trainable, frozen, states, state.round, key
   )
 
 

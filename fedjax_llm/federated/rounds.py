@@ -112,8 +112,7 @@ def federated_round(
     channel: how messages are compressed: a channel, or one for each tier, or
       a function from the trainable parameters to either; None for nothing.
     aggregate: from updates to one; the mean weighted by examples if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
     answer: what one client does with a `downloads.Broadcast`, see
       `answers.at_clients`; `answers.by_tier` if not given. Its memory is
@@ -151,15 +150,8 @@ def federated_round(
 
   def round_fn(state, frozen, examples, cohort, key):
     tiers = tiers_of(state.trainable)
-    shared, download = downloads.broadcast(
-      tiers,
-      state.trainable,
-      frozen,
-      state.download,
-      state.round,
-      key,
-      state.aggregate,
-    )
+    shared, download = downloads.broadcast(tiers, state, frozen, key)
+    shared = shared._replace(aggregate=state.aggregate)
     arrived = at_clients(
       state.round, shared, state.upload, examples, cohort, key
     )
@@ -173,9 +165,7 @@ def federated_round(
 
   def received_fn(state, key):
     tiers = tiers_of(state.trainable)
-    shared, _ = downloads.broadcast(
-      tiers, state.trainable, (), state.download, state.round, key
-    )
+    shared, _ = downloads.broadcast(tiers, state, (), key)
     return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   return FederatedAlgorithm(

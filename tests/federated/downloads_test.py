@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.compression import base, sparse, wire
-from fedjax_llm.federated import channels, downloads
+from fedjax_llm.federated import channels, downloads, rounds
 
 KEY = jax.random.key(1)
 # Whatever is sent arrives as noise of the key.
@@ -27,9 +27,8 @@ def test_each_tier_receives_what_its_channel_sends():
     (channels.Channel(sparse.top_k(0.5)), channels.Channel()), lambda x: x
   )
   trainable = {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}
-  shared, states = downloads.broadcast(
-    tiers, trainable, {"base": 1}, ((), ()), jnp.int32(0), KEY
-  )
+  state = rounds.ServerState(jnp.int32(0), trainable, (), (), ((), ()), ())
+  shared, states = downloads.broadcast(tiers, state, {"base": 1}, KEY)
   assert shared.received[0].tolist() == [0, -4, 3, 0]
   assert shared.received[1].tolist() == [1, -4, 3, 2]
   assert shared.masks is None

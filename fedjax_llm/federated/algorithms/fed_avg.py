@@ -51,8 +51,7 @@ def fed_avg(
     channel: how messages are compressed, see `rounds.federated_round`; None
       for nothing.
     aggregate: from updates to one; the mean weighted by examples if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
   """
   return rounds.federated_round(

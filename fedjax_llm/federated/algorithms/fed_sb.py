@@ -48,8 +48,7 @@ def fed_sb(
       has a `core` beside `a` and `b`.
     make: the algorithm that trains the cores, see `freezing.ffa_lora`.
     aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -62,8 +62,7 @@ def federated_select(
     warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
     top_k: from a density to the compressor that sends the largest parameters.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -49,8 +49,7 @@ def flasc(
       is smaller than `a`; see `sparse.top_k_per_group`, and
       `compression.relative_to` for the Top-K of what has moved.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -35,22 +35,23 @@ def flora(
 ) -> rounds.FederatedAlgorithm:
   """FLoRA: `sum_k p_k a_k b_k` goes to the kernels, and the factors start anew.
 
-  Exact for clients of any ranks, as far as their uploads are; `p_k` are the
-  cohort's weights, and heads are averaged by them. There is no server
-  optimizer: what is merged is merged at rate 1.
+  The merged product is exact for clients of any ranks, if their uploads are.
+  `p_k` are the clients' numbers of examples over their sum; heads are averaged
+  by them. There is no server optimizer: products are merged at rate 1.
 
-  Up travels the update of a client's factors; down the factors of all clients
-  of every round that the client missed, side by side as the method stacks them,
+  A client uploads the update of its factors. It downloads the factors of all
+  clients of every round that it missed, side by side as the method stacks them,
   or the dense sum if that is smaller. The new factors, `a` random and `b` zero,
   cost nothing: both ends draw them from the experiment's seed and the round. A
-  client keeps the merged model between its visits. The paper's clients take
+  client keeps the merged model between its rounds. The paper's clients take
   part in every round.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the paper's is AdamW.
-    scale: `LoRA.scale`, one for all ranks.
-    ranks: of tiers of clients, see `factors.tiers`; None for one of full rank.
+    scale: `LoRA.scale`, the same for all ranks.
+    ranks: the rank of each tier, see `factors.tiers`; None for one tier of the
+      full rank.
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.
     population: the number of clients.

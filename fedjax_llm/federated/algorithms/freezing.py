@@ -51,8 +51,7 @@ def ffa_lora(
       `functools.partial(flasc.flasc, download_density=0.25,
       upload_density=0.25)`.
     aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -93,8 +92,7 @@ def linear_probe(
     server_optimizer: the server's optimizer.
     make: the algorithm that trains the head, see `ffa_lora`.
     aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

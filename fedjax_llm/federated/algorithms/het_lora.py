@@ -53,8 +53,7 @@ def zero_padded_lora(
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -49,8 +49,7 @@ def sparse_adapter(
     density: the share of the parameters that is kept, in (0, 1].
     top_k: see `federated_select`.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -111,8 +110,7 @@ def adapter_lth(
       shares by the round they begin with.
     top_k: see `federated_select`.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients; needed if the upload keeps a state for
-      each.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
