@@ -147,7 +147,7 @@ def _one_client(local_update, answer, share, placement):
     )
     # A compressor may lose what is not finite, or overflow.
     finite = _is_finite((update, message.received, message.memory))
-    is_in = finite & _takes_part(cohort.weights)
+    is_in = finite & clients.takes_part(cohort.weights)
     weight = jnp.where(is_in, cohort.weights, 0).astype(update.dtype)
     keep = lambda new, old: jnp.where(is_in, new, old)
     sums = None
@@ -166,10 +166,6 @@ def _one_client(local_update, answer, share, placement):
     )
 
   return fn
-
-
-def _takes_part(weight):
-  return jnp.isfinite(weight) & (weight > 0)
 
 
 def _is_finite(tree):

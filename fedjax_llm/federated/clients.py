@@ -120,6 +120,11 @@ class Cohort(NamedTuple):
   weights: Any
 
 
+def takes_part(weights: Any) -> Any:
+  """Whether clients of these weights take part: positive and finite ones."""
+  return jnp.isfinite(weights) & (weights > 0)
+
+
 def check_cohort(cohort: Cohort) -> Cohort:
   """Returns the cohort; nothing is checked while JAX traces it.
 

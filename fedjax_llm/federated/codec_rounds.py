@@ -168,7 +168,7 @@ def with_codec(
       state.inner, frozen, examples, cohort, key
     )
     old = state.held[cohort.clients]
-    present = (cohort.weights > 0) & metrics["finite"]
+    present = clients.takes_part(cohort.weights) & metrics["finite"]
     new = jnp.where(present, state.version, old)
     setup = jnp.where(old < state.version, setup_bytes, 0)
     metrics = metrics | {"download_bytes": metrics["download_bytes"] + setup}

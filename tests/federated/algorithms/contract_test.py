@@ -98,9 +98,9 @@ def residual_method(make, **knobs):
   return algorithm
 
 
-# Random messages, with a memory of both kinds of senders.
+# Random messages, and clients that remember what theirs lost.
 FEEDBACK = channels.Channel(
-  compression.error_feedback(compression.stochastic_uniform(8)),
+  compression.stochastic_uniform(8),
   compression.error_feedback(
     compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(4))
   ),
