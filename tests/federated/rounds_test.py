@@ -120,7 +120,8 @@ def assert_draws_are_of_client_and_round(start, draw):
   first, later = draw(start, 0, 4, 6)
   np.testing.assert_array_equal(draw(start, 0, 3, 1)[0], first)
   for other in (draw(start, 3, 0, 1)[0], draw(later, 0, 4, 6)[0]):
-    assert abs(other - first).min() > 1e-3
+    # Equal draws differ by rounding, of numbers below one: by less than 1e-6.
+    assert abs(other - first).min() > 1e-5
 
 
 def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
@@ -285,8 +286,9 @@ def test_a_channel_may_be_made_from_the_trainable_parameters(problem):
   fixed = channels.Channel(whole, whole)
 
   def channel(trainable):
-    everything = sparse.select(np.ones(flat(trainable).size, bool))
-    return channels.Channel(everything, everything)
+    everything = np.ones(ravel_pytree(trainable)[0].size, bool)
+    kept = sparse.select(everything)
+    return channels.Channel(kept, kept)
 
   states = []
   for each in (fixed, channel):
@@ -372,7 +374,7 @@ def test_clients_per_step_bounds_the_memory_of_a_round():
   # What 24 more clients add is a few numbers each, not their parameters.
   assert in_steps - temporary_bytes(8, 2) < 4 * 4096
   # All at once, at least the parameters of 30 more are held.
-  assert temporary_bytes(32, None) - in_steps > 30 * 4 * 4096
+  assert temporary_bytes(32, placements.EVERYBODY) - in_steps > 30 * 4 * 4096
 
 
 def test_an_experiment_on_a_mesh_is_compiled_once(problem):
