@@ -115,7 +115,6 @@ def main(repetitions: int = 21, out: pathlib.Path | None = None) -> None:
   ]
   result = {
     "what": f"{CLIENTS} clients, one step each, Top-K uploads of {DENSITY}",
-    "measured_by_default_up_to": clients.FEW,
     "rounds": rows,
     "repetitions": repetitions,
     "seed": SEED,
