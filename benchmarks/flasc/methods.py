@@ -155,8 +155,7 @@ def compact(cell, task, client, server, knobs, parts):
 
 def compact_b(cell, task, client, server, knobs, parts):
   """The same of `b` alone: `a` stays where the seed has it."""
-  parts = {**_COMPACT, **parts}
-  make = delta_downloads.delta_downloads
+  make = functools.partial(delta_downloads.delta_downloads, **_COMPACT)
   return freezing.ffa_lora(task.loss_fn, client, server, make=make, **parts)
 
 

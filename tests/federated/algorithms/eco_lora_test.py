@@ -88,7 +88,7 @@ def np_client(problem, oracle, flat, indices, mask):
 
 
 def test_eco_lora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: segments that several clients send, and that none does; levels that
+  # Segments that several clients send, and that none does; levels that
   # change; residuals of clients that come again.
   cohorts = problem.cohorts(4, size=6)
   with jax.enable_x64(True):

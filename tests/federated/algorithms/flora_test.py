@@ -38,7 +38,7 @@ def play(problem, cohorts):
 
 
 def test_flora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: clients of ranks 1 and 2, weighted by their examples. The random
+  # Clients of ranks 1 and 2, weighted by their examples. The random
   # factors are the only thing that is taken from the algorithm.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
