@@ -195,11 +195,7 @@ def load(
     own = peft_files.pattern(
       fields.get("rank_pattern"), names, fields.get("r", 8)
     )
-    if a.shape[-1] != own:
-      raise ValueError(
-        f"{folder}: expected rank {own} of {module}, as adapter_config.json"
-        f" says, got {a.shape[-1]}. Correct `r` or `rank_pattern` there."
-      )
+    _check_rank(folder, module, own, a.shape[-1])
     own_alpha = peft_files.pattern(fields.get("alpha_pattern"), names, alpha)
     b = b * np.float32(peft_files.scale(own_alpha, own, fields) / scale)
     missing = (0, rank - own)
@@ -215,6 +211,15 @@ def load(
   )
   tree = {path: jnp.asarray(x, jnp.float32) for path, x in trained.items()}
   return adapter, flax.traverse_util.unflatten_dict(tree)
+
+
+def _check_rank(folder, module, expected, rank):
+  """Raises a `ValueError` unless a factor has the rank of the config."""
+  if rank != expected:
+    raise ValueError(
+      f"{folder}: expected rank {expected} of {module}, as adapter_config.json"
+      f" says, got {rank}. Correct `r` or `rank_pattern` there."
+    )
 
 
 def base_model(folder: str | os.PathLike) -> str:
