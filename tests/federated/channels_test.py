@@ -87,7 +87,6 @@ def assert_same_bits(got, expected):
 
 
 def test_tiers_of_one_channel_are_no_tiers_bit_for_bit(problem):
-  # Law 13.
   cohorts = problem.cohorts(3)
   got = run(problem, cohorts, channels.Tiers((CHANNEL,), jnp.zeros_like))
   assert_same_bits(got, run(problem, cohorts, CHANNEL))
@@ -126,7 +125,6 @@ def test_every_client_starts_from_what_its_tier_received(
 
 
 def test_the_metrics_are_of_the_messages_of_each_client_s_tier(problem):
-  # Law 17.
   cohort = problem.cohort(2, 5, 4)
   _, (metrics,) = run(problem, [cohort], TIERS)
   assert metrics["download_entries"].tolist() == [6, 18, 6]
@@ -187,7 +185,7 @@ def test_no_tiers_are_refused(problem):
 
 @pytest.mark.parametrize("client", [SGD, ADAMW])
 def test_clients_move_only_what_they_train(problem, recorder, client):
-  # Law 8: AdamW would decay what has no gradient, momentum would go on.
+  # AdamW would decay entries without a gradient; momentum would move them on.
   vector = flat(problem.trainable).astype(np.float32)
   mask = np.asarray(sparse.top_k_mask(jnp.asarray(vector), 12))
   states, _ = run(problem, [problem.cohort(2, 5)], HALF, recorder, client)

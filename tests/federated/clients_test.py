@@ -75,7 +75,7 @@ def test_a_padded_step_changes_neither_parameters_nor_optimizer(
 
 @pytest.mark.parametrize("vmapped", [False, True])
 def test_padding_at_the_end_changes_no_bit(problem, vmapped):
-  # Law 22, also when training draws random numbers.
+  # This also holds when training draws random numbers.
   client = problem.cohort(3, steps=3)
   padded = problem.cohort(3, steps=6)
   train = functools.partial(run, problem, vmapped=vmapped, noisy=True)

@@ -53,7 +53,7 @@ def flat(tree):
 
 
 def test_a_dense_round_sends_every_parameter_both_ways(problem):
-  # Law 17: 2 C (4 n + header) bytes.
+  # 2 C (4 n + header) bytes.
   algorithm, step = compose(problem.loss_fn)
   state = algorithm.init(problem.trainable)
   n = flat(state.trainable).size
@@ -65,7 +65,7 @@ def test_a_dense_round_sends_every_parameter_both_ways(problem):
 
 
 def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
-  # Law 17: of the real messages, made here from what both ends hold.
+  # The real messages are made here from what both ends hold.
   channel = channels.Channel(
     download=sparse.top_k(1 / 2), upload=compression.cast(jnp.bfloat16)
   )
@@ -137,7 +137,7 @@ def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
 
 
 def test_codecs_draw_anew_for_each_client_and_round(problem, recorder):
-  # Law 15: by the upload's own key. Whatever is sent is mere noise of the key.
+  # Each upload has its own key. What is sent is only noise from that key.
   noise = base.stateless(
     lambda vector, key: base.Dense(jax.random.normal(key, vector.shape)),
     lambda payload: payload.values,
@@ -281,7 +281,7 @@ def test_an_upload_of_unknown_size_is_refused_before_the_round(problem):
 
 
 def test_a_rank_that_was_truncated_away_stays_zero(problem, recorder):
-  # Law 13: where a's columns and b's rows are zero, both gradients are.
+  # If columns of a and rows of b are zero, so are both gradients.
   kept = {"a": np.ones((6, 2)), "b": np.ones((2, 4)), "head": np.ones(4)}
   kept["a"][:, 1:] = kept["b"][1:] = 0
   mask = flat(kept) == 1
@@ -297,7 +297,6 @@ def test_a_rank_that_was_truncated_away_stays_zero(problem, recorder):
 
 
 def test_one_tier_of_full_rank_is_the_homogeneous_round(problem):
-  # Law 13, its other half.
   everything = sparse.select(np.ones(flat(problem.trainable).size, bool))
   states = []
   for channel in (None, channels.Channel(everything, everything)):

@@ -285,7 +285,7 @@ def test_an_experiment_is_compiled_once_and_only_values_change(problem, name):
 
 @each_algorithm
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(problem, name):
-  # Law 21, from a state that left the device; it is also determinism.
+  # The state has left the device. This also tests that runs are deterministic.
   cohorts = problem.cohorts(4)
   whole = play(problem, name, cohorts)
   saved = jax.device_put(whole.states[2])
@@ -321,7 +321,6 @@ def only(cohort, i):
 
 @each_algorithm
 def test_the_order_of_clients_matters_only_to_rounding(problem, name):
-  # Law 16.
   cohort = problem.cohort(3, 6, 1)
   turned = jax.tree.map(lambda x: x[::-1], cohort)
   runs = [play(problem, name, [each]) for each in (cohort, turned)]
@@ -392,8 +391,8 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
   ],
 )
 def test_placements_agree(problem, name, devices, clients_per_step):
-  # Law 21: three clients one by one, which is the reference, in steps of two,
-  # all at once, and on two devices.
+  # The reference trains three clients one by one. The others train them in
+  # steps of two, all at once, and on two devices.
   placement = dict(placement=placements.on(devices, clients_per_step))
   cohorts = problem.cohorts(2)
   got = play(problem, name, cohorts, **placement)
@@ -405,7 +404,6 @@ def test_placements_agree(problem, name, devices, clients_per_step):
 
 
 def test_a_compiled_round_is_the_round(problem, name="FedAvg"):
-  # Law 21.
   algorithm, _ = program(name, problem.loss_fn)
   (cohort,) = problem.cohorts(1)
   arguments = (problem.frozen, problem.examples, cohort, KEY)

@@ -1,4 +1,4 @@
-"""Law 13 of CG-FedLLM: noise before and after the encoder."""
+"""Privacy of CG-FedLLM: noise before and after the encoder."""
 
 import jax
 import jax.numpy as jnp
