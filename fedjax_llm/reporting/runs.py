@@ -80,7 +80,7 @@ def load(folder: str | os.PathLike) -> list[Run]:
     lines = runner.read_metrics(path / "metrics.jsonl")
     if len(lines) < 2:
       raise ValueError(
-        f"expected a finished round in {path}, got none. Wait for the first one."
+        f"expected a finished round in {path}, got none. Wait for the first."
       )
     runs.append(Run(record["experiment"], path.resolve(), record, lines))
   return runs
