@@ -47,7 +47,7 @@ def divide(
       values of `client_column`, or else single labels, or else zeros.
     client_column: name of a column with the ids of natural clients, or None.
     label_column: name of a column with labels or lists of labels, or None.
-    held_out: held-out records: a fraction in (0, 1) of each client's records;
+    held_out: fraction in (0, 1) of each client's records that are held out; or
       another data set; or "left_out", the records without a client.
     seed: seed of the held-out records.
 

@@ -70,7 +70,7 @@ def gather(
       f" {len(empty)} of them; the first is number {empty[0]}. Take fewer"
       " clients, more examples or another seed."
     )
-  width = len(str(len(indices) - 1))  # Padded, so that sorted names stay so.
+  width = len(str(len(indices) - 1))  # Sorted names are then sorted numbers.
   names = names or [f"{i:0{width}}" for i in range(len(indices))]
   own = tuple(np.sort(x).astype(np.int64) for x in indices)
   left_out = np.ones(examples, bool)
@@ -208,9 +208,8 @@ def dirichlet_by_client(
   wanted = shares.sum(axis=0)
   if not (wanted > 0).all():  # Draws that underflow are NaN.
     raise ValueError(
-      "expected an alpha that gives each of the"
-      f" {len(members)} classes to some client, got {alpha=}, which is too"
-      " small. Raise it."
+      f"expected an alpha that gives each of {len(members)} classes to a client,"
+      f" got {alpha=}, which is too small. Raise it."
     )
   counts = np.array([examples.size for examples in members])
   ends = np.rint(shares / wanted * counts).astype(np.int64).cumsum(axis=0)

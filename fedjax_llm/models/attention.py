@@ -64,7 +64,7 @@ class Scope(NamedTuple):
   def masks(
     self, windows: Sequence[int | None], *, causal: bool = True
   ) -> list[Bool[Array, "rows 1 time keys"] | None]:
-    """Returns one mask for each window; it is True where a query sees a key.
+    """Returns a mask for each window: True where a query may see a key.
 
     Args:
       windows: the window sizes. A query sees its own key and the keys before

@@ -69,7 +69,7 @@ class Fields:
       ignored: the names of fields that do not change this kind of model.
 
     Raises:
-      ValueError: if there are such fields; names them.
+      ValueError: if there are such fields. The message names them.
     """
     known = _IGNORED | set(ignored)
     # An unknown field that is switched off changes nothing.

@@ -25,9 +25,9 @@ from fedjax_llm.models import heads, quantized
 class LoRA:
   """A LoRA adapter (Hu et al., 2021): its rank, scale, dropout and targets.
 
-  The semantics are those of PEFT: `a` is initialised uniformly in
-  ±1/sqrt(fan_in) and `b` with zeros, dropout is applied to the input of `a`,
-  and the product `a @ b` is scaled by alpha / rank.
+  The semantics are those of PEFT. `a` is initialised uniformly in
+  ±1/sqrt(fan_in), and `b` with zeros. Dropout is applied to the input of `a`.
+  The product `a @ b` is scaled by alpha / rank.
 
   Attributes:
     rank: the LoRA rank, at least 1.
@@ -76,8 +76,8 @@ class LoRA:
       if not any(f".{layer}".endswith(f".{target}") for layer in layers)
     ):
       raise ValueError(
-        f"LoRA got targets that are not layers of this model: {unknown}. Choose"
-        f" from {', '.join(layers)}."
+        f"LoRA expected targets that are layers of this model, got {unknown}."
+        f" Choose from {', '.join(layers)}."
       )
 
 

@@ -51,7 +51,7 @@ def refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
     fields: the fields of its adapter_config.json.
 
   Raises:
-    ValueError: if a feature is not supported; names all of them.
+    ValueError: if features are not supported. The message names them.
   """
   if (kind := fields.get("peft_type")) != "LORA":
     raise ValueError(
@@ -105,9 +105,9 @@ def read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
     fields: the fields of the adapter_config.json.
 
   Returns:
-    Two dictionaries. The first maps (path of a module, layer) to (a, b, name of
-    the module in the file). The second maps the paths of other trained
-    parameters, such as those of a head, to their arrays.
+    Two dictionaries. The first has the factors: it maps (path of a module,
+    layer) to (a, b, name of the module in the file). The second has the other
+    trained parameters, such as a head: it maps their paths to arrays.
 
   Raises:
     ValueError: if tensors are missing or do not belong to the model.

@@ -89,9 +89,9 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
   """Loads the config and the parameters of a base model.
 
-  Tensors are read a few rows at a time and cast to `dtype` at once. Each device
-  gets only its own part. Quantised kernels are read layer by layer. At most
-  about one stacked parameter is in host memory at a time
+  Tensors are read and cast to `dtype` a few rows at a time. Each device gets
+  only its own part. Quantised kernels are read layer by layer. At most about
+  one stacked parameter is in host memory at a time
   (benchmarks/results/load_checkpoint.json has the measurements).
 
   Args:
@@ -106,7 +106,8 @@ def load(
     The config and the parameters of `families.model(config, head=head)`.
 
   Raises:
-    ValueError: if tensors are missing, unexpected or mis-shaped; lists them.
+    ValueError: if tensors are missing, unexpected or mis-shaped. The message
+      lists all of them.
   """
   folder = resolve(name_or_folder)
   config = families.read_config(folder)
@@ -143,9 +144,8 @@ def load(
 def fingerprint(folder: pathlib.Path) -> str:
   """Returns the SHA-256 of the files that decide what a model computes.
 
-  These are the config, the weights and the tokenizer of a model or an adapter.
-  The same files have the same fingerprint in every folder. Settings of
-  generation, readmes and other files do not count.
+  These are the config, weights and tokenizer of a model or an adapter. The same
+  files have the same fingerprint in every folder.
   """
   found = {path for pattern in _IDENTITY for path in folder.glob(pattern)}
   found -= {*folder.glob(_META)}

@@ -1,6 +1,7 @@
-"""The stacked layers of a model, scanned, and what decoders put after them.
+"""Scans over the layers of a model, and computes the output of decoders.
 
-All layers share one program: their parameters are stacked on axis 0.
+The parameters of all layers are stacked on axis 0, so the layers share one
+program.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ def layers(block: type[nn.Module], model: Any, in_axes: Sequence[Any]) -> Any:
   """Returns a module that applies the layers of a model one after the other.
 
   Args:
-    block: the module class of a layer. It is called with the states and the
-      further inputs, of which the last is `deterministic`, and returns the new
-      states and an output.
+    block: the module class of a layer. It is called as
+      `block(x, *inputs, deterministic)` and returns the new states `x` and an
+      output.
     model: the model that has the layers. Its `config`, `adapter`, `dtype` and
       `remat` are used.
-    in_axes: for each further input, 0 if every layer has its own slice, or
-      `nn.broadcast` if all layers get the same.
+    in_axes: the axes of `inputs` and `deterministic`: 0 if every layer has its
+      own slice, or `nn.broadcast` if all layers get the same value.
   """
   # prevent_cse is for loops that XLA unrolls; inside a scan it only costs.
   remat = nn.remat(block, prevent_cse=False, static_argnums=(len(in_axes) + 1,))
@@ -48,11 +49,11 @@ def cached_layers(
 
   Args:
     block: the module class of a layer. It is called as
-      `block(x, (own, past), *shared)`, where `past` holds the layer's cached
-      keys and values, and returns the new states and the new `past`.
+      `block(x, (own, past), *shared)` and returns the new states `x` and the
+      new `past`, the layer's cached keys and values.
     model: the model that has the layers.
     x: the embedded tokens.
-    own: the input that each layer has its own slice of, or None.
+    own: an array with one slice for each layer, or None.
     shared: the inputs that all layers share; the last is `deterministic`.
     cache: the cache, or None.
 
