@@ -208,8 +208,8 @@ def dirichlet_by_client(
   wanted = shares.sum(axis=0)
   if not (wanted > 0).all():  # Draws that underflow are NaN.
     raise ValueError(
-      f"expected an alpha that gives each of {len(members)} classes to a client,"
-      f" got {alpha=}, which is too small. Raise it."
+      f"expected an alpha that gives each of {len(members)} classes to some"
+      f" client, got {alpha=}, which is too small. Raise it."
     )
   counts = np.array([examples.size for examples in members])
   ends = np.rint(shares / wanted * counts).astype(np.int64).cumsum(axis=0)
