@@ -60,8 +60,8 @@ def check_predicts(config: Any) -> None:
   """Raises a `ValueError` unless the config is that of a language model."""
   if not of(config).predicts:
     raise ValueError(
-      f"expected a language model, got a {config.model_type}, which does not"
-      " predict tokens. Use it as a classifier, or take another model."
+      f"expected a language model, got a {config.model_type}, which predicts no"
+      " tokens. Use it as a classifier, or take another model."
     )
 
 
