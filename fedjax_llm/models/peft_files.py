@@ -70,7 +70,7 @@ def refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
     refused.append(f"init_lora_weights={fields['init_lora_weights']!r}")
   if refused:
     raise ValueError(
-      f"{folder}: expected a plain LoRA adapter, got one with"
+      f"{folder}: expected a plain LoRA adapter, got one that uses"
       f" {sorted(refused)}, which would be ignored. Train one without."
     )
 
