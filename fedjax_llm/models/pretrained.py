@@ -286,14 +286,12 @@ def _check(folder, names, shapes, stored, head):
   for name, tensor in stored.items():
     if name in expected:
       if (shape := tuple(tensor.get_shape())) != expected[name]:
-        problems.append(
-          f"expected {name} of shape {expected[name]}, got {shape}"
-        )
+        problems.append(f"{name} has shape {shape}, not {expected[name]}")
     elif not names.is_optional(name):
       problems.append(f"unexpected {name}")
   if problems:
     raise ValueError(
-      f"expected tensors in {folder} that fit its config.json, got:\n  "
+      f"expected tensors in {folder} that fit its config.json. Download the model"
+      " again, or correct its config.json. Problems:\n  "
       + "\n  ".join(problems)
-      + "\nDownload the model again, or correct its config.json."
     )
