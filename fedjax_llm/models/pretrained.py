@@ -291,7 +291,7 @@ def _check(folder, names, shapes, stored, head):
       problems.append(f"unexpected {name}")
   if problems:
     raise ValueError(
-      f"expected tensors in {folder} that fit its config.json. Download the model"
-      " again, or correct its config.json. Problems:\n  "
+      f"expected tensors in {folder} that fit its config.json. Download the"
+      " model again, or correct its config.json. Problems:\n  "
       + "\n  ".join(problems)
     )
