@@ -1,1 +1,1 @@
-"""From named sources to the arrays and cohorts that rounds train on."""
+"""Data sets, templates, partitions, rows of tokens and cohorts."""

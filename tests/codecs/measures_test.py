@@ -26,7 +26,7 @@ def test_sending_zero_is_worth_nothing_but_n_by_the_papers_ratio():
 
 
 def test_noise_costs_its_variance():
-  # Law 6. Of n squares the mean errs by sqrt(2 / n) of it.
+  # The mean of n squares has a relative error of sqrt(2 / n).
   vector = RANDOM.normal(size=40_000).astype(np.float32)
   for sigma in (5e-3, 0.5):
     received = vector + sigma * RANDOM.normal(size=vector.size)

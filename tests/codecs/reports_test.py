@@ -48,7 +48,7 @@ def test_numbers_are_those_of_what_arrives():
 
 
 def test_rounds_of_other_norms_do_not_hide_who_is_confused():
-  # Law 10, of a round a thousand times as large as the other.
+  # One round is a thousand times as large as the other.
   random = np.random.default_rng(1)
   vectors = random.normal(size=(2 * CLIENTS, N)).astype(np.float32)
   vectors[CLIENTS:] *= 1e-3

@@ -58,7 +58,7 @@ def task(halves):
 
 
 def test_tasks_are_divided_with_their_rows_and_say_so(halves):
-  # Law 11: numbers are counted on, so no row is like another.
+  # The rows are numbered, so no two rows are equal.
   first, second = (
     {tuple(row) for row in half.population.examples.tokens.tolist()}
     for half in halves
@@ -109,7 +109,7 @@ def test_all_updates_of_all_rounds_are_recorded(task, store):
 
 
 def test_a_killed_recording_goes_on_bit_for_bit(made, store, tmp_path):
-  # Law 15. The third round is recorded, then lost with its state.
+  # The third round is recorded, then lost with its state.
   def killed(state, number):
     if number == 3:
       raise RuntimeError("killed")
@@ -252,7 +252,7 @@ def test_nobody_fetches_a_codec_again_that_stayed_the_same(tuned):
 
 
 def test_refitted_rounds_go_on_bit_for_bit(tuned, tmp_path):
-  # Law 15: what the codec is fitted to is part of the state.
+  # The snapshots that the codec is fitted to are part of the state.
   made, _ = tuned
   killed = functools.partial(_killed, made)
   with pytest.raises(RuntimeError, match="killed"):

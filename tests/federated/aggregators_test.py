@@ -33,7 +33,7 @@ def test_the_weighted_mean_weighs_by_the_weights():
 
 
 def test_the_uniform_mean_counts_clients():
-  # Neither by examples, nor by who sent an entry: zeros count too.
+  # Neither the examples nor the number of senders of an entry count.
   got = aggregate(aggregators.uniform_mean(), UPDATES, WEIGHTS)
   expected = UPDATES[:3].sum(0) / np.float32(3)
   np.testing.assert_array_equal(got, expected)

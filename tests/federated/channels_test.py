@@ -234,7 +234,7 @@ def test_no_tiers_are_refused(problem):
 
 @pytest.mark.parametrize("client", [SGD, ADAMW])
 def test_clients_move_only_what_they_train(problem, recorder, client):
-  # AdamW would decay what has no gradient, momentum would go on.
+  # AdamW would decay entries without a gradient; momentum would move them on.
   vector = flat(problem.trainable).astype(np.float32)
   mask = np.asarray(sparse.top_k_mask(jnp.asarray(vector), 12))
   states, _ = run(problem, [problem.cohort(2, 5)], HALF, recorder, client)

@@ -4,7 +4,7 @@ from fedjax_llm.federated import densities
 
 
 def test_a_decaying_density_is_its_formula():
-  # Start * decay ** (round // every).
+  # The formula is start * decay ** (round // every).
   got = densities.decaying(0.9, 0.7, every=3, rounds=11)
   assert list(got) == [0, 3, 6, 9]
   for number in range(11):

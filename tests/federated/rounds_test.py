@@ -65,7 +65,7 @@ def test_a_dense_round_sends_every_parameter_both_ways(problem):
 
 
 def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
-  # Of the real messages, made here from what both ends hold.
+  # The real messages are made here from what both ends hold.
   channel = channels.Channel(
     download=sparse.top_k(1 / 2), upload=compression.cast(jnp.bfloat16)
   )
@@ -138,7 +138,7 @@ def test_draws_depend_on_the_round_and_the_client_alone(problem, recorder):
 
 
 def test_codecs_draw_anew_for_each_client_and_round(problem, recorder):
-  # By the upload's own key. Whatever is sent is mere noise of the key.
+  # Each upload has its own key. What is sent is only noise from that key.
   noise = base.stateless(
     lambda vector, key: base.Dense(jax.random.normal(key, vector.shape)),
     lambda payload: payload.values,
@@ -299,7 +299,7 @@ def test_a_channel_may_be_made_from_the_trainable_parameters(problem):
 
 
 def test_a_rank_that_was_truncated_away_stays_zero(problem, recorder):
-  # Where a's columns and b's rows are zero, both gradients are.
+  # If columns of a and rows of b are zero, so are both gradients.
   kept = {"a": np.ones((6, 2)), "b": np.ones((2, 4)), "head": np.ones(4)}
   kept["a"][:, 1:] = kept["b"][1:] = 0
   mask = flat(kept) == 1

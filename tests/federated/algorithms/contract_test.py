@@ -319,7 +319,7 @@ def test_an_experiment_is_compiled_once_and_only_values_change(problem, name):
 
 @each_algorithm
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(problem, name):
-  # From a state that left the device; it is also determinism.
+  # The state has left the device. This also tests that runs are deterministic.
   cohorts = problem.cohorts(4)
   whole = play(problem, name, cohorts)
   saved = jax.device_put(whole.states[2])
@@ -470,8 +470,8 @@ def test_no_method_forgets_its_placement(problem, name):
   ],
 )
 def test_placements_agree(problem, name, devices, clients_per_step):
-  # Three clients one by one, which is the reference, in steps of two,
-  # all at once, and on two devices.
+  # The reference trains three clients one by one. The others train them in
+  # steps of two, all at once, and on two devices.
   placement = dict(placement=placements.on(devices, clients_per_step))
   cohorts = problem.cohorts(2)
   got = play(problem, name, cohorts, **placement)

@@ -88,8 +88,8 @@ def np_client(problem, oracle, flat, indices, mask):
 
 
 def test_eco_lora_is_its_oracle_in_float64(problem, oracle):
-  # Segments that several clients send, and that none does; levels that
-  # change; residuals of clients that come again.
+  # Several clients send some segments and none sends others; levels change;
+  # clients come again with their residuals.
   cohorts = problem.cohorts(4, size=6)
   with jax.enable_x64(True):
     states, _ = run(problem, cohorts)

@@ -92,8 +92,8 @@ def test_federated_select_is_its_oracle_in_float64(
 
 
 def test_without_a_dense_round_lora_is_stuck_and_with_one_it_learns(problem):
-  # `a` and the head fill the Top-K of every round, so that `b` is never
-  # received, stays zero, and gives `a` no gradient.
+  # `a` and the head fill the Top-K of every round. So `b` is never received,
+  # stays zero, and gives `a` no gradient.
   cohorts = problem.cohorts(6)
   filled = sum(problem.trainable[name].size for name in ("a", "head"))
   assert 0.5 * flat(problem.trainable).size < filled
@@ -111,8 +111,8 @@ def test_without_a_dense_round_lora_is_stuck_and_with_one_it_learns(problem):
 
 @pytest.mark.parametrize("client", [SGD, ADAM])
 def test_clients_move_nothing_that_they_did_not_receive(problem, client):
-  # Momentum and decay included. The server replaces, so what it has
-  # outside the mask stays bit for bit.
+  # Momentum and decay do not move other entries either. The server replaces its
+  # entries, so those outside the mask stay bit for bit.
   history = run(problem, problem.cohorts(3), 0.5, 1, client, REPLACE)
   for (before, _), (after, _) in zip(history, history[1:], strict=False):
     kept = np.asarray(sparse.top_k_mask(flat(before.trainable), 12))
@@ -188,7 +188,7 @@ def largest_ranks(flat, count):
 
 
 def test_selected_ranks_are_their_oracle_in_float64(problem, oracle):
-  # With clients of one rank and of two.
+  # Some clients have one rank and some have two.
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)
   server = oracle.adamw(0.1)
@@ -221,7 +221,7 @@ def test_columns_and_rows_of_a_rank_are_chosen_together(problem):
 
 
 def test_lora_learns_from_the_first_round_with_the_ranks_it_has(problem):
-  # Ranks cannot be stuck: `b` is among what is received, at zero.
+  # Selecting ranks is not stuck: `b` is received, at zero.
   states, _ = run_ranks(problem, problem.cohorts(1), (1,), SGD, REPLACE)
   moved = [np.asarray(x.trainable["b"]).any(axis=1) for x in states]
   assert [rows.tolist().count(True) for rows in moved] == [0, 1]
@@ -253,7 +253,7 @@ def test_every_layer_has_its_own_ranks():
 
 
 def test_tiers_pay_for_the_ranks_they_have(problem):
-  # 4 of a head and 10 of each rank; which of two they are takes a byte.
+  # 4 entries of a head and 10 of each rank; one byte names the rank.
   cohort = problem.cohort(2, 5, 4)
   _, (metrics,) = run_ranks(problem, [cohort], (1, 2))
   entries = [14, 24, 14]
@@ -266,7 +266,7 @@ def test_tiers_pay_for_the_ranks_they_have(problem):
 
 
 def test_all_ranks_are_dense_fed_avg(problem):
-  # To rounding, because masks are in the program.
+  # Equal up to rounding, because the program has masks.
   cohorts = problem.cohorts(2)
   cohorts = [x._replace(weights=np.ones(3, np.float32)) for x in cohorts]
   states, _ = run_ranks(problem, cohorts, (2,))

@@ -70,8 +70,8 @@ ALTERNATING = (("b", "head"), ("a", "head"))
   ],
 )
 def test_methods_are_their_oracles_in_float64(problem, oracle, make, turns):
-  # Unequal clients, momentum of what is trained alone, and an AdamW of
-  # its own for each part, which waits while the part does.
+  # Unequal clients; momentum only for the trained part; one AdamW for each
+  # part, which waits while the part is frozen.
   cohorts = problem.cohorts(4)
   flat = oracle.flatten(problem.trainable)
   servers = {name: oracle.adamw(0.05) for name in PARTS}
@@ -121,8 +121,8 @@ def products(problem, make, state):
 def test_one_factor_at_a_time_is_aggregated_exactly(
   problem, make, is_exact, rounds
 ):
-  # The mean of the products is the product of the means, whichever
-  # factor is trained; of both factors at once it is not.
+  # If one factor is trained, the mean of the products is the product of the
+  # means. If both are trained, it is not.
   before, _ = run(problem, make, REPLACE, problem.cohorts(rounds))
   together, mean = products(problem, make, before[-1])
   moved = abs(

@@ -115,7 +115,7 @@ def test_het_lora_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_zero_padded_is_its_oracle_in_float64(problem, oracle):
-  # What low ranks lack counts as an update of zero.
+  # An update of zero stands for the ranks that a client lacks.
   cohorts = problem.cohorts(4)
   flat, server = oracle.flatten(problem.trainable), oracle.adamw(0.1)
   for cohort in cohorts:
@@ -133,7 +133,7 @@ def test_zero_padded_is_its_oracle_in_float64(problem, oracle):
 
 @pytest.mark.parametrize("optimizer", [SGD, optax.adamw(0.1)])
 def test_ranks_that_were_not_received_are_not_trained(problem, optimizer):
-  # Nothing is frozen for it.
+  # Their gradients are zero, so nothing needs to be frozen.
   a, b = problem.trainable["a"], np.full((2, 4), 0.3)
   start = {
     "a": a * (np.arange(2) < 1),
@@ -157,8 +157,8 @@ def test_ranks_that_were_not_received_are_not_trained(problem, optimizer):
 
 @pytest.mark.parametrize("name", ["zero_padded_lora", "het_lora"])
 def test_one_tier_is_training_at_that_rank(problem, name):
-  # Up to rounding; the server's other ranks stay what they were, or
-  # are replaced by the zeros of the paper's padding. All weights are one's.
+  # Equal up to rounding. The other ranks of the server stay, or become the
+  # zeros of the paper's padding. All weights are equal.
   cohorts = [problem.cohort(2, order=i) for i in range(3)]
   knobs = {"decay": 1.0} if name == "het_lora" else {}
   state, _ = play(

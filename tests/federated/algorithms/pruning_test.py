@@ -89,7 +89,7 @@ def kept_of(name, number, vector, before):
 
 @pytest.mark.parametrize("name", ["SparseAdapter", "Adapter-LTH"])
 def test_pruning_is_its_oracle_in_float64(problem, oracle, name):
-  # Over five rounds: Adapter-LTH prunes twice.
+  # In five rounds Adapter-LTH prunes twice.
   cohorts = problem.cohorts(5)
   expected = oracle.flatten(problem.trainable)
   server = oracle.adamw(0.1)
@@ -129,7 +129,7 @@ def test_sparse_adapter_chooses_once_after_one_dense_round(problem):
 
 
 def test_sparse_adapter_moves_only_what_it_kept(problem):
-  # At a server that adds no momentum and no decay.
+  # The server adds no momentum and no decay.
   states, _ = run(problem, "SparseAdapter", problem.cohorts(3), REPLACE)
   first, *_, last = states[1:]
   mask = np.asarray(last.download[0][1])
@@ -154,7 +154,7 @@ def test_sparse_adapter_pays_for_one_dense_round(problem):
 
 
 def test_adapter_lth_sends_less_and_less(problem):
-  # Int(n g^(t // f)) entries; the first are pruned at t = f = 2.
+  # int(n g^(t // f)) entries are sent; the first pruning is at t = f = 2.
   _, history = run(problem, "Adapter-LTH", problem.cohorts(5))
   n = flat(problem.trainable).size
   expected = [n, n, int(0.6 * n), int(0.6 * n), int(0.6**2 * n)]

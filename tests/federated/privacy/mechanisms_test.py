@@ -91,7 +91,7 @@ def test_a_norm_that_nobody_exceeds_gives_the_plain_mean():
 
 @pytest.mark.parametrize("norm", [1e-3, 0.1])
 def test_if_everyone_clips_the_normalized_mean_is_of_directions(norm):
-  # Independent of the norm.
+  # The mean does not depend on the norm.
   got, _ = aggregate(private(norm, normalize=True))
   directions = UPDATES / LENGTHS[:, None]
   np.testing.assert_allclose(got, directions.mean(0), rtol=1e-5, atol=1e-7)
@@ -200,7 +200,7 @@ def flat(tree):
 
 
 def test_four_private_rounds_are_their_oracle_in_float64(problem, oracle):
-  # Clipped after the upload is sparse, all counted alike, adaptively.
+  # Clipping follows the sparse upload; weights are equal; the norm adapts.
   norm, rate = 0.3, 0.5
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)
