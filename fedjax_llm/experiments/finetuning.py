@@ -254,7 +254,8 @@ def _check_finite(task, number, diverged):
 def _means(metrics, answered):
   """The metrics of a round in which clients answered."""
   names = ["train_loss", "update_cosine"]
-  names += ["innovation_cosine"] * (answered > 1)  # One client has none.
+  if answered > 1:
+    names.append("innovation_cosine")  # One client has none.
   return {name: metrics[name] for name in names if name in metrics}
 
 
