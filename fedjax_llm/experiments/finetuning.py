@@ -14,8 +14,8 @@ import numpy as np
 import tqdm
 
 from fedjax_llm.data import cohorts
-from fedjax_llm.experiments import runner, tasks
-from fedjax_llm.federated import clients, draws, fidelity, rounds
+from fedjax_llm.experiments import codec_gate, runner, tasks
+from fedjax_llm.federated import clients, draws, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
 from fedjax_llm.models import lora
@@ -73,7 +73,7 @@ def federated(
     clients `selected` and `answered`, and the round's `simulated_seconds`.
     `train_loss` and `tokens` are of those that answered; a round of nobody has
     no `train_loss`. If the algorithm tells them there is `update_cosine`, and
-    with two answers or more `innovation_cosine`: see `federated.fidelity`. If
+    with two answers or more `innovation_cosine`: see `distortion.cosines`. If
     by it nothing arrives, the run says so, once.
 
   Raises:
@@ -100,7 +100,7 @@ def federated(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)
   )
   evaluate, export = _results(task, algorithm, privacy, key)
-  gate = fidelity.Gate(tqdm.tqdm.write)
+  gate = codec_gate.Gate(tqdm.tqdm.write)
 
   def init():
     return jax.device_put(algorithm.init(task.trainable), placement)
