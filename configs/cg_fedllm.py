@@ -15,16 +15,11 @@ import numpy as np
 import optax
 
 import fedjax_llm as fl
+from fedjax_llm.codecs import files, fitting
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
-from fedjax_llm.experiments import (
-  finetuning,
-  learned_codecs,
-  runner,
-  tasks,
-  tgap,
-)
-from fedjax_llm.federated import aggregators, codec_rounds
+from fedjax_llm.experiments import finetuning, runner, tasks, tgap
+from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from fedjax_llm.models import decoder, lora
 
@@ -33,7 +28,7 @@ def experiment(
   *,
   codec: str = "runs/tgap/codec",
   bits: float = 0.5,
-  representation: codec_rounds.Representation | None = None,
+  representation: cg_fed_llm.Representation | None = None,
   aggregation: Literal["mean", "sum", "product"] = "mean",
   error_feedback: bool = False,
   unbiased: bool | None = None,
@@ -103,7 +98,7 @@ def experiment(
     placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
-  fitted, about = learned_codecs.load(codec, task.trainable)
+  fitted, about = files.load(codec, task.trainable)
   representation = representation or about["representation"]
   if representation != about["representation"]:
     raise ValueError(
@@ -149,16 +144,19 @@ def experiment(
       "error_feedback needs a code of the least error: what an unbiased one"
       " loses grows from message to message. Leave --unbiased out."
     )
-  coding = learned_codecs.coding(
+  coding = tgap.coding(
     fitted,
     bits=bits,
     unbiased=unbiased,
     is_refitted=refit_every is not None,
   )
   if error_feedback:
-    of = coding["compressor_of"]
-    coding["compressor_of"] = lambda codec: base.error_feedback(of(codec))
-  coding |= dict(
+    of = coding.compressor_of
+    coding = coding._replace(
+      compressor_of=lambda codec: base.error_feedback(of(codec))
+    )
+  parts = dict(
+    coding=coding,
     population=population,
     representation=representation,
     volunteers=None
@@ -167,23 +165,21 @@ def experiment(
     **placement,
   )
   if aggregation == "product":
-    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **coding)
+    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **parts)
   else:
     algorithm = cg_fed_llm.cg_fed_llm(
       task.loss_fn,
       client,
       optax.sgd(1.0),
       aggregate=aggregators.sum_updates() if aggregation == "sum" else None,
-      **coding,
+      **parts,
     )
   compressed = made(algorithm)
   if refit_every is not None:
-    refit = functools.partial(
-      tgap.refit,
-      steps=fit_steps,
-      learning_rate=fit_learning_rate,
-      seed=seed,
+    settings = fitting.Settings(
+      steps=fit_steps, learning_rate=fit_learning_rate, seed=seed
     )
+    refit = functools.partial(tgap.refit, settings=settings)
     compressed = tgap.refitted(compressed, refit, every=refit_every)
   uncompressed = fed_avg.fed_avg(
     task.loss_fn, client, optax.sgd(1.0), **placement

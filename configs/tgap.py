@@ -21,10 +21,9 @@ from fedjax_llm.codecs import (
   row_network,
 )
 from fedjax_llm.data import corpora, records
-from fedjax_llm.experiments import learned_codecs, runner, tasks
-from fedjax_llm.experiments import tgap as learned_compression
-from fedjax_llm.federated import codec_rounds
-from fedjax_llm.federated.algorithms import tgap
+from fedjax_llm.experiments import runner, tasks
+from fedjax_llm.experiments import tgap as experiments
+from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import decoder, lora
 
 Codec = Literal["transform", "rows", "resnet", "resnet_linear", "convolutional"]
@@ -35,8 +34,8 @@ WIDTH = 256
 def experiment(
   *,
   pretraining: Literal["federated", "local"] = "federated",
-  source: learned_compression.Source = "updates",
-  representation: codec_rounds.Representation = "delta",
+  source: experiments.Source = "updates",
+  representation: cg_fed_llm.Representation = "delta",
   share: float = 0.3,
   codec: Codec = "transform",
   bits: float = 0.5,
@@ -108,7 +107,7 @@ def experiment(
     placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
-  task, _ = learned_compression.divided(task, share, seed=seed)
+  task, _ = experiments.divided(task, share, seed=seed)
   parts = dict(
     population=len(task.population.names),
     representation=representation,
@@ -127,27 +126,27 @@ def experiment(
       f"expected two rounds or more, the last ones to judge by, got {rounds=}."
     )
   if codec == "transform":
-    learned_codecs.check_bits(task.trainable, bits)
+    experiments.check_bits(task.trainable, bits)
     finish = functools.partial(
-      learned_codecs.fit_transform, trainable=task.trainable, bits=bits
+      experiments.fit_transform, trainable=task.trainable, bits=bits
     )
   else:
-    arrangement, network = _network(codec, latent_bits, task.trainable)
+    layout, network = _network(codec, latent_bits, task.trainable)
     autoencoder.latent_quantiser(network)
-    fitting.check(
-      steps=fit_steps, batch_size=fit_batch_size, normalise=normalise
-    )
-    finish = functools.partial(
-      learned_codecs.fit_autoencoder,
-      arrangement=arrangement,
-      network=network,
+    settings = fitting.Settings(
       steps=fit_steps,
       batch_size=fit_batch_size,
       learning_rate=fit_learning_rate,
       normalise=normalise,
       seed=seed,
     )
-  return learned_compression.recorded(
+    finish = functools.partial(
+      experiments.fit_autoencoder,
+      layout=layout,
+      network=network,
+      settings=settings,
+    )
+  return experiments.recorded(
     task,
     algorithm,
     representation=representation,
@@ -169,7 +168,7 @@ def experiment(
 
 
 def _network(name, bits, trainable):
-  """How vectors are arranged, and the network that sees them so."""
+  """The layout of vectors, and the network that sees their images."""
   if name == "rows":
     columns = layouts.columns(trainable, width=WIDTH)
     return columns, row_network.network(WIDTH, latents=WIDTH // 2, bits=bits)

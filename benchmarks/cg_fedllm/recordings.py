@@ -14,7 +14,7 @@ import optax
 from benchmarks import problems
 from fedjax_llm.codecs import recording
 from fedjax_llm.experiments import runner, tasks
-from fedjax_llm.experiments import tgap as learned_compression
+from fedjax_llm.experiments import tgap as experiments
 from fedjax_llm.federated.algorithms import tgap
 
 SHARE = 0.3
@@ -53,7 +53,7 @@ class Recorded(NamedTuple):
 def parts(cell: Any) -> tuple[tasks.Task, tasks.Task]:
   """The task of a cell on D1 and on D2."""
   task = problems.make(cell, dict(cell.knobs))
-  return learned_compression.divided(task, SHARE, seed=cell.seed)
+  return experiments.divided(task, SHARE, seed=cell.seed)
 
 
 def of(cell: Any) -> Recorded:
@@ -81,7 +81,7 @@ def _recording(task, cell):
     population=len(task.population.names),
     placement=task.placement,
   )
-  return learned_compression.recorded(
+  return experiments.recorded(
     task,
     algorithm,
     representation="delta",

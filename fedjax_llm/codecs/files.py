@@ -46,17 +46,14 @@ _MODULES = {
 
 
 def save(
-  folder: str | os.PathLike,
-  codec: Codec,
-  about: Mapping[str, Any] | None = None,
+  folder: str | os.PathLike, codec: Codec, about: Mapping[str, Any]
 ) -> None:
   """Writes a codec.
 
   Args:
     folder: where to write; made if absent.
     codec: a codec of either kind.
-    about: what else to say of it, such as what it was fitted to; values that
-      JSON can express.
+    about: what to say of it in JSON, such as what it was fitted to.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +66,7 @@ def save(
     if x is not None
   }
   safetensors.numpy.save_file(tensors, folder / _ARRAYS)
-  fields = {"version": _VERSION, **static, "about": dict(about or {})}
+  fields = {"version": _VERSION, **static, "about": dict(about)}
   (folder / _STATIC).write_text(json.dumps(fields, indent=2) + "\n")
 
 

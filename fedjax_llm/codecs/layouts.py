@@ -87,7 +87,7 @@ class Layout:
     )
 
   def _places(self) -> jax.Array:
-    # Without the barrier XLA folds constants of millions of entries for seconds.
+    # Without the barrier XLA would fold millions of constants, for seconds.
     return jax.lax.optimization_barrier(jnp.asarray(self.positions))
 
 

@@ -94,7 +94,7 @@ def pca(basis: Basis) -> base.Compressor:
 
 
 def setup_bytes(basis: Basis) -> int:
-  """Length in bytes of the message with the basis, which a client gets once."""
+  """Bytes of the message with the basis, which a client gets once."""
   numbers = basis.mean.size + basis.components.size
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.float32)))
 

@@ -172,7 +172,7 @@ def transform_code(
 
 
 def setup_bytes(transform: Transform) -> int:
-  """Length in bytes of the message with the transform; a client gets it once."""
+  """Bytes of the message with the transform, which a client gets once."""
   numbers = sum(x.size for x in jax.tree.leaves(transform))
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)))
 
