@@ -15,17 +15,17 @@ import numpy as np
 import optax
 
 import fedjax_llm as fl
+from fedjax_llm.codecs import files, fitting
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import (
   finetuning,
   knobs,
-  learned_codecs,
   runner,
   tasks,
   tgap,
 )
-from fedjax_llm.federated import aggregators, codec_rounds
+from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from fedjax_llm.models import decoder
 
@@ -52,7 +52,7 @@ def experiment(
   *,
   codec: str = "runs/tgap/codec",
   bits: float = 0.5,
-  representation: codec_rounds.Representation | None = None,
+  representation: cg_fed_llm.Representation | None = None,
   aggregation: Literal["mean", "sum", "product"] = "mean",
   error_feedback: bool = False,
   unbiased: bool | None = None,
@@ -105,7 +105,7 @@ def experiment(
     placement=compute.placement,
     seed=seed,
   )
-  fitted, about = learned_codecs.load(codec, task.trainable)
+  fitted, about = files.load(codec, task.trainable)
   representation = representation or about["representation"]
   if representation != about["representation"]:
     raise ValueError(
@@ -137,40 +137,41 @@ def experiment(
       "error_feedback needs a code of the least error: what an unbiased one"
       " loses grows from message to message. Leave --unbiased out."
     )
-  coding = learned_codecs.coding(
+  coding = tgap.coding(
     fitted,
     bits=bits,
     unbiased=unbiased,
     is_refitted=is_refitted,
   )
   if error_feedback:
-    of = coding["compressor_of"]
-    coding["compressor_of"] = lambda codec: base.error_feedback(of(codec))
+    of = coding.compressor_of
+    coding = coding._replace(
+      compressor_of=lambda codec: base.error_feedback(of(codec))
+    )
   volunteers = np.arange(population) < round(refit.volunteers * population)
-  coding |= dict(
+  parts = dict(
+    coding=coding,
     population=population,
     representation=representation,
     volunteers=volunteers if is_refitted else None,
     placement=task.placement,
   )
   if aggregation == "product":
-    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **coding)
+    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **parts)
   else:
     algorithm = cg_fed_llm.cg_fed_llm(
       task.loss_fn,
       client,
       optax.sgd(1.0),
       aggregate=aggregators.sum_updates() if aggregation == "sum" else None,
-      **coding,
+      **parts,
     )
   compressed = finetuning.fine_tuning(task, algorithm, schedule)
   if refit.refit_every is not None:
-    fit = functools.partial(
-      tgap.refit,
-      steps=refit.fit_steps,
-      learning_rate=refit.fit_learning_rate,
-      seed=seed,
+    settings = fitting.Settings(
+      steps=refit.fit_steps, learning_rate=refit.fit_learning_rate, seed=seed
     )
+    fit = functools.partial(tgap.refit, settings=settings)
     compressed = tgap.refitted(compressed, fit, every=refit.refit_every)
   uncompressed = fed_avg.fed_avg(
     task.loss_fn, client, optax.sgd(1.0), placement=task.placement

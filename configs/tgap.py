@@ -4,12 +4,12 @@ fedjax-llm run tgap
 
 The first half of CG-FedLLM (arXiv 2405.13746): `run cg_fedllm` fine-tunes on
 the rest of the data through the codec, which is in `runs/tgap/codec` with a
-report of what it transmits. See `docs/learned_compression.md`.
+report of what it transmits. See `docs/experiments.md`.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
@@ -25,13 +25,11 @@ from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import (
   finetuning,
   knobs,
-  learned_codecs,
   runner,
   tasks,
 )
-from fedjax_llm.experiments import tgap as learned_compression
-from fedjax_llm.federated import codec_rounds
-from fedjax_llm.federated.algorithms import tgap
+from fedjax_llm.experiments import tgap as experiments
+from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import decoder
 
 Codec = Literal["transform", "rows", "resnet", "resnet_linear", "convolutional"]
@@ -70,8 +68,8 @@ class Fit:
 def experiment(
   *,
   pretraining: Literal["federated", "local"] = "federated",
-  source: learned_compression.Source = "updates",
-  representation: codec_rounds.Representation = "delta",
+  source: experiments.Source = "updates",
+  representation: cg_fed_llm.Representation = "delta",
   share: float = 0.3,
   fit: Fit = Fit(),
   seed: int = 0,
@@ -112,7 +110,7 @@ def experiment(
     placement=compute.placement,
     seed=seed,
   )
-  task, _ = learned_compression.divided(task, share, seed=seed)
+  task, _ = experiments.divided(task, share, seed=seed)
   parts = dict(
     population=len(task.population.names),
     representation=representation,
@@ -132,28 +130,27 @@ def experiment(
       f" rounds={schedule.rounds}."
     )
   if fit.codec == "transform":
-    learned_codecs.check_bits(task.trainable, fit.bits)
+    experiments.check_bits(task.trainable, fit.bits)
     finish = functools.partial(
-      learned_codecs.fit_transform, trainable=task.trainable, bits=fit.bits
+      experiments.fit_transform, trainable=task.trainable, bits=fit.bits
     )
   else:
-    arrangement, network = _network(fit, task.trainable)
+    layout, network = _network(fit, task.trainable)
     autoencoder.latent_quantiser(network)
-    settings: dict[str, Any] = dict(
+    settings = fitting.Settings(
       steps=fit.fit_steps,
       batch_size=fit.fit_batch_size,
-      normalise=fit.normalise,
-    )
-    fitting.check(**settings)
-    finish = functools.partial(
-      learned_codecs.fit_autoencoder,
-      arrangement=arrangement,
-      network=network,
       learning_rate=fit.fit_learning_rate,
+      normalise=fit.normalise,
       seed=seed,
-      **settings,
     )
-  return learned_compression.recorded(
+    finish = functools.partial(
+      experiments.fit_autoencoder,
+      layout=layout,
+      network=network,
+      settings=settings,
+    )
+  return experiments.recorded(
     task,
     algorithm,
     schedule,
@@ -170,7 +167,7 @@ def experiment(
 
 
 def _network(fit, trainable):
-  """Returns how vectors are arranged, and the network that sees them so."""
+  """The layout of vectors, and the network that sees their images."""
   bits = fit.latent_bits
   if fit.codec == "rows":
     columns = layouts.columns(trainable, width=WIDTH)

@@ -31,8 +31,8 @@ def population(
   rows = {jax.tree_util.keystr(path): np.shape(x)[:1] for path, x in leaves}
   if len(set(rows.values())) != 1 or () in rows.values():
     raise ValueError(
-      "expected examples to be a tree of arrays [rows, ...] with the same number"
-      f" of rows, got {rows}."
+      "expected examples to be a tree of arrays [rows, ...] with one number of"
+      f" rows, got {rows}."
     )
   ((count,),) = set(rows.values())
   starts = np.asarray(starts)

@@ -16,8 +16,8 @@ import numpy as np
 import tqdm
 
 from fedjax_llm.data import cohorts
-from fedjax_llm.experiments import programs, runner, tasks
-from fedjax_llm.federated import clients, draws, fidelity, rounds
+from fedjax_llm.experiments import codec_gate, programs, runner, tasks
+from fedjax_llm.federated import clients, draws, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
 from fedjax_llm.models import lora
@@ -126,7 +126,7 @@ def fine_tuning(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)
   )
   evaluate, export = _results(task, algorithm, privacy, key)
-  gate = fidelity.Gate(tqdm.tqdm.write)
+  gate = codec_gate.Gate(tqdm.tqdm.write)
 
   def init():
     return jax.device_put(algorithm.init(task.trainable), placement)

@@ -55,7 +55,8 @@ def check(
     raise ValueError(
       f"the run in {folder} was begun by an earlier version of fedjax-llm. That"
       " version did not record what a round computes, and drew other random"
-      " numbers, so the run cannot go on. Start again in another folder (--out)."
+      " numbers. So the run cannot go on: start again in another folder"
+      " (--out)."
     )
   _refuse(folder, _settings(before, now))
   if now["rounds"] < before["rounds"]:

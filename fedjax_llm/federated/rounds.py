@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, draws, fidelity
+from fedjax_llm.compression import base, distortion, wire
+from fedjax_llm.federated import aggregators, channels, clients, draws
 
 
 class ServerState(NamedTuple):
@@ -45,7 +45,7 @@ class FederatedAlgorithm(NamedTuple):
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
       Metrics: `train_loss` and `tokens` of all local steps together; mostly
-      too `update_cosine` and `innovation_cosine`, see `fidelity.cosines`; and
+      too `update_cosine` and `innovation_cosine`, see `distortion.cosines`; and
       for each client of the cohort `download_bytes` and `upload_bytes`, how
       many numbers they carry in `download_entries` and `upload_entries`, and
       whether its answer was `finite`; one that is not is left out, as is a
@@ -148,7 +148,7 @@ def federated_round(
     return replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
-      **fidelity.cosines(arrived),
+      **distortion.cosines(arrived),
       "download_bytes": nbytes[tier],
       "download_entries": entries[tier],
       **metrics,
@@ -213,7 +213,7 @@ def _answer(local_update, tiers, aggregate):
     memory = jax.tree.map(keep, message.memory, memory)
     share = aggregate.share(message.received, weight, state.aggregate)
     present = (weight > 0).astype(jnp.int32)
-    arrived = fidelity.share(update, message.received, weight)
+    arrived = distortion.share(update, message.received, weight)
     summand = (share, training.loss, training.count, present, arrived)
     return summand, (
       memory,
