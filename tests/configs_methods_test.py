@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.cli import main
+from fedjax_llm.cli import configs
 from fedjax_llm.data import cohorts, corpora, records
 from fedjax_llm.experiments import tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
-CONFIG = main.load_config("methods")
+CONFIG = configs.load("methods")
 NAMES = typing.get_args(CONFIG.Method)
 TOY = dict(
   rounds=2,

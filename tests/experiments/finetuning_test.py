@@ -12,7 +12,7 @@ import pytest
 
 import fedjax_llm as fl
 from fedjax_llm import compression
-from fedjax_llm.cli import main
+from fedjax_llm.cli import configs
 from fedjax_llm.codecs import controls
 from fedjax_llm.data import records
 from fedjax_llm.experiments import checkpoints, finetuning, tasks
@@ -21,7 +21,7 @@ from fedjax_llm.federated.algorithms import fed_avg
 from fedjax_llm.models import adapters, families, lora
 from tests import placements
 
-TOY = main.load_config(
+TOY = configs.load(
   str(pathlib.Path(__file__).parent.parent / "toy_config.py")
 )
 

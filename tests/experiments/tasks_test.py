@@ -10,7 +10,7 @@ import optax
 import pytest
 import transformers
 
-from fedjax_llm.cli import main
+from fedjax_llm.cli import configs
 from fedjax_llm.data import partition, records, templates
 from fedjax_llm.experiments import finetuning, tasks
 from fedjax_llm.federated import clients
@@ -26,7 +26,7 @@ from fedjax_llm.models import (
 
 datasets = pytest.importorskip("datasets")
 
-TOY = main.load_config(
+TOY = configs.load(
   str(pathlib.Path(__file__).parent.parent / "toy_config.py")
 )
 

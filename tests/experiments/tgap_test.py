@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.cli import main
+from fedjax_llm.cli import configs
 from fedjax_llm.codecs import (
   fitting,
   layouts,
@@ -26,7 +26,7 @@ from fedjax_llm.federated import codec_rounds, network
 from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import lora
 
-TOY = main.load_config(
+TOY = configs.load(
   str(pathlib.Path(__file__).parent.parent / "toy_config.py")
 )
 SGD = optax.sgd(0.1, momentum=0.9)
