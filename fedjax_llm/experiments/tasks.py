@@ -3,15 +3,16 @@
 A base model, what is trained of it, the clients' rows and the held-out rows.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import transformers
 
 from fedjax_llm.data import batches, records
 from fedjax_llm.experiments import objectives
@@ -25,6 +26,9 @@ from fedjax_llm.models import (
   pretrained,
   quantized,
 )
+
+if TYPE_CHECKING:
+  import transformers
 
 Dtype = Literal["float32", "bfloat16"]
 Quantize = quantized.Format
@@ -267,6 +271,8 @@ def load_tokenizer(
   Raises:
     ValueError: if there is none.
   """
+  import transformers
+
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   except (OSError, ValueError) as error:
