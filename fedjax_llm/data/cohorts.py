@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from scipy import special
 
 from fedjax_llm.data import batches
 from fedjax_llm.federated import clients, draws
@@ -113,6 +112,8 @@ def _fixed(population, clients_per_round):
 
 def _poisson(population, clients_per_round):
   """As `_fixed`, of which those that are not there fill the cohort up."""
+  from scipy import special
+
   probability = clients_per_round / population
   sizes = np.arange(population + 1)
   is_rare = special.bdtrc(sizes, population, probability) < 1e-9

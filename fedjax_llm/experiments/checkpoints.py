@@ -6,10 +6,6 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-
-# Orbax tells of every step it takes; a run has its own progress bar.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
@@ -22,6 +18,10 @@ class Checkpoints:
       folder: where the checkpoints are.
       keep: how many of the latest to keep.
     """
+    import orbax.checkpoint as ocp
+
+    # Orbax tells of every step it takes; a run has its own progress bar.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       enable_async_checkpointing=True,
@@ -43,6 +43,8 @@ class Checkpoints:
 
   def save(self, round_number: int, state: Any) -> None:
     """Saves `state`, a tree of arrays, in the background."""
+    import orbax.checkpoint as ocp
+
     self._manager.save(round_number, args=ocp.args.StandardSave(state))
 
   def restore(self, like: Any) -> tuple[int, Any]:
@@ -54,6 +56,8 @@ class Checkpoints:
     Raises:
       ValueError: if what was saved has another structure, shape or dtype.
     """
+    import orbax.checkpoint as ocp
+
     latest = self._manager.latest_step()
     if latest is None:
       return 0, like

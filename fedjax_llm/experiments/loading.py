@@ -1,11 +1,12 @@
 """A base model, with what an adapter adds to it, by the names users give."""
 
+from __future__ import annotations
+
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
-import transformers
 
 from fedjax_llm.experiments import tasks
 from fedjax_llm.models import (
@@ -16,6 +17,9 @@ from fedjax_llm.models import (
   peft_files,
   pretrained,
 )
+
+if TYPE_CHECKING:
+  import transformers
 
 
 class Model(NamedTuple):

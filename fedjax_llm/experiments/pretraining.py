@@ -5,22 +5,25 @@ a round is a fixed number of optimizer steps, so that a pre-training run is
 recorded, checkpointed and resumed like any other experiment.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
-import transformers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.experiments import runner
 from fedjax_llm.federated import draws
 from fedjax_llm.models import decoder, language, pretrained
+
+if TYPE_CHECKING:
+  import transformers
 
 _START = "<|endoftext|>"
 
@@ -38,6 +41,16 @@ def train_tokenizer(
   Raises:
     ValueError: if the vocabulary does not hold every byte.
   """
+  import tokenizers
+  import transformers
+  from tokenizers import (
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+  )
+
   if vocabulary < 257:
     raise ValueError(
       f"expected vocabulary >= 257, all bytes and the start, got {vocabulary=}."

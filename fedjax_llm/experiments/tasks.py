@@ -5,20 +5,24 @@ evaluates the model on held-out examples. `language_model` and `classifier` are
 for texts and models of the hub, `custom` is for everything else.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
-import transformers
 
 from fedjax_llm.data import arrays, batches, records
 from fedjax_llm.experiments import base_models, objectives, programs
 from fedjax_llm.federated import clients, draws
 from fedjax_llm.models import families, heads, hub_config, lora, pretrained
+
+if TYPE_CHECKING:
+  import transformers
 
 Dtype = base_models.Dtype
 Quantize = base_models.Quantize
@@ -308,6 +312,8 @@ def load_tokenizer(
   Raises:
     ValueError: if there is none.
   """
+  import transformers
+
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   except (OSError, ValueError) as error:

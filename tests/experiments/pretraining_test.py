@@ -70,7 +70,7 @@ def whole(made, tmp_path_factory) -> pathlib.Path:
 
 
 def lines(folder):
-  return runner.read_metrics(folder / "metrics.jsonl")
+  return run_folder.read_metrics(folder / "metrics.jsonl")
 
 
 def test_training_lowers_the_loss_of_new_text(whole):

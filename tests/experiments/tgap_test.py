@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.cli import main
+from fedjax_llm.cli import configs
 from fedjax_llm.codecs import (
   fitting,
   layouts,
@@ -26,11 +26,9 @@ from fedjax_llm.federated import codec_rounds, network
 from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import lora
 
-TOY = main.load_config(
-  str(pathlib.Path(__file__).parent.parent / "toy_config.py")
-)
+TOY = configs.load(str(pathlib.Path(__file__).parent.parent / "toy_config.py"))
 SGD = optax.sgd(0.1, momentum=0.9)
-SCHEDULE = dict(
+SCHEDULE = finetuning.Schedule(
   rounds=4,
   clients_per_round=3,
   batch_size=2,
@@ -77,7 +75,7 @@ def recorded(task, finish=lambda store, folder: None, **knobs):
   )
   knobs = {"representation": "delta", "about": {"share": 0.3}} | knobs
   return learned_compression.recorded(
-    task, algorithm, finish=finish, **SCHEDULE | knobs
+    task, algorithm, SCHEDULE, finish=finish, **knobs
   )
 
 
@@ -185,9 +183,8 @@ def test_clients_fetch_a_transform_once(task, transform_folder):
     placement=task.placement,
     **coding,
   )
-  made = finetuning.federated(
-    task, algorithm, **{**SCHEDULE, "clients_per_round": 6}
-  )
+  schedule = dataclasses.replace(SCHEDULE, clients_per_round=6)
+  made = finetuning.fine_tuning(task, algorithm, schedule)
   size = sum(x.size for x in jax.tree.leaves(task.trainable))
   state, lines = made.init(), []
   for number in range(2):
@@ -221,7 +218,7 @@ def tuned(task, codec_folder):
     fits.append(len(vectors))
     return learned_compression.refit(vectors, codec, steps=2, evaluate_every=2)
 
-  plain = finetuning.federated(task, algorithm, **SCHEDULE)
+  plain = finetuning.fine_tuning(task, algorithm, SCHEDULE)
   return learned_compression.refitted(plain, refit, every=2), fits
 
 
