@@ -5,7 +5,7 @@ import inspect
 
 
 def grouped(make, **knobs):
-  """Arguments of a config's `experiment`: each knob in the group that has it."""
+  """Arguments of a config: each knob in the group that has it."""
   arguments = {}
   for name, parameter in inspect.signature(make).parameters.items():
     if dataclasses.is_dataclass(parameter.default):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from fedjax_llm.data import batches
 
@@ -59,10 +60,11 @@ def population(
 
 
 def save(tree: Any, folder: pathlib.Path) -> None:
-  """Writes a tree of arrays to `trainable.npz`, by the paths of its leaves."""
+  """Writes a tree of arrays to `trainable.safetensors`, by their paths."""
   folder.mkdir(parents=True, exist_ok=True)
   named = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree.leaves_with_path(tree)
   }
-  np.savez(folder / "trainable.npz", **named)
+  named = {name: np.array(leaf, order="C") for name, leaf in named.items()}
+  safetensors.numpy.save_file(named, folder / "trainable.safetensors")

@@ -27,6 +27,7 @@ class Loaded(NamedTuple):
     frozen: the parameters that are not; empty in full fine-tuning.
     adapter: the LoRA settings; None in full fine-tuning.
     save: (trainable, folder, residual=None) -> None.
+    placement: the devices that hold the base model and train.
     identity: the model's name and fingerprints.
   """
 
@@ -36,6 +37,7 @@ class Loaded(NamedTuple):
   frozen: Any
   adapter: lora.LoRA | None
   save: Callable[..., None]
+  placement: clients.Placement
   identity: dict[str, str]
 
 
@@ -48,7 +50,7 @@ def load(
   dtype: Dtype,
   quantize: Quantize | None,
   remat: bool,
-  placement: clients.Placement,
+  placement: clients.Placement | None,
   seed: int,
 ) -> Loaded:
   """Loads a base model and makes or loads what is trained.
@@ -61,7 +63,7 @@ def load(
     dtype: as in `tasks.language_model`.
     quantize: as in `tasks.language_model`.
     remat: as in `tasks.language_model`.
-    placement: the devices that hold the base model.
+    placement: as in `tasks.language_model`.
     seed: seed of new parameters.
 
   Raises:
@@ -74,6 +76,7 @@ def load(
       f"full fine-tuning trains the kernels, got {quantize=}. Leave it out, or"
       " give an adapter."
     )
+  placement = placement or clients.Placement()
   folder = pretrained.resolve(model)
   config, frozen = pretrained.load(
     folder,
@@ -102,8 +105,16 @@ def load(
     trainable = lora.init(network, draws.key(seed), frozen)
   else:
     lora.check(network, trainable)
-  save = _saver(adapter, config, str(model), head)
-  return Loaded(network, objective, trainable, frozen, adapter, save, identity)
+  return Loaded(
+    network,
+    objective,
+    trainable,
+    frozen,
+    adapter,
+    _saver(adapter, config, str(model), head),
+    placement,
+    identity,
+  )
 
 
 def _saver(adapter, config, model, head):

@@ -91,16 +91,15 @@ def fine_tuning(
     clients receive, which for FLASC is the masked one; `server_loss` is that of
     the parameters the server keeps. Metrics of a round:
 
-    - `download_bytes`, `upload_bytes`: of all messages together;
-      `..._per_client`: of the largest message.
-    - `download_entries`, `upload_entries`: how many numbers the messages hold.
-      A message with fewer than `trainable` numbers is a sparse one.
-    - `train_loss`, `tokens`: of the clients that answered. A round in which
-      nobody answered has no `train_loss`.
+    - `download_bytes`, `upload_bytes`: of all messages; `..._per_client`: of
+      the largest message.
+    - `download_entries`, `upload_entries`: how many numbers messages hold. One
+      with fewer than `trainable` numbers is sparse.
+    - `train_loss`, `tokens`: of the clients that answered; no `train_loss` if
+      there are none.
     - `selected`, `answered`, `simulated_seconds`: only with a network.
     - `update_cosine`, and with two answers or more `innovation_cosine`: if the
-      algorithm returns them. If nothing of what is a client's own arrives, the
-      run prints a warning, once.
+      algorithm returns them. If codecs transmit nothing, a warning is printed.
 
   Raises:
     ValueError: if more clients are to be selected than there are, if clients
@@ -133,8 +132,8 @@ def fine_tuning(
 
   def program(state):
     arguments = (state, task.frozen, examples, sample(0), key)
-    settings = dataclasses.asdict(schedule)
-    del settings["rounds"]  # It may grow.
+    settings: dict[str, Any] = dataclasses.asdict(schedule)
+    settings.pop("rounds")  # It may grow.
     return {
       "round": programs.of_function(compiled, *arguments),
       "start": programs.of_arrays(state),
@@ -209,8 +208,7 @@ def _check(task, links, privacy, schedule):
     privacy.check(sampling, wanted, population, schedule.local_epochs)
 
 
-# Which field of an algorithm says how much noise a guarantee rests on, and what
-# makes an algorithm that has it.
+# The field of an algorithm that must have a guarantee's noise, and the remedy.
 _NOISE = {
   guarantees.ClientLevel: (
     "noise_multiplier",

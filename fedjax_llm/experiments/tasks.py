@@ -89,7 +89,7 @@ def custom(
     names: the names of the clients; numbers if not given.
     save: (trainable, folder) -> None, writes the trained parameters. With a
       method that adds to the frozen parameters it is called with `residual=`
-      too. If not given, they are written to `trainable.npz`.
+      too. If not given, they are written to `trainable.safetensors`.
     placement: the devices that clients train on, and how many at once; all
       devices if not given.
 
@@ -173,8 +173,7 @@ def language_model(
   folder = pretrained.resolve(model)
   families.check_predicts(families.read_config(folder))
   rows = _rows(data, folder, sequence_length)
-  return _task(
-    rows,
+  loaded = base_models.load(
     model,
     adapter,
     None,
@@ -185,6 +184,7 @@ def language_model(
     placement=placement,
     seed=seed,
   )
+  return _task(rows, loaded, seed)
 
 
 def classifier(
@@ -232,8 +232,7 @@ def classifier(
       f"the head in {folder} scores {stored}, the data number their labels as"
       f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
     )
-  return _task(
-    rows,
+  loaded = base_models.load(
     model,
     adapter,
     head,
@@ -244,6 +243,7 @@ def classifier(
     placement=placement,
     seed=seed,
   )
+  return _task(rows, loaded, seed)
 
 
 def _rows(
@@ -267,28 +267,8 @@ def _rows(
   return rows
 
 
-def _task(
-  rows: records.Split,
-  model: str | os.PathLike,
-  adapter: lora.LoRA | str | os.PathLike | None,
-  head: heads.Classifier | None,
-  objective: objectives.Objective,
-  *,
-  placement: clients.Placement | None,
-  seed: int,
-  **options: Any,
-) -> Task:
-  """Puts rows and a model together; `options` go to `base_models.load`."""
-  placement = placement or clients.Placement()
-  loaded = base_models.load(
-    model,
-    adapter,
-    head,
-    objective,
-    placement=placement,
-    seed=seed,
-    **options,
-  )
+def _task(rows: records.Split, loaded: base_models.Loaded, seed: int) -> Task:
+  """Puts the rows and the model of a task together."""
   kind, network = loaded.objective, loaded.network
   return Task(
     loss_fn=kind.loss_fn(network),
@@ -297,7 +277,7 @@ def _task(
     population=rows.train,
     evaluate=kind.evaluator(kind.score_fn(network), rows.held_out.examples),
     save_adapter=loaded.save,
-    placement=placement,
+    placement=loaded.placement,
     seed=seed,
     data={**rows.identity, **loaded.identity},
     adapter=loaded.adapter,

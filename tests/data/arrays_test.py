@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from fedjax_llm.data import arrays
 
@@ -38,6 +39,8 @@ def test_what_does_not_fit_is_refused(examples, starts, names, message):
 def test_a_tree_is_written_by_its_paths(tmp_path):
   tree = {"layer": {"w": np.ones((2, 3)), "b": np.zeros(3)}}
   arrays.save(tree, tmp_path / "new")
-  with np.load(tmp_path / "new" / "trainable.npz") as saved:
-    assert sorted(saved) == ["layer/b", "layer/w"]
-    np.testing.assert_array_equal(saved["layer/w"], tree["layer"]["w"])
+  saved = safetensors.numpy.load_file(
+    tmp_path / "new" / "trainable.safetensors"
+  )
+  assert sorted(saved) == ["layer/b", "layer/w"]
+  np.testing.assert_array_equal(saved["layer/w"], tree["layer"]["w"])

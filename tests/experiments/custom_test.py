@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from fedjax_llm.experiments import finetuning, run_folder, runner, tasks
 from fedjax_llm.federated.algorithms import fed_avg
@@ -67,8 +68,9 @@ def experiment(schedule=SCHEDULE, rate=0.3, **changes):
 
 
 def exported(folder):
-  with np.load(folder / "adapter" / "trainable.npz") as saved:
-    return {name: saved[name] for name in saved}
+  return safetensors.numpy.load_file(
+    folder / "adapter" / "trainable.safetensors"
+  )
 
 
 def test_it_trains_exports_and_resumes_to_the_bit(tmp_path):
