@@ -3,6 +3,7 @@
 All clients weigh alike, as in FLASC.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,13 +122,12 @@ def _select(k):
 
 def _compact_b(k):
   """`delta_downloads` of `b` alone: `a` stays where the seed has it."""
-  return freezing.ffa_lora(
-    *k.optimizers,
-    make=delta_downloads.delta_downloads,
+  make = functools.partial(
+    delta_downloads.delta_downloads,
     download=compression.lloyd_max(2),
     upload=compression.lloyd_max(1),
-    **k.parts,
   )
+  return freezing.ffa_lora(*k.optimizers, make=make, **k.parts)
 
 
 def _coarse(k):

@@ -328,6 +328,11 @@ def _together(fn, shared, chunk):
   return jax.tree.map(lambda x: x.sum(0), summands), outputs
 
 
+def in_turn(tiers: int) -> Callable[[Any], Any]:
+  """Deals clients to tiers in turn: client i is in tier i modulo `tiers`."""
+  return lambda client: client % tiers
+
+
 def proximal(mu: float) -> optax.GradientTransformation:
   """Pulls a client towards what it received: FedProx (Li et al., 2020).
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fedjax_llm.compression import base, sparse
-from fedjax_llm.federated import channels, dealing
+from fedjax_llm.federated import channels
 
 Path = tuple[str, ...]
 
@@ -97,14 +97,14 @@ def tiers(
   Args:
     tree: what is trained, of which only shapes count.
     ranks: of each tier, in [1, rank of the pairs].
-    of_client: numbers of clients -> numbers of their tiers; None deals the
-      tiers out in turn.
+    of_client: numbers of clients -> numbers of their tiers; None for their
+      remainders, as in the code of FLASC's authors.
     upload: what compresses the entries that are sent up; None for nothing.
 
   Raises:
     ValueError: if a rank is out of range, or there is none.
   """
-  largest, owners = rank(tree), entry_ranks(tree)
+  largest, owners, count = rank(tree), entry_ranks(tree), len(ranks)
   if not ranks or not all(1 <= x <= largest for x in ranks):
     raise ValueError(
       f"expected ranks of tiers in [1, {largest}], the rank of the adapter, got"
@@ -116,7 +116,7 @@ def tiers(
     return channels.Channel(kept, base.chain(kept, upload) if upload else kept)
 
   return channels.Tiers(
-    tuple(channel(x) for x in ranks), dealing.in_turn(len(ranks), of_client)
+    tuple(channel(x) for x in ranks), of_client or (lambda x: x % count)
   )
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedjax_llm.federated import clients, dealing, draws
+from fedjax_llm.federated import clients, draws
 
 _MEGA = 1e6
 
@@ -149,7 +149,7 @@ class Network:
       population: the number of clients, whose tiers are listed.
     """
     fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-    tier = dealing.in_turn(len(self.tiers), self.of_client)
+    tier = self.of_client or clients.in_turn(len(self.tiers))
     return fields | {
       "tiers": [list(link) for link in self.tiers],
       "of_client": np.asarray(tier(np.arange(population))).tolist(),
@@ -213,9 +213,9 @@ class Network:
   ) -> Float[np.ndarray, " cohort"]:
     """How long the round takes each client, from its start to its answer."""
     number = np.asarray(cohort.clients)
-    tier = dealing.in_turn(len(self.tiers), self.of_client)(number)
-    links = np.array(self.tiers, float)[np.asarray(tier)]
-    download_mbits, upload_mbits, latency, step = links.T
+    of_client = self.of_client or clients.in_turn(len(self.tiers))
+    tiers = np.array(self.tiers, float)[np.asarray(of_client(number))]
+    download_mbits, upload_mbits, latency, step = tiers.T
     steps = cohort.mask.any(axis=2).sum(axis=1)
     return (
       latency

@@ -19,7 +19,6 @@ from fedjax_llm.federated import (
   aggregators,
   channels,
   clients,
-  dealing,
   densities,
   factors,
   rounds,
@@ -148,7 +147,7 @@ def federated_select_ranks(
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
       if a rank is not in [1, that of the pairs].
   """
-  tier = dealing.in_turn(len(ranks), of_client)
+  tier = of_client or (lambda client: client % len(ranks))
   parts = {"aggregate": aggregators.uniform_mean()} | parts
 
   def of(trainable):

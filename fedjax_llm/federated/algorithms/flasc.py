@@ -16,7 +16,6 @@ from fedjax_llm.federated import (
   aggregators,
   channels,
   clients,
-  dealing,
   densities,
   rounds,
   schedules,
@@ -103,7 +102,7 @@ def flasc_tiers(
     loss_fn,
     client_optimizer,
     server_optimizer,
-    channel=channels.Tiers(each, dealing.in_turn(len(each), of_client)),
+    channel=channels.Tiers(each, of_client or (lambda x: x % len(each))),
     **parts,
   )
 
