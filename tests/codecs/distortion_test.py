@@ -95,9 +95,7 @@ def test_noise_is_of_its_seed_alone():
   np.testing.assert_array_equal(one.received, other.received)
   assert np.any(one.received != sent(control, SNAPSHOTS[0], 1).received)
   # Four standard errors of the standard deviation of N draws.
-  np.testing.assert_allclose(
-    np.std(one.received), 0.5, rtol=4 / np.sqrt(2 * N)
-  )
+  np.testing.assert_allclose(np.std(one.received), 0.5, rtol=4 / np.sqrt(2 * N))
   arrived = control.decode(wire.loads(wire.dumps(one.payload)))
   np.testing.assert_array_equal(arrived, one.received)
 
