@@ -90,8 +90,8 @@ def load(
   folder = pathlib.Path(folder)
   try:
     fields = json.loads((folder / _STATIC).read_text())
+    tensors = safetensors.numpy.load_file(folder / _ARRAYS)
     written = (folder / _ARRAYS).read_bytes()
-    tensors = safetensors.numpy.load(written)
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise ValueError(
       f"expected a codec in {folder}, got {error}. `fedjax-llm run tgap` makes"

@@ -13,7 +13,7 @@ import pytest
 import fedjax_llm as fl
 from fedjax_llm import compression
 from fedjax_llm.cli import configs
-from fedjax_llm.codecs import controls
+from fedjax_llm.codecs import distortion
 from fedjax_llm.data import records
 from fedjax_llm.experiments import checkpoints, finetuning, knobs, tasks
 from fedjax_llm.federated import channels
@@ -216,7 +216,7 @@ def through(codec_of, toy_model, clients_per_round=3):
 
 def test_a_codec_that_transmits_nothing_is_told_of_once(toy_model, capsys):
   # The mean of what was recorded is a codec of a small error.
-  constant = lambda size: controls.constant_mean(jnp.full(size, 1e-3))
+  constant = lambda size: distortion.constant_mean(jnp.full(size, 1e-3))
   _, lines = through(constant, toy_model)
   assert [line["innovation_cosine"] for line in lines] == [0] * 4
   said = capsys.readouterr().out
