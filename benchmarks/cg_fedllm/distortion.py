@@ -25,7 +25,7 @@ import tabulate
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
-from fedjax_llm.codecs import controls, reports
+from fedjax_llm.codecs import distortion
 from fedjax_llm.reporting import panels
 
 COLUMNS = {
@@ -74,14 +74,16 @@ def _measure(task: str, seed: int, path: pathlib.Path) -> None:
     codec = others[name] if name in others else codecs.of(name, bits, recorded)
     if codec is None:
       continue
-    received = jax.jit(reports.receiver(codec))
-    found = reports.quality(received, recorded.store.snapshots, recorded.groups)
+    received = jax.jit(distortion.receiver(codec))
+    found = distortion.quality(
+      received, recorded.store.snapshots, recorded.groups
+    )
     record = {
       "task": task,
       "codec": name,
       "budget": bits,
       "seed": seed,
-      "bits": 8 * codecs.nbytes(codec, size) / size,
+      "bits": 8 * distortion.nbytes(codec, size) / size,
       "entries": size,
       **found._asdict(),
       "snapshots": len(recorded.fitted),
@@ -99,10 +101,10 @@ def _measure(task: str, seed: int, path: pathlib.Path) -> None:
 def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
   """Codecs that transmit nothing."""
   make: dict[str, Callable[[Any], Any]] = {
-    "constant mean": lambda x: controls.constant_mean(
+    "constant mean": lambda x: distortion.constant_mean(
       jnp.asarray(x.mean(axis=0))
     ),
-    "Gaussian noise": lambda x: controls.gaussian_noise(
+    "Gaussian noise": lambda x: distortion.gaussian_noise(
       float(np.sqrt(np.mean(np.square(x)))), x.shape[1]
     ),
   }

@@ -4,17 +4,21 @@ The held-out records of a client depend only on the seed, its name and its own
 records. They do not depend on other clients or on the model.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
-import datasets
 import numpy as np
 
 from fedjax_llm.data import partition
 from fedjax_llm.federated import draws
 
-HeldOut = float | Literal["left_out"] | datasets.Dataset
+if TYPE_CHECKING:
+  import datasets
+
+HeldOut = Union[float, Literal["left_out"], "datasets.Dataset"]
 
 
 class Side(NamedTuple):
@@ -57,6 +61,8 @@ def divide(
   Raises:
     ValueError: if a column is missing, or `held_out` is none of these.
   """
+  import datasets
+
   labels, names = labels_of(data, label_column)
   if client_column is not None:
     values = np.array(column_of(data, client_column))
@@ -119,6 +125,8 @@ def labels_of(
   Raises:
     ValueError: if the column is missing, or has a label that is not in `names`.
   """
+  import datasets
+
   if column is None:
     return None, ()
   values = column_of(data, column)

@@ -12,14 +12,14 @@ client holds out a tenth of its records:
   )
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
-import transformers
 
 from fedjax_llm.data import (
   batches,
@@ -30,6 +30,10 @@ from fedjax_llm.data import (
   templates,
   tokenised,
 )
+
+if TYPE_CHECKING:
+  import datasets
+  import transformers
 
 
 class Split(NamedTuple):
@@ -49,7 +53,7 @@ class Split(NamedTuple):
 
 # Called with the tokenizer and the length of a row: in predictions for a
 # language model, in tokens for a classifier.
-RowSource = Callable[[transformers.PreTrainedTokenizerBase, int], Split]
+RowSource = Callable[["transformers.PreTrainedTokenizerBase", int], Split]
 # Called with the numbers of a client's records; returns their rows, and the
 # numbers of the records that have a row.
 _Make = Callable[[np.ndarray], tuple[Any, np.ndarray]]

@@ -8,6 +8,8 @@ Each result is a `datasets.Dataset`. Its fingerprint depends on its content and
 not on where it lies.
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
@@ -16,17 +18,19 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import datasets
+if TYPE_CHECKING:
+  import datasets
 
-Spec = (
-  str
-  | os.PathLike
-  | Sequence[Mapping[str, Any]]
-  | datasets.Dataset
-  | datasets.DatasetDict
-)
+
+Spec = Union[
+  str,
+  os.PathLike,
+  Sequence[Mapping[str, Any]],
+  "datasets.Dataset",
+  "datasets.DatasetDict",
+]
 
 READERS = {
   ".csv": "csv",
@@ -59,6 +63,8 @@ def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
     ValueError: if the data set, config or split does not exist or cannot be
       read.
   """
+  import datasets
+
   named = None
   splits: Mapping[Any, datasets.Dataset]
   if isinstance(spec, datasets.DatasetDict):
@@ -100,6 +106,8 @@ def newsgroups(
   Raises:
     ValueError: if the file or the split does not exist.
   """
+  import datasets
+
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(
@@ -138,6 +146,8 @@ def fingerprint(data: datasets.Dataset) -> str:
 
   It depends neither on the place of the data nor on the order of the columns.
   """
+  import datasets
+
   digest = hashlib.sha256()
   names = {
     column: feature.names
@@ -175,6 +185,8 @@ def _exists(path: str) -> bool:
 
 def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
   """Returns all splits of a hub name, a folder, or files."""
+  import datasets
+
   is_folder = os.path.isdir(name)
   if not is_folder:
     matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
@@ -206,6 +218,8 @@ def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
 
 def _read_files(paths: Sequence[str]) -> datasets.Dataset:
   """Returns the rows of files, with the column `file`."""
+  import datasets
+
   endings = {pathlib.Path(path).suffix for path in paths}
   kinds = {READERS.get(ending) for ending in endings}
   if len(kinds) > 1 or None in kinds:
@@ -237,6 +251,8 @@ def _read_files(paths: Sequence[str]) -> datasets.Dataset:
 
 def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
   """Calls `datasets.load_dataset` without progress bars."""
+  import datasets
+
   shown = not datasets.utils.are_progress_bars_disabled()
   datasets.utils.disable_progress_bars()
   try:
@@ -251,6 +267,8 @@ def _choose(
   splits: Mapping[Any, datasets.Dataset], split: str | None
 ) -> datasets.Dataset:
   """Returns a split or a slice; the only split if `split` is None."""
+  import datasets
+
   names = ", ".join(splits)
   if split is None and len(splits) > 1:
     raise ValueError(

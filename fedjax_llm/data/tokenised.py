@@ -5,18 +5,22 @@ determine its content. If either changes, another file is made. The length of
 rows and the tokens that count are decided later.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import transformers
 
 from fedjax_llm.data import templates
+
+if TYPE_CHECKING:
+  import transformers
 
 _VERSION = 1  # The version of the file format and of the tokenisation.
 _CHUNK = 1000  # The number of texts in one call of the tokenizer.

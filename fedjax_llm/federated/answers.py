@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
-from fedjax_llm.compression import wire
+from fedjax_llm.compression import distortion, wire
 from fedjax_llm.federated import (
   channels,
   clients,
   downloads,
   draws,
-  fidelity,
   local_training,
 )
 
@@ -122,7 +121,7 @@ def at_clients(
     own, weights = clients.replicate((own, weights), placement)
     metrics |= {"train_loss": loss / jnp.maximum(count, 1), "tokens": count}
     if sums is not None:
-      metrics |= fidelity.cosines(sums)
+      metrics |= distortion.cosines(sums)
     memory = put(memory, cohort.clients, kept)
     return Answers(total, own, weights, memory, metrics)
 
@@ -152,7 +151,7 @@ def _one_client(local_update, answer, share, placement):
     keep = lambda new, old: jnp.where(is_in, new, old)
     sums = None
     if arrived is not None and placement.has_cosines(update.size):
-      sums = fidelity.share(update, arrived, weight)
+      sums = distortion.share(update, arrived, weight)
     total = share(message.received, weight, shared)
     return (total, training.loss, training.count, sums), (
       jax.tree.map(lambda x: jnp.where(is_in, x, 0), own),

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.figure
 import tabulate
 
-from fedjax_llm.experiments import runner
+from fedjax_llm.experiments import run_folder
 from fedjax_llm.reporting import panels
 
 _MEGA = 1e6
@@ -78,7 +78,7 @@ def load(folder: str | os.PathLike) -> list[Run]:
   runs = []
   for path in found:
     record = json.loads((path / "run.json").read_text())
-    lines = runner.read_metrics(path / "metrics.jsonl")
+    lines = run_folder.read_metrics(path / "metrics.jsonl")
     if len(lines) < 2:
       raise ValueError(
         f"expected a finished round in {path}, got none. Wait for the first."

@@ -21,9 +21,10 @@ from fedjax_llm.federated import (
   aggregators,
   answers,
   clients,
-  codec_rounds,
+  codec_state,
   rounds,
 )
+from fedjax_llm.federated.algorithms import cg_fed_llm
 
 
 def federated_pretraining(
@@ -32,7 +33,7 @@ def federated_pretraining(
   server_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: cg_fed_llm.Representation = "delta",
   aggregate: aggregators.Aggregator | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
@@ -47,11 +48,11 @@ def federated_pretraining(
     aggregate: from updates to one; the mean weighted by examples if not given.
     placement: see `clients.Placement`; all devices if not given.
   """
-  upload = codec_rounds.remembered(base.identity())
+  upload = codec_state.remembered(base.identity())
   inner = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
-    channel=codec_rounds.channel(upload, representation),
+    channel=cg_fed_llm.channel(upload, representation),
     aggregate=aggregate,
     population=population,
     placement=placement,
@@ -89,7 +90,7 @@ def local_pretraining(
   client_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: cg_fed_llm.Representation = "delta",
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Each client goes on from its own parameters; nothing is downloaded.
@@ -108,7 +109,7 @@ def local_pretraining(
   Raises:
     ValueError: if `representation` is neither "delta" nor "state".
   """
-  codec_rounds.channel(base.identity(), representation)  # Refuses another.
+  cg_fed_llm.channel(base.identity(), representation)  # Refuses another.
 
   def answer(shared, client):
     start, frozen = shared

@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base
-from fedjax_llm.federated import aggregators
+from fedjax_llm.federated import aggregators, codec_state
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from tests import placements
 
@@ -33,9 +33,9 @@ def compose(make, loss_fn, representation="delta", lossless=False):
     loss_fn,
     SGD,
     *([] if make is PRODUCT else [optax.sgd(1.0)]),
-    codec=basis(),
-    compressor_of=(lambda codec: base.identity()) if lossless else pca.pca,
-    setup_bytes=1000,
+    coding=codec_state.Coding(
+      basis(), (lambda codec: base.identity()) if lossless else pca.pca, 1000
+    ),
     population=7,
     representation=representation,
     placement=placements.ALONE,
