@@ -120,7 +120,7 @@ def _fitted(name, recorded, layout, network, learning_rate):
     )
     print(f"{folder.parent.name} {name}\n{report.describe()}", flush=True)
     files.save(folder, codec, recorded.store.about)
-  codec, _ = files.load(folder, recorded.task.trainable)
+  codec: Any = files.load(folder, recorded.task.trainable)[0]
   return autoencoder.autoencoder(codec)
 
 

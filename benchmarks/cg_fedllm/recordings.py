@@ -4,6 +4,7 @@ Federated averaging by clients that train by Adam, as CG-FedLLM's do, 10 clients
 a round. Kept in a folder of this machine, and recorded again where it is not.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -81,12 +82,14 @@ def _recording(task, cell):
     population=len(task.population.names),
     placement=task.placement,
   )
+  schedule = dataclasses.replace(
+    problems.schedule(cell, {}), rounds=ROUNDS, evaluate_every=ROUNDS
+  )
   return experiments.recorded(
     task,
-    algorithm,
+    problems.equal_clients(algorithm),
+    schedule,
     representation="delta",
     about={"share": SHARE, "seed": cell.seed},
     finish=lambda store, folder: None,
-    rounds=ROUNDS,
-    **problems.training(cell, {}) | {"evaluate_every": ROUNDS},
   )

@@ -4,19 +4,16 @@ A config is a Python file with a function `experiment` of keyword-only knobs;
 its signature and docstring are the command's options and their help.
 """
 
-import ast
-import dataclasses
-import importlib.machinery
-import inspect
 import os
 import pathlib
 import sys
 import traceback
-import types
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import tyro
+
+from fedjax_llm.cli import configs
 
 _COMMANDS = ("run", "data", "export", "pretrain", "compare", "evaluate")
 _COMMANDS += ("merge", "chat")
@@ -33,8 +30,6 @@ _USAGE = """usage: fedjax-llm COMMAND ...
 
 CONFIG is a name or the path of a Python file with an `experiment` function.
 `fedjax-llm COMMAND --help` tells more."""
-# The module that a config of the user's own becomes.
-_CONFIG = "fedjax_llm_config"
 # Each device holds a copy of the base model.
 _MOST_CPU_DEVICES = 8
 
@@ -81,92 +76,19 @@ def _run(command: str, arguments: list[str], run: Callable[..., None]) -> None:
   """Runs a config or shows its data: `arguments` are its name and knobs."""
   config, *options = arguments or ["--help"]
   if config in ("-h", "--help"):
-    print(f"{_USAGE}\n\nConfigs:\n\n  " + "\n  ".join(_summaries()))
+    print(f"{_USAGE}\n\nConfigs:\n\n  " + "\n  ".join(configs.summaries()))
     return
-  module = load_config(config)
+  module = configs.load(config)
   name = pathlib.Path(config).stem
   knobs = tyro.cli(
-    options_of(module), prog=f"fedjax-llm {command} {config}", args=options
+    configs.options_of(module, resumes=command in ("run", "pretrain")),
+    prog=f"fedjax-llm {command} {config}",
+    args=options,
   )
   values = dict(vars(knobs))
   out = values.pop("out") or pathlib.Path("runs") / name
-  run(module.experiment, out, name=name, knobs=values)
-
-
-def config_folder() -> pathlib.Path:
-  """Where the shipped configs are: in the wheel, or beside the package."""
-  package = pathlib.Path(__file__).parent.parent
-  shipped = package / "configs"
-  return shipped if shipped.is_dir() else package.parent / "configs"
-
-
-def load_config(name_or_path: str) -> types.ModuleType:
-  """Imports a config by its name under `configs/` or by its path.
-
-  Raises:
-    ValueError: if there is none, or it has no `experiment` function.
-  """
-  path = pathlib.Path(name_or_path)
-  shipped = path.suffix != ".py"
-  if shipped:
-    path = config_folder() / f"{name_or_path}.py"
-  if not path.is_file():
-    names = sorted(x.stem for x in config_folder().glob("*.py"))
-    raise ValueError(
-      f"no config {name_or_path!r}: expected the path of a Python file, or one"
-      f" of {', '.join(names)}."
-    )
-  name = f"fedjax_llm.configs.{path.stem}" if shipped else _CONFIG
-  module = types.ModuleType(name)
-  module.__file__ = str(path)
-  sys.modules[name] = module  # Dataclasses of a config look themselves up.
-  importlib.machinery.SourceFileLoader(name, str(path)).exec_module(module)
-  if not callable(getattr(module, "experiment", None)):
-    raise ValueError(
-      f"{path} has no function `experiment`; a config's knobs are its"
-      " keyword-only parameters."
-    )
-  return module
-
-
-def options_of(module: types.ModuleType) -> type:
-  """A dataclass of the knobs of a config, and of `out`.
-
-  Raises:
-    ValueError: if a knob has no type.
-  """
-  hints = get_type_hints(module.experiment, include_extras=True)
-  fields: list[Any] = []
-  for name, parameter in inspect.signature(
-    module.experiment
-  ).parameters.items():
-    if name not in hints:
-      raise ValueError(f"{module.__file__}: the knob {name!r} has no type.")
-    required = parameter.default is inspect.Parameter.empty
-    default = dataclasses.MISSING if required else parameter.default
-    fields.append((name, hints[name], dataclasses.field(default=default)))
-  out = tyro.conf.arg(help="folder of the run; runs/CONFIG if not given")
-  fields.append(
-    (
-      "out",
-      Annotated[pathlib.Path | None, out],
-      dataclasses.field(default=None),
-    )
-  )
-  text = inspect.getdoc(module.experiment) or ""
-  return dataclasses.make_dataclass(
-    "Knobs", fields, namespace={"__doc__": text}, kw_only=True
-  )
-
-
-def _summaries() -> list[str]:
-  """A line a config: its name and the first line of its file's docstring."""
-  lines = []
-  for path in sorted(config_folder().glob("*.py")):
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    first, *_ = text.splitlines() or [""]
-    lines.append(f"{path.stem:<18} {first}")
-  return lines
+  allowed = {x: values.pop(x) for x in configs.ALLOWANCES if x in values}
+  run(module.experiment, out, name=name, knobs=values, **allowed)
 
 
 def _prepare_process() -> None:
@@ -199,7 +121,7 @@ def _is_of_a_config(error: Exception) -> bool:
   frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
   for frame in reversed(frames):
     name = frame.f_globals.get("__name__", "")
-    if name == _CONFIG:
+    if name == configs.OWN:
       return True
     if name.startswith("fedjax_llm."):
       return False

@@ -1,12 +1,13 @@
 """What the commands on models and adapters do, once arguments are parsed."""
 
+from __future__ import annotations
+
 import pathlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import transformers
 
 from fedjax_llm.data import templates
 from fedjax_llm.experiments import loading, tasks
@@ -18,6 +19,9 @@ from fedjax_llm.models import (
   lora,
   pretrained,
 )
+
+if TYPE_CHECKING:
+  import transformers
 
 
 def merge(

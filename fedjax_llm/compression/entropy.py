@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
-from scipy import special
 
 from fedjax_llm.compression import (
   levels,
@@ -112,6 +111,8 @@ def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
     codes: in [0, count).
     count: of different codes.
   """
+  from scipy import special
+
   seen = np.bincount(codes, minlength=count)
   total = special.gammaln(seen.sum() + count) - special.gammaln(count)
   return float(total - special.gammaln(seen + 1).sum()) / math.log(2)

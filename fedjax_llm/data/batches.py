@@ -9,13 +9,17 @@ Records, each a prompt with its answer, are never cut in two: a row holds one,
 or several that do not see each other. All padding is token 0, on the right.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import transformers
 
 from fedjax_llm.data import corpora, tokenised
+
+if TYPE_CHECKING:
+  import transformers
 
 LossOn = Literal["answers", "everything"]
 

@@ -4,17 +4,21 @@ What a client holds out depends on its name and its own records alone, so it is
 the same whatever the other clients and the model are.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
-import datasets
 import numpy as np
 
 from fedjax_llm.data import partition
 from fedjax_llm.federated import draws
 
-HeldOut = float | Literal["left_out"] | datasets.Dataset
+if TYPE_CHECKING:
+  import datasets
+
+HeldOut = Union[float, Literal["left_out"], "datasets.Dataset"]
 
 
 class Side(NamedTuple):
@@ -34,6 +38,8 @@ def divide(
   seed: int,
 ) -> tuple[Side, Side, tuple[str, ...]]:
   """What is trained on, what is held out, and the names of the labels."""
+  import datasets
+
   labels, names = labels_of(data, label_column)
   if client_column is not None:
     values = np.array(column_of(data, client_column))
@@ -84,6 +90,8 @@ def labels_of(
 
   Numbers are those of `names`, by default of all that there are, in order.
   """
+  import datasets
+
   if column is None:
     return None, ()
   values = column_of(data, column)

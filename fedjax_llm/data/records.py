@@ -12,14 +12,14 @@ holding out a tenth:
   )
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
-import transformers
 
 from fedjax_llm.data import (
   batches,
@@ -30,6 +30,10 @@ from fedjax_llm.data import (
   templates,
   tokenised,
 )
+
+if TYPE_CHECKING:
+  import datasets
+  import transformers
 
 
 class Split(NamedTuple):
@@ -49,7 +53,7 @@ class Split(NamedTuple):
 
 # From the tokenizer and the length of a row, in predictions or, for a
 # classifier, in tokens.
-RowSource = Callable[[transformers.PreTrainedTokenizerBase, int], Split]
+RowSource = Callable[["transformers.PreTrainedTokenizerBase", int], Split]
 # From the numbers of a client's records to their rows and what was kept.
 _Make = Callable[[np.ndarray], tuple[Any, np.ndarray]]
 

@@ -7,6 +7,8 @@
 Everything becomes a `datasets.Dataset`; its fingerprint is that of the content.
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
@@ -15,17 +17,19 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import datasets
+if TYPE_CHECKING:
+  import datasets
 
-Spec = (
-  str
-  | os.PathLike
-  | Sequence[Mapping[str, Any]]
-  | datasets.Dataset
-  | datasets.DatasetDict
-)
+
+Spec = Union[
+  str,
+  os.PathLike,
+  Sequence[Mapping[str, Any]],
+  "datasets.Dataset",
+  "datasets.DatasetDict",
+]
 
 READERS = {
   ".csv": "csv",
@@ -57,6 +61,8 @@ def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
     ValueError: if there is no such data set, config or split, or it cannot be
       read.
   """
+  import datasets
+
   named = None
   splits: Mapping[Any, datasets.Dataset]
   if isinstance(spec, datasets.DatasetDict):
@@ -96,6 +102,8 @@ def newsgroups(
   Raises:
     ValueError: if there is no such file or split.
   """
+  import datasets
+
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(
@@ -139,6 +147,8 @@ def identity(data: datasets.Dataset) -> dict[str, str]:
 
 def fingerprint(data: datasets.Dataset) -> str:
   """SHA-256 of rows, columns and label names, wherever they were read from."""
+  import datasets
+
   digest = hashlib.sha256()
   names = {
     column: feature.names
@@ -172,6 +182,8 @@ def _exists(path: str) -> bool:
 
 def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
   """All splits of a hub name, a folder, or files."""
+  import datasets
+
   is_folder = os.path.isdir(name)
   if not is_folder:
     matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
@@ -201,6 +213,8 @@ def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
 
 def _read_files(paths: Sequence[str]) -> datasets.Dataset:
   """The rows of the files, and in a column `file` which each is from."""
+  import datasets
+
   endings = {pathlib.Path(path).suffix for path in paths}
   kinds = {READERS.get(ending) for ending in endings}
   if len(kinds) > 1 or None in kinds:
@@ -234,6 +248,8 @@ def _read_files(paths: Sequence[str]) -> datasets.Dataset:
 
 def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
   """`datasets.load_dataset` of all splits, without progress bars."""
+  import datasets
+
   shown = not datasets.utils.are_progress_bars_disabled()
   datasets.utils.disable_progress_bars()
   try:
@@ -248,6 +264,8 @@ def _choose(
   splits: Mapping[Any, datasets.Dataset], split: str | None
 ) -> datasets.Dataset:
   """One split or slices of splits; the only one if none is named."""
+  import datasets
+
   names = ", ".join(splits)
   if split is None and len(splits) > 1:
     raise ValueError(

@@ -4,12 +4,16 @@ They are made by factories that take the names of the columns; any function of
 the same form is one too. A classifier reads prompt and answer as one text.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import transformers
+if TYPE_CHECKING:
+  import transformers
+
 
 Row = Mapping[str, Any]
 

@@ -6,18 +6,22 @@ and a change of either is another file. How long a row is, and what counts in
 it, is decided later.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import transformers
 
 from fedjax_llm.data import templates
+
+if TYPE_CHECKING:
+  import transformers
 
 _VERSION = 1  # Of the file's format and of how texts become tokens.
 _CHUNK = 1000  # Texts that the tokenizer's threads share at a time.

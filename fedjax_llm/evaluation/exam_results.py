@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import scipy.stats
 import tabulate
 from jaxtyping import Bool
 
@@ -136,7 +135,9 @@ def mcnemar(
   only_first = int((first & ~second).sum())
   only_second = int((second & ~first).sum())
   differing = only_first + only_second
-  test = scipy.stats.binomtest(only_first, differing) if differing else None
+  from scipy import stats
+
+  test = stats.binomtest(only_first, differing) if differing else None
   return {
     "only_first": only_first,
     "only_second": only_second,

@@ -6,21 +6,25 @@ batch at a time. Lengths are padded to powers of two, so that all papers of an
 exam share a few programs.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from jaxtyping import Array, Float, Int
 
 from fedjax_llm.data import tokenised
 from fedjax_llm.models import attention
+
+if TYPE_CHECKING:
+  import transformers
 
 # The shortest lengths that are compiled for: of what is shared, of the rest.
 _SHORTEST_PREFIX = 512

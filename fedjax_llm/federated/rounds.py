@@ -60,6 +60,8 @@ class FederatedAlgorithm(NamedTuple):
     noise_multiplier: of the aggregator, see `aggregators.Aggregator`, through
       which alone `trainable` learns of clients; None if it has none, or there
       is another way.
+    example_noise_multiplier: of the local training, see `clients.LocalUpdate`;
+      None if it is not private, or the method does not tell.
   """
 
   init: Callable[[Any], Any]
@@ -67,6 +69,7 @@ class FederatedAlgorithm(NamedTuple):
   received: Callable[..., Any]
   residual: Callable[[Any], Any] | None = None
   noise_multiplier: float | None = None
+  example_noise_multiplier: float | None = None
 
 
 def federated_round(
@@ -157,7 +160,11 @@ def federated_round(
     return ravel_pytree(state.trainable)[1](message.received)
 
   return FederatedAlgorithm(
-    init, round_fn, received_fn, noise_multiplier=aggregate.noise_multiplier
+    init,
+    round_fn,
+    received_fn,
+    noise_multiplier=aggregate.noise_multiplier,
+    example_noise_multiplier=clients.example_noise_multiplier(local_update),
   )
 
 

@@ -15,7 +15,6 @@ two clipped vectors are up to two clip norms apart, and mu is twice as large.
 import math
 
 import numpy as np
-from scipy import optimize, special
 
 
 def mu(noise_multiplier: float, count: int = 1) -> float:
@@ -51,6 +50,8 @@ def delta(mu: float, epsilon: float) -> float:
     raise ValueError(
       f"expected mu > 0 and finite, and epsilon >= 0, got {mu=}, {epsilon=}."
     )
+  from scipy import special
+
   near, far = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2
   # Both are tiny where it matters: their ratio is taken, of logarithms.
   log_ratio = epsilon + special.log_ndtr(far) - special.log_ndtr(near)
@@ -92,6 +93,8 @@ def noise_multiplier_for(
 
 def _root(fn):
   """Where an increasing function of positive numbers is zero."""
+  from scipy import optimize
+
   low = high = 1.0
   while fn(high) < 0:
     high *= 2
