@@ -15,7 +15,8 @@ from benchmarks.cg_fedllm import methods, rates
 # At half a bit per entry, 1/64 of float32, with the first seed only.
 OTHERS = (*rates.OTHERS, "paper's autoencoder")
 # With more bits what arrives is nearly what was sent, so these have the server
-# rate of uncompressed rounds. With the first seed only.
+# rate of uncompressed rounds. With the first seed only, except our unbiased
+# transform code at one bit.
 MORE = {
   (1.0, False): (
     *("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased"),
