@@ -98,15 +98,16 @@ def assert_same_bits(tree, other):
   assert jax.tree.all(same)
 
 
-def by_hand(toy, weights_of, count, **options):
-  """States after rounds of cohorts in which only weights are set."""
+def by_hand(toy, answers_of, count, **options):
+  """States after rounds in which clients that do not answer weigh nothing."""
   advance = jax.jit(toy.algorithm.round)
   examples, frozen = toy.task.population.examples, toy.task.frozen
   sample, key = toy.sampler(**options), jax.random.key(toy.task.seed)
   state, states = toy.algorithm.init(toy.task.trainable), []
   for number in range(count):
     cohort = sample(number)
-    cohort = cohort._replace(weights=np.float32(weights_of(number, cohort)))
+    answers = np.float32(answers_of(number, cohort))
+    cohort = cohort._replace(weights=answers * cohort.weights)
     state, _ = advance(state, frozen, examples, cohort, key)
     states.append(jax.device_get(state))
   return states
