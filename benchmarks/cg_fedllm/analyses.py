@@ -1,22 +1,22 @@
-"""What updates are like, and what codecs make of noise and of other data.
+"""What updates look like, and how codecs treat noise and other data.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.analyses TASK
 
-TASK is shakespeare, library or dolly; `distortion TASK` comes first. Of its
-recordings with seed 0:
+TASK is shakespeare, library or dolly; run `distortion TASK` first. It analyses
+the recording with seed 0:
 
-updates    moments, likeness between clients and rounds, principal components
-ratios     signal to noise at half a bit, by CG-FedLLM's definition (Table 1)
-           and the usual one
-noise      noise of growing size added to updates before the codec: the mean
-           squared error of what arrives to what there was without the noise
-transfer   a codec that was fitted on one task's updates, on another's of the
-           same model: the standard library and Dolly
+updates    moments, similarity of clients and of rounds, principal components
+ratios     signal-to-noise ratio at half a bit, by CG-FedLLM's definition (Table
+           1) and by the usual one
+noise      noise of growing size is added to updates before the codec; the mean
+           squared error is between what arrives and the update without noise
+transfer   a codec fitted to the updates of one task codes those of another task
+           with the same model: the standard library and Dolly
 
-To another rank, or to other layers, nothing is transferred. Axes, scales and
-variances that were learned are of entries by their place. Convolutions, as the
-paper's, would slide over any image: the paper's transmit nothing at home. What
-learns nothing, as STC and EDEN, serves every adapter alike.
+Learned axes, scales and variances belong to entries by their place, so no codec
+is transferred to another rank or to other layers. The paper's convolutions
+would fit any image, but they transmit nothing on their own task. Codecs that
+learn nothing, such as STC and EDEN, serve every adapter.
 """
 
 import datetime
@@ -49,7 +49,7 @@ CODECS = (
 
 
 def main() -> None:
-  """Computes what the result file lacks, and tells and draws what is there."""
+  """Computes the results if they are missing, prints and draws them."""
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_analyses.json"
   if not path.exists():
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
-  """A Markdown table for each analysis."""
+  """Returns a Markdown table for each analysis."""
   return {
     name: tabulate.tabulate(
       rows, headers="keys", tablefmt="github", disable_numparse=True
@@ -100,7 +100,7 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
 def _analyse(task: str) -> dict[str, Any]:
   rate = rates.of(task)
   recorded = _recorded(task, rate)
-  # By the same rate, so that it is the data that differ.
+  # With the same learning rate, so that only the data differ.
   other = _recorded(OTHER[task], rate) if task in OTHER else None
   receivers = {
     name: jax.jit(distortion.receiver(codec))
@@ -188,7 +188,7 @@ def _ratios(recorded, receivers) -> list[dict[str, str]]:
 
 
 def _noise(recorded, receivers) -> list[dict[str, str]]:
-  """Errors to clean updates of a held-out round, of what arrives of noisy."""
+  """Errors of what arrives of noisy updates, to the updates without noise."""
   vectors = jnp.asarray(recorded.store.snapshots[recorded.groups[0]])
   rows = []
   for sigma in SIGMAS:
@@ -205,7 +205,7 @@ def _noise(recorded, receivers) -> list[dict[str, str]]:
 
 
 def _transfer(recorded, other, receivers) -> list[dict[str, str]]:
-  """Squared errors on held-out updates of the own task and of the other."""
+  """Squared errors on held-out updates of the same task and of the other."""
   rows = []
   for name, receive in receivers.items():
     errors = [

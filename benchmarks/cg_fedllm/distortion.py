@@ -1,11 +1,15 @@
-"""What arrives of recorded updates: squared errors and cosines by bits.
+"""How much of recorded updates arrives: squared errors and cosines by bits.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.distortion TASK
 
-TASK is shakespeare, library or dolly. Updates of 20 rounds on D1 are recorded;
-codecs that learn are fitted to the first 16 rounds, and all are measured on the
-last four. Every message is a real one. A second call computes what is missing,
-and prints and draws what there is.
+TASK is shakespeare, library or dolly. Updates of 20 rounds on D1 are recorded.
+Learned codecs are fitted to the first 16 rounds, and all codecs are measured on
+the last four. Bits are those of real messages. A second call computes what is
+missing, and prints and draws all results.
+
+The committed records have an older innovation cosine: the mean over clients of
+one cosine for each. It is now one cosine of all clients of a round together,
+for reasons that `compression.distortion.cosines` gives.
 """
 
 import datetime
@@ -40,7 +44,7 @@ _TOP = 3.0
 
 
 def main() -> None:
-  """Measures, tells and draws."""
+  """Measures, prints and draws."""
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_distortion.jsonl"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _measure(task: str, seed: int, path: pathlib.Path) -> None:
-  """Appends a line for each codec and budget that the file lacks."""
+  """Appends a line for each codec and budget that is missing in the file."""
   done = {(x["codec"], x["budget"], x["seed"]) for x in read(path)}
   wanted = [(name, bits) for bits in codecs.BITS for name in codecs.CODECS]
   wanted += [(name, 0.0) for name in _controls(None)]
@@ -114,9 +118,10 @@ def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-  """A Markdown table: a codec a row, means, and deviations over seeds.
+  """Returns a Markdown table with a row for each codec.
 
-  A codec that has no longer message is told once.
+  Values are means and standard deviations over seeds. A codec whose message is
+  the same at a larger budget has one row.
   """
   rows: list[dict[str, str]] = []
   told = set()

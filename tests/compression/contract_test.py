@@ -33,17 +33,14 @@ def principal(n):
 def variables(n):
   layout = layouts.columns({"w": np.zeros(n)}, width=16)
   network = row_network.network(16, latents=5, hidden=7)
-  image = jnp.zeros((1, *layout.positions.shape, 1))
-  latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
-  decoder = network.decoder.init(jax.random.key(1), latents)
-  return layout, network, encoder, decoder
+  return layout, network, autoencoder.init(network, layout, jax.random.key(0))
 
 
 def codec(n, bits):
-  layout, network, encoder, decoder = variables(n)
+  layout, network, both = variables(n)
   network = dataclasses.replace(network, bits=bits)
   return autoencoder.autoencoder(
-    autoencoder.Codec(layout, network, jnp.ones(1), encoder, decoder)
+    autoencoder.Codec(layout, network, jnp.ones(1), **both)
   )
 
 
