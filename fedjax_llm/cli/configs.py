@@ -15,6 +15,12 @@ from typing import Annotated, Any, get_type_hints
 
 # The module that a config of the user's own becomes.
 OWN = "fedjax_llm_config"
+_OUT = "folder of the run; runs/CONFIG if not given"
+# Options of the commands that resume a run, with their help.
+ALLOWANCES = {
+  "allow_other_devices": "resume a run that was begun on other devices",
+  "allow_other_versions": "resume a run begun with other library versions",
+}
 
 
 def folder() -> pathlib.Path:
@@ -34,15 +40,14 @@ def summaries() -> list[str]:
   return lines
 
 
-def load(name_or_path: str) -> types.ModuleType:
-  """Imports a config by its name under `configs/` or by its path.
+def find(name_or_path: str) -> pathlib.Path:
+  """The file of a config, by its name under `configs/` or by its path.
 
   Raises:
-    ValueError: if there is none, or it has no `experiment` function.
+    ValueError: if there is no such file.
   """
   path = pathlib.Path(name_or_path)
-  shipped = path.suffix != ".py"
-  if shipped:
+  if path.suffix != ".py":
     path = folder() / f"{name_or_path}.py"
   if not path.is_file():
     names = sorted(x.stem for x in folder().glob("*.py"))
@@ -50,6 +55,17 @@ def load(name_or_path: str) -> types.ModuleType:
       f"CONFIG expected the path of a Python file, or one of"
       f" {', '.join(names)}; got {name_or_path!r}, and there is no such file."
     )
+  return path
+
+
+def load(name_or_path: str) -> types.ModuleType:
+  """Imports a config by its name under `configs/` or by its path.
+
+  Raises:
+    ValueError: if there is none, or it has no `experiment` function.
+  """
+  path = find(name_or_path)
+  shipped = not name_or_path.endswith(".py")
   name = f"fedjax_llm.configs.{path.stem}" if shipped else OWN
   module = types.ModuleType(name)
   module.__file__ = str(path)
@@ -63,8 +79,12 @@ def load(name_or_path: str) -> types.ModuleType:
   return module
 
 
-def options_of(module: types.ModuleType) -> type:
-  """A dataclass of the knobs of a config, and of `out`.
+def options_of(module: types.ModuleType, *, resumes: bool = False) -> type:
+  """A dataclass of a config's knobs, of `out`, and of what a resume may allow.
+
+  Args:
+    module: the config.
+    resumes: whether the command resumes runs, so that `ALLOWANCES` are options.
 
   Raises:
     ValueError: if a knob has no type.
@@ -84,14 +104,12 @@ def options_of(module: types.ModuleType) -> type:
     required = parameter.default is inspect.Parameter.empty
     default = dataclasses.MISSING if required else parameter.default
     fields.append((name, hints[name], dataclasses.field(default=default)))
-  out = tyro.conf.arg(help="folder of the run; runs/CONFIG if not given")
-  fields.append(
-    (
-      "out",
-      Annotated[pathlib.Path | None, out],
-      dataclasses.field(default=None),
-    )
-  )
+  help_of = lambda text: tyro.conf.arg(help=text)
+  out = Annotated[pathlib.Path | None, help_of(_OUT)]
+  fields.append(("out", out, dataclasses.field(default=None)))
+  for name, text in ALLOWANCES.items() if resumes else ():
+    flag = Annotated[bool, help_of(text), tyro.conf.FlagCreatePairsOff]
+    fields.append((name, flag, dataclasses.field(default=False)))
   text = inspect.getdoc(module.experiment) or ""
   return dataclasses.make_dataclass(
     "Knobs", fields, namespace={"__doc__": text}, kw_only=True
