@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.data import (
@@ -24,7 +25,8 @@ from fedjax_llm.data import (
   sources,
   templates,
 )
-from fedjax_llm.experiments import tasks
+from fedjax_llm.experiments import finetuning, tasks
+from fedjax_llm.federated import rounds
 from fedjax_llm.models import decoder, lora, pretrained
 
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
@@ -114,16 +116,31 @@ TASKS = {
 }
 
 
-def training(cell: Any, knobs: dict[str, Any]) -> dict[str, Any]:
-  """How clients train in a round, for `finetuning.federated`."""
+def schedule(cell: Any, knobs: dict[str, Any]) -> finetuning.Schedule:
+  """The rounds of a cell, and what happens in each."""
   size = {"newsgroups": 16}.get(cell.task, 4)
   steps = {"newsgroups": 2}.get(cell.task, 4)
-  return dict(
+  return finetuning.Schedule(
+    rounds=cell.rounds,
     clients_per_round=CLIENTS_PER_ROUND,
     batch_size=size,
     local_steps=knobs.get("local_steps", steps),
+    # Private rounds are accounted for Poisson samples.
+    sampling="poisson" if "cohort_factor" in knobs else "fixed",
     evaluate_every=max(1, cell.rounds // EVALUATIONS[cell.task]),
   )
+
+
+def equal_clients(
+  algorithm: rounds.FederatedAlgorithm,
+) -> rounds.FederatedAlgorithm:
+  """The algorithm with clients of equal weight, whatever data they have."""
+
+  def round_fn(state, frozen, examples, cohort, key):
+    cohort = cohort._replace(weights=jnp.sign(cohort.weights))
+    return algorithm.round(state, frozen, examples, cohort, key)
+
+  return algorithm._replace(round=round_fn)
 
 
 def _side(source: records.RowSource, validation: bool) -> records.RowSource:

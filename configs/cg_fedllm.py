@@ -15,53 +15,67 @@ import numpy as np
 import optax
 
 import fedjax_llm as fl
+from fedjax_llm.codecs import files, fitting
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import (
   finetuning,
-  learned_codecs,
+  knobs,
   runner,
   tasks,
   tgap,
 )
-from fedjax_llm.federated import aggregators, codec_rounds
+from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
-from fedjax_llm.models import decoder, lora
+from fedjax_llm.models import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Refit:
+  """When and how an autoencoder is fitted to what the server has got.
+
+  Attributes:
+    refit_every: rounds between fits; None for a frozen codec.
+    volunteers: share of the clients, the first ones, that send their updates
+      uncompressed too, to refit the codec on.
+    fit_steps: steps of a fit.
+    fit_learning_rate: learning rate of a fit.
+  """
+
+  refit_every: int | None = None
+  volunteers: float = 0.2
+  fit_steps: int = 300
+  fit_learning_rate: float = 1e-3
 
 
 def experiment(
   *,
   codec: str = "runs/tgap/codec",
   bits: float = 0.5,
-  representation: codec_rounds.Representation | None = None,
+  representation: cg_fed_llm.Representation | None = None,
   aggregation: Literal["mean", "sum", "product"] = "mean",
   error_feedback: bool = False,
   unbiased: bool | None = None,
-  refit_every: int | None = None,
-  volunteers: float = 0.2,
-  fit_steps: int = 300,
-  fit_learning_rate: float = 1e-3,
+  refit: Refit = Refit(),
   seed: int = 0,
-  rounds: int = 16,
-  clients_per_round: int = 6,
-  clients_per_step: int | None = None,
-  rank: int = 8,
-  alpha: float = 4.0,
-  dropout: float = 0.0,
-  targets: tuple[str, ...] = decoder.LINEAR,
+  schedule: finetuning.Schedule = finetuning.Schedule(
+    rounds=16,
+    clients_per_round=6,
+    batch_size=4,
+    local_steps=4,
+    evaluate_every=4,
+  ),
+  adapter: fl.LoRA = fl.LoRA(alpha=4.0, targets=decoder.LINEAR),
   client_learning_rate: float = 3e-3,
-  local_epochs: int = 1,
-  local_steps: int = 4,
-  batch_size: int = 4,
   sequence_length: int = 128,
   held_out_rows: int = 2,
-  dtype: tasks.Dtype = "float32",
+  compute: knobs.Compute = knobs.Compute(),
 ) -> dict[str, runner.Experiment]:
   """Fine-tune the shipped model, uncompressed and compressed, from one seed.
 
   Args:
     codec: folder that `tgap` wrote, of the same adapter.
-    bits: of an entry on average, if the codec is a transform; how many an
+    bits: bits an entry on average, if the codec is a transform; how many an
       autoencoder sends was chosen when it was fitted.
     representation: what goes through the codec, see `tgap`; None for what it
       was fitted to.
@@ -72,38 +86,26 @@ def experiment(
     unbiased: whether a transform is coded for means over many clients, or for
       the least error of each message; None for the former, but for states and
       under error feedback, which need the latter.
-    refit_every: rounds between fits of an autoencoder to what the server has
-      got; None for a frozen codec.
-    volunteers: share of the clients, the first ones, that send their updates
-      uncompressed too, to refit the codec on.
-    fit_steps: of a refit.
-    fit_learning_rate: of a refit.
-    seed: of everything random but D1 and D2, which are those of the codec.
-    rounds: how many rounds.
-    clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; if not given, 1 on a
-      CPU and 4 elsewhere.
-    rank: of the LoRA factors.
-    alpha: the factors' product is scaled by alpha / rank.
-    dropout: on the inputs of the factors.
-    targets: names of the layers that get factors.
-    client_learning_rate: of the clients' AdamW.
-    local_epochs: passes of a client over its rows in a round.
-    local_steps: at most so many local steps in a round.
-    batch_size: rows a local step.
-    sequence_length: tokens a row, as many as in the codec's run.
+    refit: when and how an autoencoder is fitted anew.
+    seed: seed of every random draw but the division into D1 and D2, which is
+      that of the codec.
+    schedule: the rounds and what happens in each.
+    adapter: the LoRA factors.
+    client_learning_rate: learning rate of the clients' AdamW.
+    sequence_length: tokens in a row, as many as in the codec's run.
     held_out_rows: rows evaluated of each client's held-out files.
-    dtype: what the base model is computed in.
+    compute: how the model is computed.
   """
   task = tasks.language_model(
     records.streams(corpora.standard_library(), held_out_rows),
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=adapter,
     sequence_length=sequence_length,
-    dtype=dtype,
-    placement=fl.Placement(clients_per_step=clients_per_step),
+    dtype=compute.dtype,
+    quantize=compute.quantize,
+    placement=compute.placement,
     seed=seed,
   )
-  fitted, about = learned_codecs.load(codec, task.trainable)
+  fitted, about = files.load(codec, task.trainable)
   representation = representation or about["representation"]
   if representation != about["representation"]:
     raise ValueError(
@@ -116,32 +118,18 @@ def experiment(
       f" tokens, got {sequence_length=}: rows of another length are divided"
       " anew, and D2 would have what D1 had. Run tgap with it."
     )
-  if error_feedback and (representation == "state" or refit_every is not None):
+  is_refitted = refit.refit_every is not None
+  if error_feedback and (representation == "state" or is_refitted):
     raise ValueError(
       "error_feedback adds up updates: expected representation 'delta' and a"
       " codec that is not refitted, as the server would not know what went into"
-      f" it; got {representation=}, {refit_every=}."
+      f" it; got {representation=}, refit_every={refit.refit_every}."
     )
   _, task = tgap.divided(task, about["share"], seed=about["seed"])
   data = {**task.data, "codec_fingerprint": about["fingerprint"]}
   task = dataclasses.replace(task, data=data)
   population = len(task.population.names)
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
-  placement = dict(placement=task.placement)
-
-  def made(algorithm):
-    return finetuning.federated(
-      task,
-      algorithm,
-      rounds=rounds,
-      clients_per_round=clients_per_round,
-      batch_size=batch_size,
-      local_epochs=local_epochs,
-      local_steps=local_steps,
-      weighting="examples",
-      evaluate_every=4,
-    )
-
   if unbiased is None:
     unbiased = representation == "delta" and not error_feedback
   if unbiased and error_feedback:
@@ -149,43 +137,46 @@ def experiment(
       "error_feedback needs a code of the least error: what an unbiased one"
       " loses grows from message to message. Leave --unbiased out."
     )
-  coding = learned_codecs.coding(
+  coding = tgap.coding(
     fitted,
     bits=bits,
     unbiased=unbiased,
-    is_refitted=refit_every is not None,
+    is_refitted=is_refitted,
   )
   if error_feedback:
-    of = coding["compressor_of"]
-    coding["compressor_of"] = lambda codec: base.error_feedback(of(codec))
-  coding |= dict(
+    of = coding.compressor_of
+    coding = coding._replace(
+      compressor_of=lambda codec: base.error_feedback(of(codec))
+    )
+  volunteers = np.arange(population) < round(refit.volunteers * population)
+  parts = dict(
+    coding=coding,
     population=population,
     representation=representation,
-    volunteers=None
-    if refit_every is None
-    else np.arange(population) < round(volunteers * population),
-    **placement,
+    volunteers=volunteers if is_refitted else None,
+    placement=task.placement,
   )
   if aggregation == "product":
-    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **coding)
+    algorithm = cg_fed_llm.cg_fed_llm_products(task.loss_fn, client, **parts)
   else:
     algorithm = cg_fed_llm.cg_fed_llm(
       task.loss_fn,
       client,
       optax.sgd(1.0),
       aggregate=aggregators.sum_updates() if aggregation == "sum" else None,
-      **coding,
+      **parts,
     )
-  compressed = made(algorithm)
-  if refit_every is not None:
-    refit = functools.partial(
-      tgap.refit,
-      steps=fit_steps,
-      learning_rate=fit_learning_rate,
-      seed=seed,
+  compressed = finetuning.fine_tuning(task, algorithm, schedule)
+  if refit.refit_every is not None:
+    settings = fitting.Settings(
+      steps=refit.fit_steps, learning_rate=refit.fit_learning_rate, seed=seed
     )
-    compressed = tgap.refitted(compressed, refit, every=refit_every)
+    fit = functools.partial(tgap.refit, settings=settings)
+    compressed = tgap.refitted(compressed, fit, every=refit.refit_every)
   uncompressed = fed_avg.fed_avg(
-    task.loss_fn, client, optax.sgd(1.0), **placement
+    task.loss_fn, client, optax.sgd(1.0), placement=task.placement
   )
-  return {"uncompressed": made(uncompressed), "cg_fedllm": compressed}
+  return {
+    "uncompressed": finetuning.fine_tuning(task, uncompressed, schedule),
+    "cg_fedllm": compressed,
+  }

@@ -13,13 +13,11 @@ with 33.2 MB sent; the record is `benchmarks/results/flasc_gsm8k/`.
 import os
 import pathlib
 
-import optax
-
 import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
-from fedjax_llm.experiments import finetuning, runner, tasks
+from fedjax_llm.experiments import finetuning, knobs, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
-from fedjax_llm.models import decoder, lora, pretrained
+from fedjax_llm.models import decoder, pretrained
 
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
@@ -31,24 +29,15 @@ def experiment(
   clients: int = 100,
   init_adapter: str | None = None,
   seed: int = 0,
-  rounds: int = 20,
-  clients_per_round: int = 10,
-  clients_per_step: int | None = None,
-  rank: int = 8,
-  alpha: float = 4.0,
-  dropout: float = 0.0,
-  targets: tuple[str, ...] = decoder.LINEAR,
-  download_density: float = 0.25,
-  upload_density: float = 0.0625,
-  client_learning_rate: float = 0.5,
-  server_learning_rate: float = 1e-2,
-  local_epochs: int = 1,
-  local_steps: int = 4,
-  batch_size: int = 4,
+  schedule: finetuning.Schedule = finetuning.Schedule(
+    rounds=20, clients_per_round=10, batch_size=4, local_steps=4
+  ),
+  adapter: fl.LoRA = fl.LoRA(alpha=4.0, targets=decoder.LINEAR),
+  rates: knobs.Rates = knobs.Rates(0.5),
+  densities: knobs.Densities = knobs.Densities(),
   sequence_length: int = 255,
   held_out_rows: int = 120,
-  dtype: tasks.Dtype = "float32",
-  quantize: tasks.Quantize | None = None,
+  compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
   """Fine-tune on solutions of word problems with FLASC.
 
@@ -56,30 +45,17 @@ def experiment(
     model: Hugging Face folder or hub name of the base model; the shipped one if
       not given.
     data: folder or hub name, with the splits "train" and "test".
-    clients: how many there are.
-    init_adapter: PEFT folder or hub name of an adapter to go on from, in place
-      of new factors.
-    seed: of everything random.
-    rounds: how many rounds.
-    clients_per_round: clients that train in a round, of `clients`.
-    clients_per_step: clients trained at once on a device; if not given, 1 on a
-      CPU and 4 elsewhere.
-    rank: of the LoRA factors.
-    alpha: the factors' product is scaled by alpha / rank.
-    dropout: on the inputs of the factors.
-    targets: names of the layers that get factors; those of GPT-2 are c_attn,
-      c_proj and c_fc.
-    download_density: share of what is trained that the server sends.
-    upload_density: share of an update that a client sends.
-    client_learning_rate: of the clients' SGD with momentum 0.9.
-    server_learning_rate: of the server's AdamW with weight decay 0.01.
-    local_epochs: passes of a client over its rows in a round.
-    local_steps: at most so many local steps in a round.
-    batch_size: rows a local step.
-    sequence_length: tokens a row.
+    clients: the number of clients.
+    init_adapter: PEFT folder or hub name of an adapter to go on training; new
+      factors if not given.
+    seed: seed of every random draw.
+    schedule: the rounds and what happens in each.
+    adapter: the LoRA factors; GPT-2's targets are c_attn, c_proj and c_fc.
+    rates: the learning rates.
+    densities: the share of the entries that is sent.
+    sequence_length: tokens in a row.
     held_out_rows: problems of the test split that are evaluated, the first.
-    dtype: what the base model is computed in.
-    quantize: keep the base model's layers in 8 or about 4.5 bits a weight.
+    compute: how the model is computed.
   """
   source = records.instructions(
     sources.load(data, split="train"),
@@ -92,27 +68,19 @@ def experiment(
   task = tasks.language_model(
     source,
     model=model or pretrained.SHIPPED,
-    adapter=init_adapter or lora.LoRA(rank, alpha, dropout, targets),
+    adapter=init_adapter or adapter,
     sequence_length=sequence_length,
-    dtype=dtype,
-    quantize=quantize,
-    placement=fl.Placement(clients_per_step=clients_per_step),
+    dtype=compute.dtype,
+    quantize=compute.quantize,
+    placement=compute.placement,
     seed=seed,
   )
   algorithm = flasc.flasc(
     task.loss_fn,
-    optax.sgd(client_learning_rate, momentum=0.9),
-    flasc.server_adamw(server_learning_rate),
-    download_density=download_density,
-    upload_density=upload_density,
+    rates.client,
+    rates.server,
+    download_density=densities.download_density,
+    upload_density=densities.upload_density,
     placement=task.placement,
   )
-  return finetuning.federated(
-    task,
-    algorithm,
-    rounds=rounds,
-    clients_per_round=clients_per_round,
-    batch_size=batch_size,
-    local_epochs=local_epochs,
-    local_steps=local_steps,
-  )
+  return finetuning.fine_tuning(task, algorithm, schedule)

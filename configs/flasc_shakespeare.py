@@ -12,13 +12,11 @@ The folder holds `stories260k`, a Llama that knows children's stories, and
 import os
 import pathlib
 
-import optax
-
 import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
-from fedjax_llm.experiments import finetuning, runner, tasks
+from fedjax_llm.experiments import finetuning, knobs, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
-from fedjax_llm.models import decoder, lora
+from fedjax_llm.models import decoder
 
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
@@ -28,72 +26,46 @@ def experiment(
   model: str = str(DATA / "stories260k"),
   text: str = str(DATA / "tinyshakespeare" / "input.txt"),
   seed: int = 0,
-  rounds: int = 50,
-  clients_per_round: int = 10,
-  clients_per_step: int | None = None,
-  rank: int = 8,
-  alpha: float = 4.0,
-  dropout: float = 0.0,
-  targets: tuple[str, ...] = decoder.LINEAR,
-  download_density: float = 0.25,
-  upload_density: float = 0.0625,
-  client_learning_rate: float = 1.0,
-  server_learning_rate: float = 1e-2,
-  local_epochs: int = 1,
-  local_steps: int = 4,
-  batch_size: int = 6,
+  schedule: finetuning.Schedule = finetuning.Schedule(
+    rounds=50, clients_per_round=10, batch_size=6, local_steps=4
+  ),
+  adapter: fl.LoRA = fl.LoRA(alpha=4.0, targets=decoder.LINEAR),
+  rates: knobs.Rates = knobs.Rates(1.0),
+  densities: knobs.Densities = knobs.Densities(),
   sequence_length: int = 96,
   held_out_rows: int = 2,
-  dtype: tasks.Dtype = "float32",
+  compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
   """Fine-tune a small Llama over the speakers of Shakespeare with FLASC.
 
   Args:
     model: Hugging Face folder or hub name of the base model.
     text: the plays.
-    seed: of everything random.
-    rounds: how many rounds.
-    clients_per_round: clients that train in a round, of 105.
-    clients_per_step: clients trained at once on a device; if not given, 1 on a
-      CPU and 4 elsewhere.
-    rank: of the LoRA factors.
-    alpha: the factors' product is scaled by alpha / rank.
-    dropout: on the inputs of the factors.
-    targets: names of the layers that get factors.
-    download_density: share of the factors' entries that the server sends.
-    upload_density: share of an update's entries that a client sends.
-    client_learning_rate: of the clients' SGD with momentum 0.9.
-    server_learning_rate: of the server's AdamW with weight decay 0.01.
-    local_epochs: passes of a client over its rows in a round.
-    local_steps: at most so many local steps in a round.
-    batch_size: rows a local step.
-    sequence_length: tokens a row.
+    seed: seed of every random draw.
+    schedule: the rounds and what happens in each.
+    adapter: the LoRA factors.
+    rates: the learning rates.
+    densities: the share of the entries that is sent.
+    sequence_length: tokens in a row.
     held_out_rows: rows evaluated of each speaker's held-out speeches.
-    dtype: what the base model is computed in.
+    compute: how the model is computed.
   """
   task = tasks.language_model(
     records.streams(corpora.shakespeare(text), held_out_rows),
     model=model,
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=adapter,
     sequence_length=sequence_length,
-    dtype=dtype,
-    placement=fl.Placement(clients_per_step=clients_per_step),
+    dtype=compute.dtype,
+    quantize=compute.quantize,
+    placement=compute.placement,
     seed=seed,
   )
   algorithm = flasc.flasc(
     task.loss_fn,
-    optax.sgd(client_learning_rate, momentum=0.9),
-    flasc.server_adamw(server_learning_rate),
-    download_density=download_density,
-    upload_density=upload_density,
+    rates.client,
+    rates.server,
+    download_density=densities.download_density,
+    upload_density=densities.upload_density,
     placement=task.placement,
   )
-  return finetuning.federated(
-    task,
-    algorithm,
-    rounds=rounds,
-    clients_per_round=clients_per_round,
-    batch_size=batch_size,
-    local_epochs=local_epochs,
-    local_steps=local_steps,
-  )
+  return finetuning.fine_tuning(task, algorithm, schedule)

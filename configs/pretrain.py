@@ -17,14 +17,15 @@ from fedjax_llm.models import decoder
 
 def experiment(
   *,
-  seed: int = 0,
-  steps: int = 2500,
-  steps_per_round: int = 50,
-  batch_size: int = 16,
-  rows_at_once: int = 4,
+  schedule: pretraining.Schedule = pretraining.Schedule(
+    steps=2500,
+    steps_per_round=50,
+    batch_size=16,
+    rows_at_once=4,
+    learning_rate=3e-3,
+    warmup=100,
+  ),
   sequence_length: int = 256,
-  learning_rate: float = 3e-3,
-  warmup: int = 100,
   vocabulary: int = 2048,
   hidden_size: int = 128,
   layers: int = 6,
@@ -32,17 +33,11 @@ def experiment(
   """Pre-train the small Llama that the package ships.
 
   Args:
-    seed: of the initial parameters and of the order of rows.
-    steps: optimizer steps in all.
-    steps_per_round: optimizer steps between lines of the log.
-    batch_size: rows a step.
-    rows_at_once: rows whose gradients are taken together.
-    sequence_length: tokens a row, and the model's context.
-    learning_rate: the peak of AdamW's rate.
-    warmup: steps until the peak.
+    schedule: how long and how fast to train.
+    sequence_length: tokens in a row, and the model's context.
     vocabulary: tokens of the byte-level BPE.
     hidden_size: width of the model, a multiple of 64.
-    layers: its depth.
+    layers: number of the model's layers.
   """
   remainder = corpora.standard_library_remainder()
   tokenizer = pretraining.train_tokenizer(
@@ -65,14 +60,6 @@ def experiment(
     train=remainder.train,
     held_out=remainder.held_out,
     sequence_length=sequence_length,
-    schedule=pretraining.Schedule(
-      steps=steps,
-      steps_per_round=steps_per_round,
-      batch_size=batch_size,
-      rows_at_once=rows_at_once,
-      learning_rate=learning_rate,
-      warmup=warmup,
-      seed=seed,
-    ),
+    schedule=schedule,
     data=corpora.identity(remainder),
   )

@@ -4,9 +4,10 @@ fedjax-llm run tgap
 
 The first half of CG-FedLLM (arXiv 2405.13746): `run cg_fedllm` fine-tunes on
 the rest of the data through the codec, which is in `runs/tgap/codec` with a
-report of what it transmits. See `docs/learned_compression.md`.
+report of what it transmits. See `docs/experiments.md`.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -21,45 +22,65 @@ from fedjax_llm.codecs import (
   row_network,
 )
 from fedjax_llm.data import corpora, records
-from fedjax_llm.experiments import learned_codecs, runner, tasks
-from fedjax_llm.experiments import tgap as learned_compression
-from fedjax_llm.federated import codec_rounds
-from fedjax_llm.federated.algorithms import tgap
-from fedjax_llm.models import decoder, lora
+from fedjax_llm.experiments import (
+  finetuning,
+  knobs,
+  runner,
+  tasks,
+)
+from fedjax_llm.experiments import tgap as experiments
+from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
+from fedjax_llm.models import decoder
 
 Codec = Literal["transform", "rows", "resnet", "resnet_linear", "convolutional"]
 # Columns of the image that the network of rows sees.
 WIDTH = 256
 
 
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """The codec, and how it is fitted.
+
+  Attributes:
+    codec: "transform" is ours, principal axes with a trellis after them. The
+      others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
+      the paper's, and "resnet_linear" has eight channels at full resolution and
+      no tanh. `latent_bits`, `normalise` and `fit_*` are of these alone.
+    bits: bits an entry at which a transform is reported; the bits that it sends
+      are chosen when it is used.
+    latent_bits: bits an entry of the latent; None for float32, as in the paper.
+    normalise: what images are divided by: the root mean square of "columns", of
+      all as "one", or "none", of which the paper says nothing.
+    fit_steps: most steps of the codec's Adam.
+    fit_batch_size: snapshots in a step.
+    fit_learning_rate: learning rate of the codec's Adam; 2e-4 in the paper.
+  """
+
+  codec: Codec = "transform"
+  bits: float = 0.5
+  latent_bits: int | None = 1
+  normalise: fitting.Normalise = "columns"
+  fit_steps: int = 400
+  fit_batch_size: int = 4
+  fit_learning_rate: float = 1e-3
+
+
 def experiment(
   *,
   pretraining: Literal["federated", "local"] = "federated",
-  source: learned_compression.Source = "updates",
-  representation: codec_rounds.Representation = "delta",
+  source: experiments.Source = "updates",
+  representation: cg_fed_llm.Representation = "delta",
   share: float = 0.3,
-  codec: Codec = "transform",
-  bits: float = 0.5,
-  latent_bits: int | None = 1,
-  normalise: fitting.Normalise = "columns",
-  fit_steps: int = 400,
-  fit_batch_size: int = 4,
-  fit_learning_rate: float = 1e-3,
+  fit: Fit = Fit(),
   seed: int = 0,
-  rounds: int = 10,
-  clients_per_round: int = 10,
-  clients_per_step: int | None = None,
-  rank: int = 8,
-  alpha: float = 4.0,
-  dropout: float = 0.0,
-  targets: tuple[str, ...] = decoder.LINEAR,
+  schedule: finetuning.Schedule = finetuning.Schedule(
+    rounds=10, clients_per_round=10, batch_size=4, local_steps=4
+  ),
+  adapter: fl.LoRA = fl.LoRA(alpha=4.0, targets=decoder.LINEAR),
   client_learning_rate: float = 3e-3,
-  local_epochs: int = 1,
-  local_steps: int = 4,
-  batch_size: int = 4,
   sequence_length: int = 128,
   held_out_rows: int = 2,
-  dtype: tasks.Dtype = "float32",
+  compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
   """Record updates of the shipped model's adapter, and fit a codec on them.
 
@@ -70,45 +91,26 @@ def experiment(
       moments, which is all that clients tell then (arXiv 2412.17053).
     representation: record the "delta", received minus trained; or the "state",
       the whole adapter.
-    share: of every client's rows that are D1.
-    codec: "transform" is ours, principal axes with a trellis after them. The
-      others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
-      the paper's, and "resnet_linear" has eight channels at full resolution and
-      no tanh. `latent_bits`, `normalise` and `fit_*` are of these alone.
-    bits: of an entry, at which a transform is reported; those that it sends at
-      are chosen when it is used.
-    latent_bits: of an entry of the latent; None for float32, as in the paper.
-    normalise: what images are divided by: the root mean square of "columns", of
-      all as "one", or "none", of which the paper says nothing.
-    fit_steps: at most, of the codec's Adam.
-    fit_batch_size: snapshots a step.
-    fit_learning_rate: of the codec's Adam; 2e-4 in the paper.
-    seed: of everything random.
-    rounds: how many rounds.
-    clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; if not given, 1 on a
-      CPU and 4 elsewhere.
-    rank: of the LoRA factors.
-    alpha: the factors' product is scaled by alpha / rank.
-    dropout: on the inputs of the factors.
-    targets: names of the layers that get factors.
-    client_learning_rate: of the clients' AdamW.
-    local_epochs: passes of a client over its rows in a round.
-    local_steps: at most so many local steps in a round.
-    batch_size: rows a local step.
-    sequence_length: tokens a row.
+    share: share of every client's rows that are D1.
+    fit: the codec, and how it is fitted.
+    seed: seed of every random draw.
+    schedule: the rounds and what happens in each.
+    adapter: the LoRA factors.
+    client_learning_rate: learning rate of the clients' AdamW.
+    sequence_length: tokens in a row.
     held_out_rows: rows evaluated of each client's held-out files.
-    dtype: what the base model is computed in.
+    compute: how the model is computed.
   """
   task = tasks.language_model(
     records.streams(corpora.standard_library(), held_out_rows),
-    adapter=lora.LoRA(rank, alpha, dropout, targets),
+    adapter=adapter,
     sequence_length=sequence_length,
-    dtype=dtype,
-    placement=fl.Placement(clients_per_step=clients_per_step),
+    dtype=compute.dtype,
+    quantize=compute.quantize,
+    placement=compute.placement,
     seed=seed,
   )
-  task, _ = learned_compression.divided(task, share, seed=seed)
+  task, _ = experiments.divided(task, share, seed=seed)
   parts = dict(
     population=len(task.population.names),
     representation=representation,
@@ -122,34 +124,36 @@ def experiment(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
   # What would fail after all is recorded fails now.
-  if rounds < 2:
+  if schedule.rounds < 2:
     raise ValueError(
-      f"expected two rounds or more, the last ones to judge by, got {rounds=}."
+      "expected two rounds or more, the last ones to judge by, got"
+      f" rounds={schedule.rounds}."
     )
-  if codec == "transform":
-    learned_codecs.check_bits(task.trainable, bits)
+  if fit.codec == "transform":
+    experiments.check_bits(task.trainable, fit.bits)
     finish = functools.partial(
-      learned_codecs.fit_transform, trainable=task.trainable, bits=bits
+      experiments.fit_transform, trainable=task.trainable, bits=fit.bits
     )
   else:
-    arrangement, network = _network(codec, latent_bits, task.trainable)
+    layout, network = _network(fit, task.trainable)
     autoencoder.latent_quantiser(network)
-    fitting.check(
-      steps=fit_steps, batch_size=fit_batch_size, normalise=normalise
-    )
-    finish = functools.partial(
-      learned_codecs.fit_autoencoder,
-      arrangement=arrangement,
-      network=network,
-      steps=fit_steps,
-      batch_size=fit_batch_size,
-      learning_rate=fit_learning_rate,
-      normalise=normalise,
+    settings = fitting.Settings(
+      steps=fit.fit_steps,
+      batch_size=fit.fit_batch_size,
+      learning_rate=fit.fit_learning_rate,
+      normalise=fit.normalise,
       seed=seed,
     )
-  return learned_compression.recorded(
+    finish = functools.partial(
+      experiments.fit_autoencoder,
+      layout=layout,
+      network=network,
+      settings=settings,
+    )
+  return experiments.recorded(
     task,
     algorithm,
+    schedule,
     representation=representation,
     source=source,
     about={
@@ -159,18 +163,13 @@ def experiment(
       "sequence_length": sequence_length,
     },
     finish=finish,
-    rounds=rounds,
-    clients_per_round=clients_per_round,
-    batch_size=batch_size,
-    local_epochs=local_epochs,
-    local_steps=local_steps,
-    weighting="examples",
   )
 
 
-def _network(name, bits, trainable):
-  """How vectors are arranged, and the network that sees them so."""
-  if name == "rows":
+def _network(fit, trainable):
+  """The layout of vectors, and the network that sees their images."""
+  bits = fit.latent_bits
+  if fit.codec == "rows":
     columns = layouts.columns(trainable, width=WIDTH)
     return columns, row_network.network(WIDTH, latents=WIDTH // 2, bits=bits)
   made = {
@@ -178,4 +177,4 @@ def _network(name, bits, trainable):
     "resnet_linear": functools.partial(networks.resnet, stem=8, linear=True),
     "convolutional": networks.convolutional,
   }
-  return layouts.flat(trainable), made[name](bits=bits)
+  return layouts.flat(trainable), made[fit.codec](bits=bits)

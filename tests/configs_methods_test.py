@@ -11,12 +11,13 @@ import pytest
 
 from fedjax_llm.cli import configs
 from fedjax_llm.data import cohorts, corpora, records
-from fedjax_llm.experiments import tasks
+from fedjax_llm.experiments import methods, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
+from tests import flat
 
 CONFIG = configs.load("methods")
-NAMES = typing.get_args(CONFIG.Method)
+NAMES = typing.get_args(methods.Method)
 TOY = dict(
   rounds=2,
   clients_per_round=2,
@@ -31,7 +32,8 @@ TOY = dict(
 @functools.cache
 def result(method, model, **knobs):
   """The metrics of two rounds, and what is evaluated then."""
-  made = CONFIG.experiment(method=method, model=model, **TOY, **knobs)
+  values = TOY | dict(method=method, model=model) | knobs
+  made = CONFIG.experiment(**flat.grouped(CONFIG.experiment, **values))
   state, lines = made.init(), []
   for number in range(2):
     state, line = made.round(state, number)
@@ -40,8 +42,8 @@ def result(method, model, **knobs):
 
 
 def test_the_table_has_every_name():
-  assert set(NAMES) == set(CONFIG.METHODS)
-  assert set(CONFIG.PRIVATE) <= set(NAMES)
+  assert set(NAMES) == set(methods.METHODS)
+  assert set(methods.PRIVATE) <= set(NAMES)
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def test_a_method_is_composed(name, toy_model):
     population=len(toy.population.names),
     placement=toy.placement,
   )
-  knobs = CONFIG.Knobs(
+  recipe = methods.Recipe(
     toy,
     optax.sgd(0.1),
     flasc.server_adamw(0.1),
@@ -77,7 +79,7 @@ def test_a_method_is_composed(name, toy_model):
     rounds=2,
     parts=parts,
   )
-  algorithm = CONFIG.METHODS[name](knobs)
+  algorithm = methods.METHODS[name](recipe)
   sample = cohorts.cohort_sampler(
     toy.population, clients_per_round=2, batch_size=2, local_steps=1, seed=0
   )
@@ -120,7 +122,7 @@ def test_a_method_is_private(name, toy_model):
 
 def test_a_method_that_cannot_be_private_is_refused(toy_model):
   with pytest.raises(ValueError, match="epsilon expected a method of .*flora"):
-    CONFIG.experiment(method="flora", model=str(toy_model), epsilon=1.0, **TOY)
+    result("flora", str(toy_model), epsilon=1.0)
 
 
 def test_a_run_over_links_takes_time(toy_model):

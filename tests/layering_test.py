@@ -14,13 +14,7 @@ ALLOWED = {
   "federated": {"compression", "models.lora"},
   "data": {"models", "federated", "compression"},
   "evaluation": {"models", "federated", "compression", "data"},
-  # A fit that was stopped goes on.
-  "codecs": {
-    "compression",
-    "federated.draws",
-    "federated.parameters",
-    "experiments.checkpoints",
-  },
+  "codecs": {"compression", "federated.draws", "federated.parameters"},
 }
 # What the parts that a reader starts with do without.
 PURE = ("models", "compression", "federated", "codecs")

@@ -4,11 +4,9 @@ import dataclasses
 import os
 import time
 
-import optax
-
 import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
-from fedjax_llm.experiments import finetuning, runner, tasks
+from fedjax_llm.experiments import finetuning, knobs, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
@@ -29,27 +27,30 @@ def experiment(
   *,
   model: str,
   seed: int = 0,
-  rounds: int = 6,
-  clients_per_round: int = 3,
-  clients_per_step: int | None = None,
-  download_density: float = 0.5,
-  upload_density: float = 0.25,
-  client_learning_rate: float = 0.1,
+  schedule: finetuning.Schedule = finetuning.Schedule(
+    rounds=6,
+    clients_per_round=3,
+    batch_size=2,
+    local_steps=2,
+    evaluate_every=2,
+    checkpoint_every=2,
+  ),
+  rates: knobs.Rates = knobs.Rates(0.1),
+  densities: knobs.Densities = knobs.Densities(0.5, 0.25),
   sequence_length: int = 16,
+  clients_per_step: int | None = None,
 ) -> runner.Experiment:
   """Fine-tune a tiny random Llama on counting.
 
   Args:
     model: folder of the base model.
-    seed: of everything random.
-    rounds: how many rounds.
-    clients_per_round: clients that train in a round, of 6.
+    seed: seed of every random draw.
+    schedule: the rounds and what happens in each, of 6 clients.
+    rates: the learning rates.
+    densities: the share of the entries that is sent.
+    sequence_length: tokens in a row.
     clients_per_step: clients trained at once on a device; if not given, 1 on a
       CPU and 4 elsewhere.
-    download_density: share of the factors' entries that the server sends.
-    upload_density: share of an update's entries that a client sends.
-    client_learning_rate: of the clients' SGD.
-    sequence_length: tokens a row.
   """
   task = tasks.language_model(
     records.streams(corpus(), held_out_rows=1),
@@ -61,22 +62,13 @@ def experiment(
   )
   algorithm = flasc.flasc(
     task.loss_fn,
-    optax.sgd(client_learning_rate, momentum=0.9),
-    flasc.server_adamw(1e-2),
-    download_density=download_density,
-    upload_density=upload_density,
+    rates.client,
+    rates.server,
+    download_density=densities.download_density,
+    upload_density=densities.upload_density,
     placement=task.placement,
   )
-  made = finetuning.federated(
-    task,
-    algorithm,
-    rounds=rounds,
-    clients_per_round=clients_per_round,
-    batch_size=2,
-    local_steps=2,
-    evaluate_every=2,
-    checkpoint_every=2,
-  )
+  made = finetuning.fine_tuning(task, algorithm, schedule)
 
   def slow_round(state, number):
     # So that a test can kill it there.

@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
-from fedjax_llm.codecs import measures, reports
+from fedjax_llm.codecs import distortion
 
 BITS = 0.5
 SIGMAS = (5e-5, 5e-4, 5e-3, 5e-2, 5e-1)
@@ -107,7 +107,7 @@ def _analyse(task: str) -> dict[str, Any]:
   # By the same rate, so that it is the data that differ.
   other = _recorded(OTHER[task], rate) if task in OTHER else None
   receivers = {
-    name: jax.jit(reports.receiver(codec))
+    name: jax.jit(distortion.receiver(codec))
     for name in CODECS
     if (codec := codecs.of(name, BITS, recorded)) is not None
   }
@@ -177,8 +177,8 @@ def _ratios(recorded, receivers) -> list[dict[str, str]]:
   for name, receive in {"zero": jnp.zeros_like, **receivers}.items():
     received = receive(vectors)
     error = jnp.mean((vectors - received) ** 2)
-    paper = measures.snr_of_the_paper(vectors, received)
-    usual = measures.snr_db(vectors, received)
+    paper = distortion.snr_of_the_paper(vectors, received)
+    usual = distortion.snr_db(vectors, received)
     rows.append(
       {
         "codec": name,
@@ -213,7 +213,7 @@ def _transfer(recorded, other, receivers) -> list[dict[str, str]]:
   rows = []
   for name, receive in receivers.items():
     errors = [
-      reports.quality(receive, x.store.snapshots, x.groups)
+      distortion.quality(receive, x.store.snapshots, x.groups)
       for x in (recorded, other)
     ]
     home, away = (x.relative_squared_error for x in errors)

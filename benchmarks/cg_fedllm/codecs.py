@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +15,8 @@ from benchmarks.cg_fedllm import recordings
 from fedjax_llm import compression
 from fedjax_llm.codecs import (
   autoencoder,
+  distortion,
+  files,
   fitting,
   layouts,
   networks,
@@ -23,7 +24,7 @@ from fedjax_llm.codecs import (
   row_network,
   transforms,
 )
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base
 
 BITS = (0.25, 0.5, 1.0, 2.0)
 _DENSITIES = tuple(np.geomspace(1 / 1000, 0.9, 400))
@@ -47,16 +48,6 @@ def of(
   return CODECS[name](bits, recorded, most)
 
 
-def nbytes(compressor: base.Compressor, size: int) -> int:
-  """The length of a message."""
-  vector = jax.ShapeDtypeStruct((size,), jnp.float32)
-  state = jax.eval_shape(compressor.init, vector)
-  payload, _ = jax.eval_shape(
-    compressor.encode, vector, state, jax.random.key(0)
-  )
-  return wire.nbytes(payload)
-
-
 def _finest(
   make: Callable[[Any], base.Compressor], settings: Sequence[Any]
 ) -> Callable[..., base.Compressor | None]:
@@ -68,7 +59,7 @@ def _finest(
     low, high = -1, len(settings) - 1
     while low < high:
       middle = (low + high + 1) // 2
-      if nbytes(make(settings[middle]), size) <= most:
+      if distortion.nbytes(make(settings[middle]), size) <= most:
         low = middle
       else:
         high = middle - 1
@@ -104,34 +95,33 @@ def _rows(bits, recorded, most):
   of_latent = max(1, round(bits))
   latents = round(_WIDTH * bits / of_latent)
   energies = np.mean(np.square(recorded.fitted), axis=0)
-  arrangement = layouts.ranked(recorded.task.trainable, energies, width=_WIDTH)
+  layout = layouts.ranked(recorded.task.trainable, energies, width=_WIDTH)
   network = row_network.network(_WIDTH, latents=latents, bits=of_latent)
-  return _fitted(f"rows_{bits:g}", recorded, arrangement, network, 2e-3)
+  return _fitted(f"rows_{bits:g}", recorded, layout, network, 2e-3)
 
 
 def _paper(bits, recorded, most):
   """A 64th of the entries in float32: half a bit, if there is no padding."""
   if bits != 0.5:
     return None
-  arrangement = layouts.flat(recorded.task.trainable)
-  return _fitted("resnet", recorded, arrangement, networks.resnet(), 2e-4)
+  layout = layouts.flat(recorded.task.trainable)
+  return _fitted("resnet", recorded, layout, networks.resnet(), 2e-4)
 
 
-def _fitted(name, recorded, arrangement, network, learning_rate):
+def _fitted(name, recorded, layout, network, learning_rate):
   folder = recorded.folder / name
   if not (folder / "codec.json").exists():
     codec, report = fitting.fit(
       recorded.fitted,
-      arrangement,
+      layout,
       network,
+      fitting.Settings(steps=1000, learning_rate=learning_rate),
       rounds=recorded.store.rounds[: len(recorded.fitted)],
-      steps=1000,
-      learning_rate=learning_rate,
-      normalise="columns",
     )
     print(f"{folder.parent.name} {name}\n{report.describe()}", flush=True)
-    autoencoder.save(folder, codec)
-  return autoencoder.autoencoder(autoencoder.load(folder))
+    files.save(folder, codec, recorded.store.about)
+  codec, _ = files.load(folder, recorded.task.trainable)
+  return autoencoder.autoencoder(codec)
 
 
 def _transform(bits, recorded, most, unbiased=False):

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
-from fedjax_llm.codecs import controls, reports
+from fedjax_llm.codecs import distortion
 
 COLUMNS = {
   "relative_squared_error": "squared error",
@@ -68,14 +68,16 @@ def _measure(task: str, seed: int, path: pathlib.Path) -> None:
     codec = others[name] if name in others else codecs.of(name, bits, recorded)
     if codec is None:
       continue
-    received = jax.jit(reports.receiver(codec))
-    found = reports.quality(received, recorded.store.snapshots, recorded.groups)
+    received = jax.jit(distortion.receiver(codec))
+    found = distortion.quality(
+      received, recorded.store.snapshots, recorded.groups
+    )
     record = {
       "task": task,
       "codec": name,
       "budget": bits,
       "seed": seed,
-      "bits": 8 * codecs.nbytes(codec, size) / size,
+      "bits": 8 * distortion.nbytes(codec, size) / size,
       "entries": size,
       **found._asdict(),
       "snapshots": len(recorded.fitted),
@@ -93,10 +95,10 @@ def _measure(task: str, seed: int, path: pathlib.Path) -> None:
 def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
   """Codecs that transmit nothing."""
   make: dict[str, Callable[[Any], Any]] = {
-    "constant mean": lambda x: controls.constant_mean(
+    "constant mean": lambda x: distortion.constant_mean(
       jnp.asarray(x.mean(axis=0))
     ),
-    "Gaussian noise": lambda x: controls.gaussian_noise(
+    "Gaussian noise": lambda x: distortion.gaussian_noise(
       float(np.sqrt(np.mean(np.square(x)))), x.shape[1]
     ),
   }

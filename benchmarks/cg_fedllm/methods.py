@@ -40,8 +40,8 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
     population=len(task.population.names),
     placement=task.placement,
   )
-  return task, finetuning.federated(
-    task, algorithm, rounds=cell.rounds, **problems.training(cell, knobs)
+  return task, finetuning.fine_tuning(
+    task, problems.equal_clients(algorithm), problems.schedule(cell, knobs)
   )
 
 

@@ -4,6 +4,7 @@ Federated averaging by clients that train by Adam, as CG-FedLLM's do, 10 clients
 a round. Kept in a folder of this machine, and recorded again where it is not.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import optax
 from benchmarks import problems
 from fedjax_llm.codecs import recording
 from fedjax_llm.experiments import runner, tasks
-from fedjax_llm.experiments import tgap as learned_compression
+from fedjax_llm.experiments import tgap as experiments
 from fedjax_llm.federated.algorithms import tgap
 
 SHARE = 0.3
@@ -53,7 +54,7 @@ class Recorded(NamedTuple):
 def parts(cell: Any) -> tuple[tasks.Task, tasks.Task]:
   """The task of a cell on D1 and on D2."""
   task = problems.make(cell, dict(cell.knobs))
-  return learned_compression.divided(task, SHARE, seed=cell.seed)
+  return experiments.divided(task, SHARE, seed=cell.seed)
 
 
 def of(cell: Any) -> Recorded:
@@ -81,12 +82,14 @@ def _recording(task, cell):
     population=len(task.population.names),
     placement=task.placement,
   )
-  return learned_compression.recorded(
+  schedule = dataclasses.replace(
+    problems.schedule(cell, {}), rounds=ROUNDS, evaluate_every=ROUNDS
+  )
+  return experiments.recorded(
     task,
-    algorithm,
+    problems.equal_clients(algorithm),
+    schedule,
     representation="delta",
     about={"share": SHARE, "seed": cell.seed},
     finish=lambda store, folder: None,
-    rounds=ROUNDS,
-    **problems.training(cell, {}) | {"evaluate_every": ROUNDS},
   )

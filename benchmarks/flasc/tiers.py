@@ -4,8 +4,8 @@
   fedjax-llm compare benchmarks/results/flasc/TASK_tiers.jsonl
 
 A third of the clients can hold or send a sixteenth, a third a quarter, a third
-everything. Their links (`methods.TIERS`) turn a run into simulated seconds.
-HetLoRA and FlexLoRA replace the server's factors and have no server rate.
+everything. Their links (`network.ASYMMETRIC`) give simulated seconds. HetLoRA
+and FlexLoRA replace the server's factors and have no server rate.
 """
 
 from benchmarks import problems, study

@@ -15,11 +15,12 @@ from typing import Annotated, Any, get_type_hints
 
 # The module that a config of the user's own becomes.
 OWN = "fedjax_llm_config"
-_OUT = "folder of the run; runs/CONFIG if not given"
-# Options of the commands that resume a run, with their help.
+# What a run that goes on may differ in: parameters of `runner.run`.
 ALLOWANCES = {
-  "allow_other_devices": "resume a run that was begun on other devices",
-  "allow_other_versions": "resume a run begun with other library versions",
+  "allow_other_devices": "go on with a run that was begun on other devices",
+  "allow_other_versions": (
+    "go on with a run that was begun with other versions of the libraries"
+  ),
 }
 
 
@@ -80,11 +81,14 @@ def load(name_or_path: str) -> types.ModuleType:
 
 
 def options_of(module: types.ModuleType, *, resumes: bool = False) -> type:
-  """A dataclass of a config's knobs, of `out`, and of what a resume may allow.
+  """Makes a dataclass of the knobs of a config and of `out`.
+
+  A knob that is a dataclass, such as a `Schedule`, has an option for each of
+  its fields.
 
   Args:
     module: the config.
-    resumes: whether the command resumes runs, so that `ALLOWANCES` are options.
+    resumes: whether to add the options of `ALLOWANCES`.
 
   Raises:
     ValueError: if a knob has no type.
@@ -103,13 +107,17 @@ def options_of(module: types.ModuleType, *, resumes: bool = False) -> type:
       )
     required = parameter.default is inspect.Parameter.empty
     default = dataclasses.MISSING if required else parameter.default
-    fields.append((name, hints[name], dataclasses.field(default=default)))
+    hint = hints[name]
+    if dataclasses.is_dataclass(hint):
+      hint = Annotated[hint, tyro.conf.arg(name="")]
+    fields.append((name, hint, dataclasses.field(default=default)))
   help_of = lambda text: tyro.conf.arg(help=text)
-  out = Annotated[pathlib.Path | None, help_of(_OUT)]
-  fields.append(("out", out, dataclasses.field(default=None)))
   for name, text in ALLOWANCES.items() if resumes else ():
-    flag = Annotated[bool, help_of(text), tyro.conf.FlagCreatePairsOff]
+    flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, help_of(text)]
     fields.append((name, flag, dataclasses.field(default=False)))
+  out = help_of("folder of the run; runs/CONFIG if not given")
+  default = dataclasses.field(default=None)
+  fields.append(("out", Annotated[pathlib.Path | None, out], default))
   text = inspect.getdoc(module.experiment) or ""
   return dataclasses.make_dataclass(
     "Knobs", fields, namespace={"__doc__": text}, kw_only=True

@@ -1,17 +1,17 @@
-"""Bits where they count: entries of known variance, each at a rate of its own.
+"""Allocates bits to entries of known variance, more where it is larger.
 
-Reverse water-filling: the squared error of independent Gaussians is least, for
-so many bits in all, if it is the same for each, but for those whose variance is
-less than that, which are not sent (Cover and Thomas, "Elements of Information
-Theory", 2006, section 10.3.3). Such a code shortens what it sends, each entry
-by a share of its own, and the mean of many is as short as each of them.
+For a given number of bits the squared error of independent Gaussians is least
+by reverse water-filling: every entry has the same error, except entries whose
+variance is smaller than that, which are not sent (Cover and Thomas, "Elements
+of Information Theory", 2006, section 10.3.3). At rate R such a code shrinks an
+entry to 1 - 4**-R of its value, on average, and a mean over clients is shrunk
+as much.
 
-Unbiased, all entries are sent. What arrives of a Gaussian at a rate R is 1 -
-4**-R of it, on average, and is divided by that: an error of its variance over
-4**R - 1, which shrinks in a mean, and whose sum over entries is made least.
+The unbiased code sends every entry and divides what arrives by 1 - 4**-R. Its
+error is the variance over 4**R - 1; it is larger, but averages out in a mean.
 
-Here entries of one rate are a class, and each class is sent by a trellis that
-knows their profile.
+Entries of the same rate form a class. A trellis that knows the standard
+deviations of its entries sends each class.
 """
 
 import functools
@@ -26,22 +26,22 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, wire
 
 RATES = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6)
-# Unbiased, everything is sent.
+# An unbiased code sends every entry.
 _RATES_OF_ALL = (1 / 8, *RATES[1:])
-# Above the bytes that a class takes for its header, and for a scale more.
+# An upper bound on the bytes of a class's header and of one more scale.
 _HEADER = 24
 
 
 @wire.message(tag=21)
 class Classes:
-  """The payloads of one class and of the rest, apart."""
+  """The payload of one class, and those of the other classes."""
 
   first: Any
   rest: Any
 
   @property
   def size(self) -> int:
-    """How many entries they decode to."""
+    """The number of entries in all classes."""
     return self.first.size + self.rest.size
 
 
@@ -53,19 +53,19 @@ def rates(
   extra: float = 0.0,
   unbiased: bool = False,
 ) -> Float[np.ndarray, " n"]:
-  """The rate of each entry, by which the squared error is least.
+  """Returns the rate of each entry that gives the least squared error.
 
-  Each entry takes the rate of least `error + price * bits`, at the lowest price
-  that so many bits can pay.
+  Each entry takes the rate with the least `error + price * bits`. The price is
+  the lowest one at which the mean number of bits stays within `bits`.
 
   Args:
-    variances: of the entries, above zero.
-    bits: that entries may take on average, above zero.
-    choices: what rates there are, ascending. The first must be 0, or unbiased
-      above it, and affordable to all.
-    extra: bits that an entry takes beside its rate, unless that is 0.
-    unbiased: whether errors are `variance / (4**rate - 1)`, of what is
-      unbiased, or `variance / 4**rate`.
+    variances: variance of each entry, positive.
+    bits: mean number of bits per entry, positive.
+    choices: available rates in bits per entry, ascending. The first must be 0,
+      or, if unbiased, positive and affordable for all entries.
+    extra: bits that an entry costs in addition to its rate, unless that is 0.
+    unbiased: whether the error of an entry is `variance / (4**rate - 1)`
+      instead of `variance / 4**rate`.
   """
   offered = np.asarray(choices, np.float64)
   taken = offered + extra * (offered > 0)
@@ -76,7 +76,7 @@ def rates(
   def chosen(price):
     return np.argmin(variances[:, None] * error + price * taken, axis=1)
 
-  # At the highest nobody buys, as no bit takes away so much.
+  # At the highest price no entry buys: no bit reduces the error by so much.
   low, high = 1e-30, 2 * np.max(-np.diff(error) / np.diff(taken))
   for _ in range(100):
     price = np.sqrt(low * high)
@@ -97,30 +97,31 @@ def allocated(
 ) -> base.Compressor:
   """Sends entries whose variances both ends know, at rates that suit them.
 
-  Variances may be in any unit: what the message itself is like is told by the
-  scales of its blocks, each of which holds entries from all over its class.
+  Only ratios of variances matter. The size of a message's entries is sent as
+  the scales of its blocks, and each block has entries from all over its class.
 
   Args:
-    variances: of the entries, above zero and known when this is called.
-    bits: of an entry, on average and all included: a message is no longer.
-    memory: of the trellises, 6 or more, see `trellis`.
-    block: how many entries share a scale.
-    unbiased: see `trellis`; and bits go where the error is then least. Nothing
-      is left out, so an eighth of a bit is the least.
+    variances: variance of each entry, positive; concrete, not traced.
+    bits: upper bound on the length of a message in bits per entry, headers and
+      scales included.
+    memory: memory of the trellises, 6 or more, see `trellis`.
+    block: number of entries that share a scale.
+    unbiased: whether the code is unbiased, see `trellis`. Every entry is then
+      sent, at an eighth of a bit or more.
 
   Returns:
-    A `Compressor` whose payload is of `Classes`, or of the trellis alone if
-    all entries have one rate.
+    A `Compressor` whose payload is nested `Classes`, or the payload of one
+    trellis if all entries have the same rate.
 
   Raises:
-    ValueError: if a variance is not above zero, or so few bits do not pay for
-      the headers of the classes.
+    ValueError: if a variance is not positive, or `bits` is too small for the
+      headers of the classes.
   """
   variances = np.asarray(variances, np.float64)
   if not (variances > 0).all() or not np.isfinite(variances).all():
     raise ValueError(
-      "allocated expected finite variances above zero. Add a little to those"
-      " that are zero."
+      "allocated expected finite variances above zero. Add a small number to"
+      " those that are zero."
     )
   size = variances.size
   choices = _RATES_OF_ALL if unbiased else RATES
@@ -133,10 +134,11 @@ def allocated(
     )
   if not rate.any():
     raise ValueError(
-      f"{bits=} of {size} entries do not pay for the headers and scales. Give"
-      " more, or send so short a vector by one trellis."
+      f"allocated expected more bits: {bits=} of {size} entries do not pay for"
+      " headers and scales. Give more bits, or send so short a vector by one"
+      " trellis."
     )
-  # So that neighbours are not alike, and a search has what to choose between.
+  # Shuffled, so that neighbours in a trellis are independent.
   order = np.random.RandomState(0).permutation(size)
   profile = np.sqrt(variances)
   members, parts = [], []
@@ -156,7 +158,8 @@ def allocated(
   def encode(vector, key):
     if vector.shape != (size,):
       raise ValueError(
-        f"the variances are of vectors of {size} entries, got {vector.shape}."
+        f"allocated expected a vector of {size} entries, as many as variances,"
+        f" got {vector.shape}."
       )
     payloads = [
       part.encode(vector[entries], (), key)[0]

@@ -2,8 +2,8 @@
 
 "DR-Encoder: Encode Low-rank Gradients with Random Prior for Large Language
 Models Differentially Privately" (arXiv 2412.17053), by the authors of
-CG-FedLLM: an autoencoder fitted on Gaussian samples with the mean and variance
-of every layer in every epoch. A client tells two numbers a layer.
+CG-FedLLM. They fit an autoencoder to Gaussian samples with the mean and
+variance of every layer in every epoch. A client sends two numbers per layer.
 """
 
 import math
@@ -24,11 +24,13 @@ class Moments(NamedTuple):
 
 
 def blocks(trainable: Any) -> Int[np.ndarray, " n"]:
-  """The block of each entry: a leaf, or a layer of one with stacked layers.
+  """The number of the block of each entry of the raveled tree.
+
+  A block is a leaf, or one layer of a leaf with three axes, which is a stack of
+  matrices.
 
   Args:
-    trainable: tree of arrays, or their shapes; leaves of three axes are layers
-      of matrices.
+    trainable: tree of arrays, or their shapes.
   """
   numbers, first = [], 0
   for leaf in jax.tree.leaves(trainable):
@@ -42,11 +44,11 @@ def blocks(trainable: Any) -> Int[np.ndarray, " n"]:
 def moments(
   vectors: Float[np.ndarray, "clients n"], owners: Int[np.ndarray, " n"]
 ) -> Moments:
-  """What each client tells of its update: [clients, blocks].
+  """The moments that each client sends of its update, [clients, blocks].
 
   Args:
-    vectors: the updates.
-    owners: the block of each entry, from `blocks`.
+    vectors: updates of the clients.
+    owners: block of each entry, from `blocks`.
   """
   sizes = np.bincount(owners)
   mean = lambda vector: np.bincount(owners, vector) / sizes
@@ -64,18 +66,18 @@ def draw(
   seed: int,
   round_number: int,
 ) -> Float[np.ndarray, "count n"]:
-  """Samples of the updates of a round.
+  """Draws samples in place of the updates of a round.
 
   Args:
-    told: moments of each client, which are averaged: [clients, blocks].
-    owners: the block of each entry.
-    count: how many samples.
-    seed: of the draws.
-    round_number: draws of each round are others.
+    told: moments of each client [clients, blocks]; they are averaged.
+    owners: block of each entry, from `blocks`.
+    count: number of samples.
+    seed: seed of the run.
+    round_number: number of the round; each round has draws of its own.
 
   Returns:
-    float32, each entry a Gaussian with the mean and variance of its block over
-    all clients of the round.
+    float32 samples. Each entry is Gaussian, with the mean and variance of its
+    block over all clients of the round.
   """
   mean, square = told.mean.mean(axis=0), told.square.mean(axis=0)
   # Rounding can leave a variance below zero.

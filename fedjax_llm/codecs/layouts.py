@@ -1,10 +1,11 @@
-"""How the entries of LoRA factors are laid out as the image that a codec sees.
+"""Layouts: how the entries of an update are placed in the image a codec sees.
 
-An arrangement is a table of positions, so that packing is a gather and
-unpacking a scatter: bitwise exact, whatever the layout.
+A layout is a table of positions, so packing is a gather and unpacking is a
+scatter, and both are exact to the bit.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -17,61 +18,67 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.federated import parameters
 
-# Six layers of stride two, in the networks of the paper, and reflections at the
-# borders of what they leave.
+# The paper's networks have six layers of stride two, and pad what is left by
+# reflection: sides are multiples of the one number and at least the other.
 MULTIPLE, LEAST = 64, 128
 _FACTORS = ("a", "b")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arrangement:
-  """A bijection between vectors of `size` and images, but for padding.
+class Layout:
+  """A bijection between vectors of `size` entries and images, up to padding.
+
+  Layouts with the same digest are equal, as static arguments of `jit` need it.
 
   Attributes:
-    positions: int32 [height, width], the entry of the vector that is there, or
-      `size` for padding, which is zero.
-    size: of the vectors.
-    digest: a hash of the names and shapes of the leaves and of their places:
-      two ends with the same one mean the same entries.
-    is_learned: whether the places come from recorded updates, so that a client
-      has to be told them; else they follow from the adapter.
+    positions: int32 [height, width]; the vector entry at each pixel, or `size`
+      for padding, which is zero.
+    size: number of vector entries.
+    signature: `parameters.signature` of the tree that vectors are raveled from.
+    is_learned: whether positions come from recorded updates, so that a client
+      must be told them; otherwise they follow from the tree.
   """
 
   positions: np.ndarray
   size: int
-  digest: str
+  signature: str
   is_learned: bool = False
 
+  @functools.cached_property
+  def digest(self) -> str:
+    """A hash of the tree and the positions, 16 hexadecimal digits."""
+    told = f"{self.signature} {self.positions.shape}".encode()
+    return hashlib.sha256(told + self.positions.tobytes()).hexdigest()[:16]
+
   def __eq__(self, other: object) -> bool:
-    """Whether both mean the same entries, as static arguments need it."""
-    return isinstance(other, Arrangement) and self.digest == other.digest
+    return isinstance(other, Layout) and self.digest == other.digest
 
   def __hash__(self) -> int:
     return hash(self.digest)
 
   def pack(self, vector: Float[Array, " n"]) -> Float[Array, "height width"]:
-    """The image of a vector.
+    """Returns the image of a vector.
 
     Raises:
-      ValueError: if the vector is of another length.
+      ValueError: if the vector has another length.
     """
     if vector.shape != (self.size,):
       raise ValueError(
-        f"the arrangement is of vectors of {self.size} entries, got"
-        f" {vector.shape}. A codec serves the adapter that it was fitted on."
+        f"the layout expected a vector of {self.size} entries, got"
+        f" {vector.shape}. A codec serves the adapter that it was fitted to."
       )
     vector = jnp.asarray(vector)
     return vector.at[self._places()].get(mode="fill", fill_value=0)
 
   def unpack(self, image: Float[Array, "height width"]) -> Float[Array, " n"]:
-    """The vector of an image.
+    """Returns the vector of an image.
 
     Raises:
-      ValueError: if the image is of another shape.
+      ValueError: if the image has another shape.
     """
     if image.shape != self.positions.shape:
       raise ValueError(
-        f"the arrangement is of images of {self.positions.shape}, got"
+        f"the layout expected an image of {self.positions.shape}, got"
         f" {image.shape}."
       )
     blank = jnp.zeros(self.size, image.dtype)
@@ -80,36 +87,35 @@ class Arrangement:
     )
 
   def _places(self) -> jax.Array:
-    # XLA would spend seconds on computing ahead with millions of constants.
+    # Without the barrier XLA would fold millions of constants, for seconds.
     return jax.lax.optimization_barrier(jnp.asarray(self.positions))
 
 
 def square(
   trainable: Any,
   modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
-) -> Arrangement:
-  """CG-FedLLM's: layer by layer, module by module, `a` beside `b` transposed.
+) -> Layout:
+  """CG-FedLLM's layout: layer by layer, module by module, `a` beside `b`.
 
-  Columns of each module are the [width, rank] of PEFT's A transposed, then
-  those of its B. LLaMA-7B at rank 8 is an image of [4096, 2048] (paper, Table
-  1; it does not print the order of the blocks, this one is natural).
+  Each module has `rank` columns from `a` [width, rank] and `rank` columns from
+  `b` transposed. LLaMA-7B at rank 8 is an image of [4096, 2048] (paper, Table
+  1). The paper does not state the order of the blocks.
 
   Args:
     trainable: LoRA factors of stacked layers, or their shapes.
-    modules: names of the layers that have factors, in their order.
+    modules: names of the layers that have factors, in the order of the image.
 
   Raises:
-    ValueError: if a module is missing, there are other ones, or projections are
-      not square, as with grouped queries; `flat` has no such wishes.
+    ValueError: if modules are missing or unexpected, or projections are not
+      square, as with grouped queries; `flat` takes any tree.
   """
-  numbers = _numbered(trainable)
   by_module: dict[str, dict[str, np.ndarray]] = {}
-  for path, positions in numbers.items():
+  for path, positions in _numbered(trainable).items():
     *_, module, factor = path.split("/")
     if factor in by_module.setdefault(module, {}):
       raise ValueError(
         f"square expected stacked layers, got {module}/{factor} twice. Take"
-        " flat, which arranges any tree."
+        " flat, which takes any tree."
       )
     by_module[module][factor] = positions
   halves = [name for name, each in by_module.items() if len(each) < 2]
@@ -117,9 +123,8 @@ def square(
     raise ValueError(
       f"square expected both factors of {', '.join(modules)}, got those of"
       f" {', '.join(by_module)}{f', but one of {halves}' if halves else ''}."
-      " Take flat, which arranges any tree."
+      " Take flat, which takes any tree."
     )
-  columns = []
   stacked = {
     module: (_stacked(each["a"]), _stacked(each["b"]).swapaxes(1, 2))
     for module, each in by_module.items()
@@ -127,27 +132,30 @@ def square(
   sides = {x.shape[:2] for pair in stacked.values() for x in pair}
   if len(sides) > 1:
     raise ValueError(
-      "square expected projections of as many outputs as inputs in as many"
-      f" layers, got (layers, width) {sorted(sides)}. Take flat, which arranges"
+      "square expected projections with as many outputs as inputs in as many"
+      f" layers, got (layers, width) {sorted(sides)}. Take flat, which takes"
       " any tree."
     )
   ((layers, _),) = sides
-  for layer in range(layers):
-    for module in modules:
-      columns += [factor[layer] for factor in stacked[module]]
-  return _arranged(trainable, np.concatenate(columns, axis=1))
+  blocks = [
+    factor[layer]
+    for layer in range(layers)
+    for module in modules
+    for factor in stacked[module]
+  ]
+  return _layout(trainable, np.concatenate(blocks, axis=1))
 
 
-def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
-  """Any tree, row by row in the order of its leaves, zeros at the end.
+def flat(trainable: Any, *, height: int | None = None) -> Layout:
+  """Any tree, row by row in the order of its leaves, then padding.
 
   Args:
-    trainable: any tree of arrays, or their shapes.
-    height: of the image, a multiple of 64, 128 or more; None for about a
-      square.
+    trainable: tree of arrays, or their shapes.
+    height: height of the image, a multiple of 64, 128 or more; None for an
+      image that is about square.
 
   Raises:
-    ValueError: if `height` is another one.
+    ValueError: if `height` is another number.
   """
   size = _size(trainable)
   if height is None:
@@ -159,58 +167,55 @@ def flat(trainable: Any, *, height: int | None = None) -> Arrangement:
     )
   width = max(LEAST, MULTIPLE * -(-size // (height * MULTIPLE)))
   positions = np.minimum(np.arange(height * width), size)
-  return _arranged(trainable, positions.reshape(height, width))
+  return _layout(trainable, positions.reshape(height, width))
 
 
-def columns(trainable: Any, *, width: int) -> Arrangement:
-  """Any tree, column by column in the order of its leaves.
+def columns(trainable: Any, *, width: int) -> Layout:
+  """Any tree, column by column in the order of its leaves, then padding.
 
-  A column is then a stretch of one layer's factor, or of few, and each row has
-  an entry of every stretch: what differs between layers, modules and factors
-  differs between columns, and rows are alike, for `row_network.network`.
+  A column is a stretch of one factor of one layer, or of a few. Layers, modules
+  and factors then differ between columns, while rows are alike, which is what
+  `row_network.network` expects.
 
   Args:
-    trainable: any tree of arrays, or their shapes.
-    width: of the image, positive.
+    trainable: tree of arrays, or their shapes.
+    width: width of the image, positive.
 
   Raises:
-    ValueError: if `width` is not.
+    ValueError: if `width` is not positive.
   """
   return _in_columns(trainable, np.arange(_size(trainable)), width)
 
 
 def ranked(
   trainable: Any, energies: Float[np.ndarray, " n"], *, width: int
-) -> Arrangement:
-  """Any tree, entries that move as much as each other in a column.
+) -> Layout:
+  """Any tree, with entries that move about equally much in the same column.
 
-  As `columns`, but the first column has the entries of least energy, the last
-  those of most. Which column an entry is in has to be told once; in a column
-  entries keep their order.
+  The first column has the entries of least energy, the last column those of
+  most. In a column entries keep the order of the raveled tree. A client must be
+  told the column of each entry, once.
 
   Args:
-    trainable: any tree of arrays, or their shapes.
-    energies: of each entry of the raveled tree, the mean square of recorded
-      updates; not of those that are held out to judge the codec by.
-    width: of the image, positive.
+    trainable: tree of arrays, or their shapes.
+    energies: mean square of each entry over recorded updates. Leave out the
+      updates that judge the codec.
+    width: width of the image, positive.
 
   Raises:
-    ValueError: if `width` is not, or there are not as many energies as entries.
+    ValueError: if `width` is not positive, or there is not one energy for each
+      entry.
   """
   if energies.shape != (size := _size(trainable),):
     raise ValueError(
       f"ranked expected energies of {size} entries, got {energies.shape}."
     )
-  arrangement = _in_columns(trainable, np.arange(size), width)
-  order, height = (
-    np.argsort(energies, kind="stable"),
-    len(arrangement.positions),
-  )
+  height = len(_in_columns(trainable, np.arange(size), width).positions)
+  order = np.argsort(energies, kind="stable")
   for start in range(0, size, height):
     order[start : start + height].sort()
-  return dataclasses.replace(
-    _in_columns(trainable, order, width), is_learned=True
-  )
+  layout = _in_columns(trainable, order, width)
+  return dataclasses.replace(layout, is_learned=True)
 
 
 def _numbered(trainable: Any) -> dict[str, np.ndarray]:
@@ -223,8 +228,8 @@ def _numbered(trainable: Any) -> dict[str, np.ndarray]:
     start += count
   if strange := [x for x in numbers if x.split("/")[-1] not in _FACTORS]:
     raise ValueError(
-      f"square arranges LoRA factors alone, got {', '.join(strange)}. Take"
-      " flat, which arranges any tree."
+      f"square expected LoRA factors alone, got {', '.join(strange)}. Take"
+      " flat, which takes any tree."
     )
   return numbers
 
@@ -233,25 +238,19 @@ def _stacked(positions: np.ndarray) -> np.ndarray:
   return positions if positions.ndim == 3 else positions[None]
 
 
-def _arranged(trainable, positions):
-  leaves = zip(
-    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
-  )
-  described = [f"{path} {tuple(leaf.shape)}" for path, leaf in leaves]
-  positions = positions.astype(np.int32)
-  digest = hashlib.sha256("\n".join(described).encode())
-  digest.update(repr(positions.shape).encode() + positions.tobytes())
-  return Arrangement(positions, _size(trainable), digest.hexdigest()[:16])
+def _layout(trainable, positions):
+  signature = parameters.signature(trainable)
+  return Layout(positions.astype(np.int32), _size(trainable), signature)
 
 
 def _in_columns(trainable, order, width):
-  """Column by column, as `order` has the entries."""
+  """Places entries column by column, in this order."""
   if width < 1:
-    raise ValueError(f"an image expected width >= 1, got {width=}.")
+    raise ValueError(f"expected an image of width >= 1, got {width=}.")
   height = -(-order.size // width)
   padding = np.full(height * width - order.size, order.size)
   positions = np.concatenate([order, padding]).reshape(width, height).T
-  return _arranged(trainable, positions)
+  return _layout(trainable, positions)
 
 
 def _size(trainable):

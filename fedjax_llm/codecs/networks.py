@@ -1,8 +1,8 @@
 """The networks of CG-FedLLM's autoencoders, as Flax modules.
 
-Images are [batch, height, width, 1], the order that XLA prefers; the paper
-writes [1, height, width]. Encoder and decoder are modules of their own: a
-client holds the parameters of the one, the server those of the other.
+Images are [batch, height, width, 1], where the paper writes [1, height, width].
+Encoder and decoder are separate modules: a client holds the parameters of the
+encoder, the server those of the decoder.
 """
 
 import dataclasses
@@ -11,23 +11,23 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Channels of the layers of stride two.
+# Channels of the ResNet's layers of stride two, and its residual blocks.
 CHANNELS = (2, 4, 8, 16, 32, 64)
 BLOCKS = 3
-# Those of the one-dimensional network, and the size of its kernels.
+# Channels of the one-dimensional network, and the size of its kernels.
 CHANNELS_1D = (8, 16, 32, 64, 1)
 KERNEL_1D = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """Both ends of an autoencoder without their parameters: what is static.
+  """Both ends of an autoencoder, without their parameters.
 
   Attributes:
-    encoder: from images [n, height, width, 1] to latents [n, ...].
-    decoder: back.
-    bits: in which each entry of a latent travels, by `compression.lloyd_max`;
-      None for float32.
+    encoder: module from images [n, height, width, 1] to latents [n, ...].
+    decoder: module from latents to images.
+    bits: bits per latent entry in a message, by `compression.lloyd_max`; None
+      for float32.
   """
 
   encoder: nn.Module
@@ -38,30 +38,30 @@ class Network:
 def resnet(
   *, stem: int = 1, linear: bool = False, bits: int | None = None
 ) -> Network:
-  """CG-FedLLM's ResNet, to the letter unless told otherwise.
+  """Makes CG-FedLLM's ResNet; the defaults are the paper's.
 
   Args:
-    stem: channels at full resolution, where the paper has one, which a ReLU
-      cuts in half.
-    linear: leave out the decoder's tanh.
-    bits: see `Network`.
+    stem: channels at full resolution. The paper has one, of which a ReLU drops
+      half of the values.
+    linear: whether to leave out the decoder's tanh.
+    bits: bits per latent entry, see `Network`.
   """
   return Network(ResNetEncoder(stem), ResNetDecoder(stem, linear), bits)
 
 
 def convolutional(*, bits: int | None = None) -> Network:
-  """CG-FedLLM's one-dimensional CNN, as far as it is known: see its modules."""
+  """Makes CG-FedLLM's one-dimensional CNN, as far as the paper specifies it."""
   return Network(ConvolutionalEncoder(), ConvolutionalDecoder(), bits)
 
 
 class ResidualBlock(nn.Module):
-  """x plus two convolutions of it."""
+  """Adds two convolutions of x to x."""
 
   train: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """The same shape."""
+    """Returns images of the same shape."""
     channels = x.shape[-1]
     y = _reflect(x, 1)
     y = nn.relu(_normalised(self, _convolution(channels, 3)(y)))
@@ -70,14 +70,14 @@ class ResidualBlock(nn.Module):
 
 
 class ResNetEncoder(nn.Module):
-  """CG-FedLLM's ResNet encoder, to the letter: 246,785 parameters.
+  """CG-FedLLM's ResNet encoder, with 246,785 parameters as in the paper.
 
   One channel at full resolution, six convolutions of stride two up to 64
-  channels, three residual blocks (arXiv 2405.13746v3, appendix). The
-  latent has exactly a 64th of the entries.
+  channels, three residual blocks (arXiv 2405.13746v3, appendix). The latent has
+  exactly 1/64 of the entries.
 
   Attributes:
-    stem: channels at full resolution; the paper has one.
+    stem: channels at full resolution; 1 in the paper.
     train: whether batches are normalised by their own moments.
   """
 
@@ -88,15 +88,15 @@ class ResNetEncoder(nn.Module):
   def __call__(
     self, images: Float[Array, "n h w 1"]
   ) -> Float[Array, "n h/64 w/64 64"]:
-    """The latents of images whose sides are multiples of 64, 128 or more.
+    """Returns the latents of images.
 
     Raises:
-      ValueError: if they are not.
+      ValueError: if a side is not a multiple of 64, or is below 128.
     """
     if any(side % 64 or side < 128 for side in images.shape[1:3]):
       raise ValueError(
         "expected images whose sides are multiples of 64, 128 or more, got"
-        f" {images.shape[1:3]}. layouts.flat makes such."
+        f" {images.shape[1:3]}. layouts.flat makes such images."
       )
     x = _convolution(self.stem, 3)(_reflect(images, 1))
     x = nn.relu(_normalised(self, x))
@@ -109,14 +109,14 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-  """CG-FedLLM's ResNet decoder, to the letter: 246,698 parameters.
+  """CG-FedLLM's ResNet decoder, with 246,698 parameters as in the paper.
 
-  Three residual blocks, six transposed convolutions back to one channel, a
-  convolution of 7 x 7 and tanh, so that nothing beyond (-1, 1) can come out.
+  Three residual blocks, six transposed convolutions back to one channel, a 7 x
+  7 convolution and tanh, which bounds the output to (-1, 1).
 
   Attributes:
-    stem: channels at full resolution; the paper has one.
-    linear: leave out the tanh.
+    stem: channels at full resolution; 1 in the paper.
+    linear: whether to leave out the tanh.
     train: whether batches are normalised by their own moments.
   """
 
@@ -128,12 +128,12 @@ class ResNetDecoder(nn.Module):
   def __call__(
     self, latents: Float[Array, "n h w 64"]
   ) -> Float[Array, "n 64*h 64*w 1"]:
-    """The images of latents."""
+    """Returns the images of latents."""
     x = latents
     for _ in range(BLOCKS):
       x = ResidualBlock(self.train)(x)
     for channels in (*CHANNELS[-2::-1], self.stem):
-      # As PyTorch's with padding 1 and output padding 1: twice the size.
+      # Doubles the size, as PyTorch does with padding 1 and output padding 1.
       x = nn.ConvTranspose(
         channels, (3, 3), (2, 2), padding=((1, 2), (1, 2)), use_bias=False
       )(x)
@@ -143,12 +143,12 @@ class ResNetDecoder(nn.Module):
 
 
 class ConvolutionalEncoder(nn.Module):
-  """CG-FedLLM's one-dimensional CNN: a latent of a 32nd of the entries.
+  """CG-FedLLM's one-dimensional CNN, whose latent has 1/32 of the entries.
 
-  Of the paper's is known that it is a CNN over the entries as one sequence, and
-  that its shapes give a ratio of 3.125 % (the text has 3.21 %). The rest is
-  chosen here: five convolutions of kernel 5 and stride two, of `CHANNELS_1D`
-  channels, each but the last with batch normalisation and a ReLU.
+  The paper says that it is a CNN over the entries as one sequence, with shapes
+  that give a ratio of 3.125 % (the text has 3.21 %). The rest is our choice:
+  five convolutions of kernel 5, stride 2 and `CHANNELS_1D` channels, all but
+  the last with batch normalisation and a ReLU.
 
   Attributes:
     train: whether batches are normalised by their own moments.
@@ -158,15 +158,15 @@ class ConvolutionalEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "n h w 1"]) -> Float[Array, "n m 1"]:
-    """The latents of images, read row by row.
+    """Returns the latents of images, which are read row by row.
 
     Raises:
-      ValueError: if the entries of an image are not a multiple of 32.
+      ValueError: if the number of entries of an image is not a multiple of 32.
     """
     count, height, width, _ = images.shape
     if height * width % 32:
       raise ValueError(
-        "expected images whose entries are a multiple of 32, got"
+        "expected images whose number of entries is a multiple of 32, got"
         f" {height} x {width}."
       )
     x = images.reshape(count, height * width, 1)
@@ -177,7 +177,7 @@ class ConvolutionalEncoder(nn.Module):
 
 
 class ConvolutionalDecoder(nn.Module):
-  """The mirror of `ConvolutionalEncoder`, with tanh at its end.
+  """The mirror of `ConvolutionalEncoder`, with tanh at the end.
 
   Attributes:
     train: whether batches are normalised by their own moments.
@@ -189,7 +189,7 @@ class ConvolutionalDecoder(nn.Module):
   def __call__(
     self, latents: Float[Array, "n m 1"]
   ) -> Float[Array, "n 32*m 1 1"]:
-    """The images of latents, as one column."""
+    """Returns the images of latents, as one column."""
     x = latents
     for channels in (*CHANNELS_1D[-2::-1], 1):
       last = channels == 1

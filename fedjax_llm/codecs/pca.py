@@ -11,18 +11,18 @@ from fedjax_llm.compression import base, wire
 
 @wire.message(tag=17)
 class Latent:
-  """The code of a vector of `size` entries, by a codec both ends know."""
+  """The latent of a vector of `size` entries; both ends know the codec."""
 
   values: Any
   size: int
 
 
 class Basis(NamedTuple):
-  """What both ends know.
+  """A linear codec, which both ends know.
 
   Attributes:
-    mean: of the recorded vectors.
-    components: orthonormal, those of the largest variance first.
+    mean: mean of the recorded vectors.
+    components: orthonormal directions, the one of largest variance first.
   """
 
   mean: Float[Array, " n"]
@@ -30,18 +30,18 @@ class Basis(NamedTuple):
 
 
 def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
-  """The principal components of recorded vectors.
+  """Computes the principal components of recorded vectors.
 
-  By the Gram matrix of the snapshots, of which there are fewer than entries.
-  With as many components as there are snapshots, less one for the mean, each
-  snapshot comes back.
+  They come from the Gram matrix of the snapshots, because there are fewer
+  snapshots than entries. With count - 1 components every snapshot is coded
+  exactly.
 
   Args:
     snapshots: recorded vectors, two or more.
-    components: how many, in [1, count - 1].
+    components: number of components, in [1, count - 1].
 
   Raises:
-    ValueError: if there are too few snapshots for so many.
+    ValueError: if there are too few snapshots for so many components.
   """
   count = len(snapshots)
   if not 1 <= components < count:
@@ -52,7 +52,7 @@ def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
   mean = snapshots.mean(axis=0)
   centred = snapshots - mean[None]
   values, vectors = jnp.linalg.eigh(_product(centred, centred.T))
-  # In ascending order. What has no variance has no direction, and stays zero.
+  # eigh sorts in ascending order. Without variance a component stays zero.
   values, vectors = values[::-1][:components], vectors[:, ::-1][:, :components]
   has_variance = values > 1e-7 * values[0]
   scales = jnp.where(has_variance, values, 1) ** -0.5 * has_variance
@@ -60,13 +60,13 @@ def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
 
 
 def pca(basis: Basis) -> base.Compressor:
-  """Sends the coordinates of a vector in a basis that both ends know.
+  """Sends the coordinates of a vector in a basis.
 
   Args:
-    basis: of `fit`; it travels once, and is no part of a message.
+    basis: result of `fit`. Clients get it once; no message contains it.
 
   Returns:
-    A `Compressor` whose payload is a `Latent`, for quantisers after it in a
+    A `Compressor` whose payload is a `Latent`. A quantiser can follow it in a
     `chain`.
   """
 
@@ -74,8 +74,8 @@ def pca(basis: Basis) -> base.Compressor:
     del key  # Deterministic.
     if vector.shape != basis.mean.shape:
       raise ValueError(
-        f"the basis is of vectors of {basis.mean.size} entries, got"
-        f" {vector.shape}. A codec serves the adapter that it was fitted on."
+        f"the basis expected a vector of {basis.mean.size} entries, got"
+        f" {vector.shape}. A codec serves the adapter that it was fitted to."
       )
     values = _product(basis.components, vector - basis.mean)
     return Latent(values, vector.size)
@@ -84,8 +84,9 @@ def pca(basis: Basis) -> base.Compressor:
     expected = len(basis.components), basis.mean.size
     if (payload.values.size, payload.size) != expected:
       raise ValueError(
-        f"the basis has {expected[0]} components of vectors of {expected[1]}"
-        f" entries, the message {payload.values.size} of {payload.size}."
+        f"the basis expected {expected[0]} coordinates of a vector of"
+        f" {expected[1]} entries, got a message with {payload.values.size} of"
+        f" {payload.size}. Both ends need the same basis."
       )
     return basis.mean + _product(payload.values, basis.components)
 
@@ -93,7 +94,7 @@ def pca(basis: Basis) -> base.Compressor:
 
 
 def setup_bytes(basis: Basis) -> int:
-  """How many bytes a client gets once: the basis, as a message in float32."""
+  """Bytes of the message with the basis, which a client gets once."""
   numbers = basis.mean.size + basis.components.size
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.float32)))
 

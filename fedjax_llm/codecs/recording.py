@@ -1,12 +1,12 @@
-"""A store of recorded updates: what a codec is fitted on.
+"""A store of recorded updates, which a codec is fitted to.
 
-A folder with `snapshots.bin`, the vectors one after the other as little-endian
-float32, `index.jsonl`, a line for each that says of which round and client it
-is, and `store.json`, what they are of. The vectors are written before their
-lines, and only those with a line count: a killed process leaves whole ones.
+A folder with three files. `snapshots.bin` has the vectors one after the other,
+as little-endian float32. `index.jsonl` has a line for each vector: its round,
+client and weight. `store.json` says what the vectors are. A vector is written
+before its line, and only a vector with a line counts, so a killed process
+leaves no half-written snapshot.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,15 +19,6 @@ import numpy as np
 from fedjax_llm.federated import parameters
 
 _FLOAT = np.dtype("<f4")
-
-
-def layout(trainable: Any) -> str:
-  """A hash of the names and shapes of the leaves of a tree."""
-  leaves = zip(
-    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
-  )
-  described = [f"{path} {tuple(leaf.shape)}" for path, leaf in leaves]
-  return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
 class Store:
@@ -43,16 +34,17 @@ class Store:
   (3, 4) [0 0 1] [3 8 3] [1. 2. 1.]
 
   Attributes:
-    folder: where it is.
-    about: `layout`, the hash of the tree; `size`, of its vectors; and what else
-      they are, such as their `representation`.
+    folder: the folder.
+    about: `signature`, the hash of the tree that vectors are raveled from;
+      `size`, their number of entries; and what else was said of them, such as
+      their `representation`.
   """
 
   def __init__(self, folder: str | os.PathLike):
     """Opens a store.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is no store.
     """
     self.folder = pathlib.Path(folder)
     path = self.folder / "store.json"
@@ -70,19 +62,20 @@ class Store:
   def create(
     cls, folder: str | os.PathLike, trainable: Any, **about: str
   ) -> "Store":
-    """Makes a store of updates of a tree, or opens it to go on.
+    """Makes a store of updates of a tree, or opens it to continue.
 
     Args:
-      folder: where; made if absent.
+      folder: where the store is; made if absent.
       trainable: tree of arrays, or their shapes.
-      **about: what else is said of the vectors.
+      **about: what else to say of the vectors.
 
     Raises:
-      ValueError: if the store there is of something else.
+      ValueError: if the folder has a store of something else.
     """
     folder = pathlib.Path(folder)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
-    expected = {"layout": layout(trainable), "size": size, **about}
+    signature = parameters.signature(trainable)
+    expected = {"signature": signature, "size": size, **about}
     if not (folder / "store.json").exists():
       folder.mkdir(parents=True, exist_ok=True)
       _replace(folder / "store.json", json.dumps(expected, indent=2) + "\n")
@@ -99,14 +92,14 @@ class Store:
   ) -> None:
     """Adds the snapshots of a round.
 
-    What there is of this round and later ones is dropped: a killed run computes
-    the rounds after its last checkpoint again.
+    Snapshots of this round and of later ones are replaced, because a killed run
+    computes the rounds after its last checkpoint again.
 
     Args:
-      round_number: of the round, from 0.
-      clients: their numbers.
-      weights: of them in a mean.
-      vectors: [clients, n].
+      round_number: number of the round, from 0.
+      clients: numbers of the clients.
+      weights: weights of the clients in the mean.
+      vectors: their updates [clients, n].
 
     Raises:
       ValueError: if shapes do not fit, or a vector is not finite.
@@ -118,7 +111,10 @@ class Store:
         f" {vectors.shape}."
       )
     if not np.isfinite(vectors).all():
-      raise ValueError(f"a vector of round {round_number} is not finite.")
+      raise ValueError(
+        "append expected finite vectors, but a vector of round"
+        f" {round_number} is not finite."
+      )
     kept = [x for x in self._lines if x["round"] < round_number]
     if len(kept) < len(self._lines):
       _replace(self._index, "".join(json.dumps(x) + "\n" for x in kept))
@@ -138,15 +134,15 @@ class Store:
     self._lines = kept + new
 
   def __len__(self) -> int:
-    """How many snapshots there are."""
+    """The number of snapshots."""
     return len(self._lines)
 
   @property
   def snapshots(self) -> np.ndarray:
-    """The vectors, [count, n], mapped into memory as they are read.
+    """The vectors, float32 [count, n], memory-mapped.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if no update is recorded yet.
     """
     if not self._lines:
       raise ValueError(f"no update is recorded yet in {self.folder}.")
@@ -155,21 +151,21 @@ class Store:
 
   @property
   def rounds(self) -> np.ndarray:
-    """Int [count], which round each snapshot is of."""
+    """The round of each snapshot, int [count]."""
     return np.array([x["round"] for x in self._lines], np.int64)
 
   @property
   def clients(self) -> np.ndarray:
-    """Int [count], which client each snapshot is of."""
+    """The client of each snapshot, int [count]."""
     return np.array([x["client"] for x in self._lines], np.int64)
 
   @property
   def weights(self) -> np.ndarray:
-    """Float [count], the weight of each snapshot's client in the mean."""
+    """The weight of each snapshot's client in the mean, float [count]."""
     return np.array([x["weight"] for x in self._lines])
 
   def _read(self):
-    """Whole lines of whole snapshots."""
+    """Returns the lines that are whole and whose snapshots are whole."""
     if not self._index.exists():
       return []
     lines = self._index.read_text().splitlines(keepends=True)
@@ -178,7 +174,7 @@ class Store:
       self.about["size"] * _FLOAT.itemsize
     )
     if len(whole) < len(lines) or count < len(whole):
-      # So that what is appended begins a line.
+      # Rewritten, so that the next line is not appended to half a line.
       whole = whole[:count]
       _replace(self._index, "".join(json.dumps(x) + "\n" for x in whole))
     return whole

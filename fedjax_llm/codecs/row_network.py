@@ -1,13 +1,11 @@
-"""Our network: the rows of an image, each by the same small perceptron.
+"""Our network: the same small perceptron codes every row of an image.
 
-Updates are nearly white along any axis that a convolution could slide over, but
-for what differs between layers, modules and factors, and between entries: some
-move far more than others. `layouts.columns` and `square` lay the former
-side by side, in the same place of every row, `layouts.ranked` the latter,
-so that dense layers over a row have weights of their own for each: they learn
-which entries are worth a bit and which are not. The latent is quantised while
-the network trains (`networks.Network.bits`), so that its bytes are what is made
-the most of.
+Updates are nearly white along any axis that a convolution could slide over.
+What differs is how much entries move: by layer, module and factor, and from
+entry to entry. `layouts.columns`, `square` and `ranked` put entries that move
+alike in the same column, so a dense layer over a row learns which columns are
+worth bits. The latent is quantised during the fit (`networks.Network.bits`), so
+the network learns to make the most of its bits.
 """
 
 import math
@@ -23,14 +21,15 @@ from fedjax_llm.codecs import networks
 def network(
   width: int, *, latents: int, hidden: int = 0, bits: int | None = 1
 ) -> networks.Network:
-  """A codec of rows.
+  """Makes a network that codes rows.
+
+  A message takes about latents * bits / width bits per vector entry.
 
   Args:
-    width: of the images.
-    latents: entries of the latent of a row, so that an entry of the vector
-      takes about latents * bits / width bits.
-    hidden: of the two hidden layers of each end; 0 for linear maps alone.
-    bits: see `networks.Network`.
+    width: width of the images.
+    latents: number of latent entries per row.
+    hidden: width of the two hidden layers of each end; 0 for linear maps only.
+    bits: bits per latent entry, see `networks.Network`.
 
   Raises:
     ValueError: if a number is out of range.
@@ -46,11 +45,11 @@ def network(
 
 
 class RowEncoder(nn.Module):
-  """Each row to its latent.
+  """Maps each row to its latent.
 
   Attributes:
-    latents: entries of a row's latent.
-    hidden: of the hidden layers; 0 for none.
+    latents: number of latent entries per row.
+    hidden: width of the hidden layers; 0 for none.
   """
 
   latents: int
@@ -65,11 +64,11 @@ class RowEncoder(nn.Module):
 
 
 class RowDecoder(nn.Module):
-  """Each row from its latent; nothing bounds what comes out.
+  """Maps each latent back to its row; the output is not bounded.
 
   Attributes:
-    width: of the images.
-    hidden: of the hidden layers; 0 for none.
+    width: width of the images.
+    hidden: width of the hidden layers; 0 for none.
   """
 
   width: int
@@ -84,7 +83,7 @@ class RowDecoder(nn.Module):
 
 
 class _Perceptron(nn.Module):
-  """A linear map of the last axis, plus a perceptron of it; zero stays zero."""
+  """A linear map plus a perceptron, both of the last axis and without bias."""
 
   features: int
   hidden: int
@@ -95,17 +94,17 @@ class _Perceptron(nn.Module):
     if self.hidden:
       for _ in range(2):
         x = nn.gelu(nn.Dense(self.hidden, use_bias=False)(x))
-      # It starts as nothing, or quantised training would not settle.
+      # The perceptron starts at zero, or quantised training would not settle.
       zeros = nn.initializers.zeros
       y = y + nn.Dense(self.features, use_bias=False, kernel_init=zeros)(x)
     return y
 
 
 def _last_columns(key, shape, dtype=jnp.float32):
-  """Nearly the map that keeps the last columns, or puts them back.
+  """Initial kernel: nearly the map that keeps the last columns.
 
-  In `layouts.ranked` they move most. So training starts from their signs,
-  or whatever quantises the latent, and mixes columns where that is better.
+  In `layouts.ranked` these move most, so training starts from a quantiser of
+  the columns that matter, and mixes columns where that is better.
   """
   inputs, outputs = shape
   start = jnp.eye(inputs, outputs, outputs - inputs, dtype)

@@ -1,6 +1,7 @@
 """Which recorded updates a codec is fitted to, and which ones judge it.
 
-Those of the last rounds judge, as it will be used on rounds that come after.
+The last rounds judge, because a codec is used on later rounds than it is fitted
+to.
 """
 
 import math
@@ -10,13 +11,14 @@ import numpy as np
 
 
 class Split(NamedTuple):
-  """Which snapshots are for what, and what is known of those to fit to.
+  """The snapshots to fit to and to judge by, and moments of the former.
 
   Attributes:
-    train: int [count], snapshots to fit to.
-    held_out: of each round that is not fitted to, its snapshots: two or more.
-    mean: float32 [n], of those to fit to.
-    energy: float64 [n], the mean square of these.
+    train: numbers of the snapshots to fit to, int [count].
+    held_out: for each held-out round, the numbers of its snapshots, two or
+      more.
+    mean: mean of the snapshots to fit to, float32 [n].
+    energy: mean square of their entries, float64 [n].
   """
 
   train: np.ndarray
@@ -26,7 +28,7 @@ class Split(NamedTuple):
 
   @property
   def scale(self) -> float:
-    """The root mean square of all entries of the snapshots to fit to."""
+    """Root mean square of all entries of the snapshots to fit to."""
     return math.sqrt(self.energy.mean())
 
 
@@ -39,9 +41,15 @@ def split(
   """Holds out the last rounds.
 
   Args:
-    snapshots: float32 [count, n], in the order of time; may be memory-mapped.
-    rounds: int [count], the round of each; None if unknown.
-    held_out: share of the rounds.
+    snapshots: recorded vectors in the order of time, float32 [count, n]; may be
+      memory-mapped.
+    rounds: round of each snapshot, int [count]; None if unknown, which counts
+      each snapshot as a round.
+    held_out: share of the rounds to hold out, in (0, 1).
+
+  Returns:
+    The split. If a held-out round has fewer than two snapshots, those of all
+    held-out rounds are one group.
 
   Raises:
     ValueError: if `held_out` is not in (0, 1), or there are too few snapshots.
@@ -58,8 +66,8 @@ def split(
     groups = [np.flatnonzero(is_last)]
   if len(train) < 1 or len(groups[0]) < 2:
     raise ValueError(
-      f"fit expected a snapshot to fit to and two to hold out, got"
-      f" {len(snapshots)} of {len(each)} rounds. Record more rounds."
+      f"fit expected one snapshot or more to fit to and two or more to hold"
+      f" out, got {len(snapshots)} of {len(each)} rounds. Record more rounds."
     )
   total, energy = np.zeros((2, snapshots.shape[1]))
   for number in train:

@@ -1,8 +1,8 @@
-"""A step of fitting a codec: the gradient of what would arrive.
+"""One step of fitting a codec to the error of what would arrive.
 
-The loss is the mean squared error in the vector, latents quantised as they will
-travel; through the quantiser goes the gradient of the identity, so that the
-bytes of a latent are what the network learns to make the most of.
+The loss is the mean squared error of the vector after its latent is quantised,
+as in a message. The gradient passes the quantiser as if it were the identity,
+so the network learns to make the most of the bits of a latent.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,26 @@ from fedjax_llm.compression import base, quantize
 
 def step(
   network: networks.Network,
-  arrangement: layouts.Arrangement,
+  layout: layouts.Layout,
   optimizer: optax.GradientTransformation,
   scale: Float[Array, " columns"],
 ) -> Callable[..., tuple[dict[str, Any], Any, jax.Array]]:
-  """Makes the step, to be jitted.
+  """Makes the step; jit it.
 
   Args:
-    network: of both ends.
-    arrangement: of the vectors.
-    optimizer: steps on the `parameters` of both ends.
-    scale: see `autoencoder.Codec`.
+    network: networks of both ends.
+    layout: layout of the vectors.
+    optimizer: optimizer of the parameters of both ends.
+    scale: what the columns of images are divided by, see `autoencoder.Codec`.
 
   Returns:
     `fn(variables, optimizer_state, vectors) -> (variables, optimizer_state,
-    loss)`; variables are those of "encoder" and "decoder", and `vectors` are
-    [batch, n]. The loss is in units of the root mean square of `scale`.
+    loss)`. `variables` is a dictionary of "encoder" and "decoder", `vectors`
+    are [batch, n], and the loss is divided by the mean square of `scale`.
   """
   encoder, decoder = map(_in_training, (network.encoder, network.decoder))
-  # An error counts as it does in the vector, and padding does not.
-  is_real = (arrangement.positions < arrangement.size)[None]
+  # Weighted as errors count in the vector; padding does not count.
+  is_real = (layout.positions < layout.size)[None]
   weights = is_real * (scale**2 / jnp.mean(scale**2)).reshape(1, 1, -1)
 
   def loss_fn(parameters, variables, images):
@@ -51,11 +51,11 @@ def step(
     )
     error = received.reshape(images.shape) - images
     moments = {"encoder": encoder_stats, "decoder": decoder_stats}
-    loss = jnp.sum(weights * error**2) / (len(images) * arrangement.size)
+    loss = jnp.sum(weights * error**2) / (len(images) * layout.size)
     return loss, moments
 
   def fn(variables, memory, batch):
-    images = jax.vmap(arrangement.pack)(batch) / scale.reshape(1, 1, -1)
+    images = jax.vmap(layout.pack)(batch) / scale.reshape(1, 1, -1)
     parameters = parameters_of(variables)
     (loss, moments), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
       parameters, variables, images
@@ -69,14 +69,15 @@ def step(
 
 
 def parameters_of(variables: dict[str, Any]) -> dict[str, Any]:
-  """What the optimizer steps on, without the moments of batches."""
+  """The parameters of both ends, without the moments of batches."""
   return {end: variables[end]["params"] for end in variables}
 
 
 def _as_sent(network: networks.Network, latents: jax.Array) -> jax.Array:
-  """What arrives of latents, with the gradient of sending them as they are.
+  """What arrives of latents, with the gradient of the identity.
 
-  But for entries far beyond the last level, which would grow without end.
+  Entries far beyond the last level get no gradient, or they would grow without
+  end.
   """
   quantiser, bits = autoencoder.latent_quantiser(network), network.bits
   if quantiser is None or bits is None:
@@ -95,5 +96,5 @@ def _as_sent(network: networks.Network, latents: jax.Array) -> jax.Array:
 
 
 def _in_training(module):
-  """The module with batches normalised by themselves, if it does so."""
+  """The module that normalises batches by their own moments, if it can."""
   return module.clone(train=True) if hasattr(module, "train") else module

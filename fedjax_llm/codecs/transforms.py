@@ -1,10 +1,11 @@
-"""Transform codes: updates in coordinates whose variances tell them apart.
+"""Transform codes: updates in principal axes, with more bits where they vary.
 
-The columns of one rank and another of a LoRA factor move together, and some
-move much more. Recorded updates tell by how much: each factor is turned to its
-principal axes, and of each coordinate the variance is kept, as that of its row
-times that of its column, which a few snapshots suffice for. What is left of a
-client's own goes to bits by `allocation`.
+The rows and columns of a LoRA factor are correlated, and some move much more
+than others. From recorded updates, `fit` learns the principal axes of each
+factor, and the variance of each coordinate along them. A variance is modelled
+as that of its row times that of its column, for which a few snapshots suffice.
+`transform_code` turns an update to these axes, and `allocation` gives bits to
+its coordinates by their variances.
 
   transform = transforms.fit(snapshots, trainable)
   codec = transforms.transform_code(transform, bits=0.5)
@@ -12,73 +13,70 @@ client's own goes to bits by `allocation`.
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Float
 
 from fedjax_llm.codecs import allocation, pca
 from fedjax_llm.compression import base, wire
+from fedjax_llm.federated import parameters
 
-# Of the mean variance: what is added to all, so that nothing is never sent.
+# Added to every variance, in units of the mean one, so that none is zero.
 _LEAST = 1e-3
-FILES = ("transform.json", "transform.safetensors")
-_VERSION = 1
-_SIDES = ("rows", "columns")
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["rotations", "variances"],
-  meta_fields=["shapes"],
+  meta_fields=["shapes", "signature"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transform:
-  """What both ends know: 16 bits a number, sent once.
+  """What both ends know; a client gets the arrays once.
 
   Attributes:
-    rotations: for each leaf, those of the rows and of the columns of its
-      matrices, bfloat16 [matrices, side, side], or None where a side stays.
-    variances: for each leaf, of rows and of columns, bfloat16 [matrices, side].
-    shapes: of the leaves, as [matrices, rows, columns].
+    rotations: for each leaf, a pair of rotations, of the rows and of the
+      columns of its matrices, bfloat16 [matrices, side, side]; None for a side
+      that is not rotated.
+    variances: for each leaf, a pair of variances, of rows and of columns,
+      bfloat16 [matrices, side].
+    shapes: shape of each leaf, as [matrices, rows, columns]; static.
+    signature: `parameters.signature` of the tree that updates are raveled from;
+      static.
   """
 
   rotations: Any
   variances: Any
   shapes: tuple[tuple[int, int, int], ...]
+  signature: str
 
 
 def fit(
   snapshots: Float[np.ndarray, "count n"], trainable: Any, *, largest: int = 32
 ) -> Transform:
-  """The principal axes of recorded updates, and the variances along them.
+  """Learns principal axes from recorded updates, and variances along them.
 
-  Each snapshot counts as much as any other, whatever its norm.
+  Snapshots are weighted equally, whatever their norms.
 
   Args:
     snapshots: recorded updates; may be memory-mapped.
-    trainable: the tree that they are of, or its shapes. Leaves are stacks of
-      matrices in their last two dimensions, and left as they are if they have
-      only one.
-    largest: sides that are longer are not turned: a rotation has as many
-      numbers as its side has squared.
+    trainable: tree that the updates are of, or its shapes. The last two axes of
+      a leaf are those of matrices. Leaves with fewer axes are not rotated.
+    largest: longest side that is rotated; a rotation has side**2 numbers.
 
   Raises:
-    ValueError: if snapshots are of another length, or all zero.
+    ValueError: if snapshots have another length, or all are zero.
   """
   shapes = _shapes(trainable)
   size = sum(map(math.prod, shapes))
   norms = np.sqrt([np.sum(np.square(x, dtype=np.float64)) for x in snapshots])
   if snapshots.shape[1] != size or not norms.any():
     raise ValueError(
-      f"fit expected snapshots of {size} entries that are not all zero, got"
+      f"fit expected snapshots [count, {size}] that are not all zero, got"
       f" {snapshots.shape}."
     )
   weights = math.sqrt(size) / np.where(norms > 0, norms, np.inf)
@@ -94,11 +92,12 @@ def fit(
     energy = np.mean(np.square(_turn(leaf, *turned)), axis=0) + _LEAST
     rotations.append(tuple(turned))
     variances.append(tuple(energy.mean(x).astype(jnp.bfloat16) for x in (2, 1)))
-  return Transform(tuple(rotations), tuple(variances), shapes)
+  signature = parameters.signature(trainable)
+  return Transform(tuple(rotations), tuple(variances), shapes, signature)
 
 
 def profile(transform: Transform) -> Float[np.ndarray, " n"]:
-  """The variance of each coordinate, as both ends know it."""
+  """The variance of each coordinate along the principal axes."""
   each = []
   for pair in transform.variances:
     rows, columns = (np.asarray(x, np.float64) for x in pair)
@@ -107,11 +106,12 @@ def profile(transform: Transform) -> Float[np.ndarray, " n"]:
   return np.concatenate(each)
 
 
-def rotated(transform: Transform) -> base.Compressor:
-  """Sends the coordinates along the principal axes, for a quantiser after it.
+def to_principal_axes(transform: Transform) -> base.Compressor:
+  """Sends the coordinates of a vector along the principal axes.
 
   Returns:
-    A `Compressor` whose payload is a `Latent`, of as many values.
+    A `Compressor` whose payload is a `Latent` with as many values as the
+    vector. A quantiser can follow it in a `chain`.
   """
   size = sum(map(math.prod, transform.shapes))
 
@@ -127,8 +127,8 @@ def rotated(transform: Transform) -> base.Compressor:
     del key  # Deterministic.
     if vector.shape != (size,):
       raise ValueError(
-        f"the transform is of vectors of {size} entries, got {vector.shape}. A"
-        " codec serves the adapter that it was fitted on."
+        f"the transform expected a vector of {size} entries, got"
+        f" {vector.shape}. A codec serves the adapter that it was fitted to."
       )
     return pca.Latent(through(vector.astype(jnp.float32), _turn), size)
 
@@ -147,27 +147,24 @@ def transform_code(
   block: int = 2048,
   unbiased: bool = False,
 ) -> base.Compressor:
-  """Turns updates to their axes, and sends each coordinate as it deserves.
-
-  Under `relative_to` of a share of what the clients received last, it codes
-  what that does not foretell.
+  """Turns updates to their principal axes, and gives bits by variance.
 
   Args:
-    transform: of `fit`; concrete, as it decides how long a message is.
-    bits: of an entry, on average and all included.
-    memory: see `trellis`.
-    block: see `trellis`.
-    unbiased: for means over many clients, see `allocation`; otherwise the error
-      of each is least.
+    transform: result of `fit`; concrete, because it decides the message length.
+    bits: bits per vector entry, headers and scales included.
+    memory: memory of the trellises, see `compression.trellis`.
+    block: number of entries that share a scale.
+    unbiased: whether the code is unbiased, as a mean over many clients needs
+      it, see `allocation`; otherwise each message has the least error.
 
   Returns:
     A `Compressor` whose payload is a `Latent`.
 
   Raises:
-    ValueError: if there are too few bits for the headers.
+    ValueError: if `bits` is too small for the headers.
   """
   return base.chain(
-    rotated(transform),
+    to_principal_axes(transform),
     allocation.allocated(
       profile(transform), bits, memory=memory, block=block, unbiased=unbiased
     ),
@@ -175,59 +172,9 @@ def transform_code(
 
 
 def setup_bytes(transform: Transform) -> int:
-  """How many bytes a client gets once: the transform, as a message."""
+  """Bytes of the message with the transform, which a client gets once."""
   numbers = sum(x.size for x in jax.tree.leaves(transform))
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)))
-
-
-def save(folder: pathlib.Path, transform: Transform) -> None:
-  """Writes a transform, as safetensors and what is static as JSON."""
-  folder.mkdir(parents=True, exist_ok=True)
-  tensors = {
-    f"{kind}/{number}/{side}": np.ascontiguousarray(x)
-    for kind in ("rotations", "variances")
-    for number, pair in enumerate(getattr(transform, kind))
-    for side, x in zip(_SIDES, pair, strict=True)
-    if x is not None
-  }
-  safetensors.numpy.save_file(tensors, folder / FILES[1])
-  fields = {"version": _VERSION, "shapes": transform.shapes}
-  (folder / FILES[0]).write_text(json.dumps(fields) + "\n")
-
-
-def load(folder: pathlib.Path, trainable: Any) -> Transform:
-  """Reads a transform.
-
-  Args:
-    folder: what `save` wrote.
-    trainable: the tree whose updates it is to serve, or its shapes.
-
-  Raises:
-    ValueError: if there is none, it is of another release, or it was fitted to
-      leaves of other shapes.
-  """
-  try:
-    fields = json.loads((folder / FILES[0]).read_text())
-    tensors = safetensors.numpy.load_file(folder / FILES[1])
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise ValueError(f"cannot read a transform in {folder}: {error}") from error
-  if fields.get("version") != _VERSION:
-    raise ValueError(
-      f"the transform in {folder} has version {fields.get('version')}, this"
-      f" release reads version {_VERSION}."
-    )
-  found, expected = tuple(map(tuple, fields["shapes"])), _shapes(trainable)
-  if found != expected:
-    raise ValueError(
-      f"the transform in {folder} is of matrices {found}, expected {expected}."
-      " A codec serves the adapter that it was fitted on: its model, rank and"
-      " modules."
-    )
-  pairs = lambda kind: tuple(
-    tuple(tensors.get(f"{kind}/{number}/{side}") for side in _SIDES)
-    for number in range(len(found))
-  )
-  return Transform(pairs("rotations"), pairs("variances"), found)
 
 
 def _shapes(trainable):
@@ -235,19 +182,19 @@ def _shapes(trainable):
 
 
 def _matrices(shape):
-  """A leaf's shape as of a stack of matrices."""
+  """A leaf's shape as [matrices, rows, columns]."""
   *stack, rows, columns = (1, 1, *shape)
   return math.prod(stack), rows, columns
 
 
 def _axes(leaf):
-  """Principal axes of the last side: [matrices, side, side], in columns."""
+  """Principal axes of the last side, as columns: [matrices, side, side]."""
   product = np.einsum("nmij,nmik->mjk", leaf, leaf, optimize=True)
   return np.linalg.eigh(product)[1][..., ::-1].astype(jnp.bfloat16)
 
 
 def _turn(leaf, rows, columns):
-  """Coordinates of matrices [..., matrices, rows, columns] along axes."""
+  """Coordinates along the axes, of matrices [..., matrices, rows, columns]."""
   exact = jax.lax.Precision.HIGHEST
   if rows is not None:
     rows = jnp.asarray(rows, jnp.float32)

@@ -1,8 +1,8 @@
-"""Which clients meet in a round, and in which order they see their examples.
+"""Samples the clients of a round and the order of their examples.
 
-Every draw has its own stream, seeded by (seed, purpose, round, client): a round
-is the same whatever was sampled before it, so a resumed run meets the cohorts
-that the uninterrupted one would have met.
+Every draw has its own stream, seeded by (seed, purpose, round, client). So a
+round does not depend on the rounds before it, and a resumed run samples the
+cohorts that the uninterrupted run would have sampled.
 """
 
 from collections.abc import Callable
@@ -21,41 +21,40 @@ def cohort_sampler(
   batch_size: int,
   local_epochs: int = 1,
   local_steps: int | None = None,
-  weighting: Literal["uniform", "examples"] = "uniform",
   sampling: Literal["fixed", "poisson"] = "fixed",
   seed: int,
 ) -> Callable[[int], clients.Cohort]:
-  """Samples clients at random, and shuffles their examples.
+  """Makes the function that samples the cohort of a round.
 
   A client takes its examples in a new order every epoch and every round. The
-  last batch of an epoch is kept, with the missing examples masked. A cohort's
-  shapes fit the largest client of the population, so they never change.
+  last batch of an epoch is kept, with the missing examples masked. The shapes
+  of a cohort fit the largest client of the population, so they never change.
 
-  Poisson cohorts differ in size, and may be empty. Their shapes have room for
-  so many that a larger one comes less than once in 1e9 rounds; it gets the room
-  it needs, and the round is compiled again. What is left is filled with other
-  clients, of weight zero and without examples: nobody comes twice.
+  Poisson cohorts differ in size and may be empty. Their arrays have a fixed
+  number of places, which is too small less than once in 1e9 rounds; such a
+  cohort gets the places it needs, and the round is compiled again. Free places
+  are filled with other clients of weight zero and without examples, so that no
+  client comes twice.
 
   Args:
     population: the clients and their examples.
-    clients_per_round: how many meet; with "poisson", how many are expected.
+    clients_per_round: size of a cohort; with "poisson", the expected size.
     batch_size: examples in a local step.
     local_epochs: passes of a client over its examples in a round.
-    local_steps: at most so many steps in a round; None for all of the epochs.
-    weighting: of the clients in the aggregate: "uniform" weighs each 1,
-      "examples" by the number of examples it owns, seen within `local_steps`
-      or not.
+    local_steps: most steps in a round; None for all steps of the epochs.
     sampling: "fixed" draws `clients_per_round` without replacement; "poisson"
       draws each client by itself with probability clients_per_round /
       population, which is what most accountants of privacy assume.
     seed: of all draws.
 
   Returns:
-    A function from the number of a round to its cohort.
+    A function from the number of a round to its cohort. The weight of a client
+    is the number of examples it owns, seen within `local_steps` or not; what
+    weights are for is up to the aggregator.
 
   Raises:
-    ValueError: if a number is not positive, more clients are to meet than there
-      are, or `weighting` or `sampling` is none of its two.
+    ValueError: if a number is not positive, there are fewer clients than
+      `clients_per_round`, or `sampling` is neither of the two.
   """
   owned = np.diff(population.starts)
   _check_positive(
@@ -69,10 +68,6 @@ def cohort_sampler(
       f"expected clients_per_round <= {owned.size}, the clients there are, got "
       f"{clients_per_round=}. Let fewer meet: they do not come twice."
     )
-  if weighting not in ("uniform", "examples"):
-    raise ValueError(
-      f"expected weighting 'uniform' or 'examples', got {weighting=}."
-    )
   if sampling not in ("fixed", "poisson"):
     raise ValueError(
       f"expected sampling 'fixed' or 'poisson', got {sampling=}."
@@ -82,7 +77,6 @@ def cohort_sampler(
   steps_of_epoch = -(-owned // batch_size)
   steps = local_epochs * int(steps_of_epoch.max())
   steps = min(steps, local_steps or steps)
-  weights = np.ones_like(owned) if weighting == "uniform" else owned
 
   def sample(round_number: int) -> clients.Cohort:
     rng = draws.generator(seed, draws.Purpose.COHORT, round_number)
@@ -100,9 +94,9 @@ def cohort_sampler(
       clients=chosen.astype(np.int32),
       indices=np.maximum(rows, 0),
       mask=rows >= 0,
-      weights=np.where(
-        np.arange(chosen.size) < count, weights[chosen], 0
-      ).astype(np.float32),
+      weights=np.where(np.arange(chosen.size) < count, owned[chosen], 0).astype(
+        np.float32
+      ),
     )
 
   return sample

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous, atomic, the last few kept (Orbax)."""
+"""Checkpoints of a run, by Orbax: written in the background, whole or not."""
 
 import logging
 import pathlib
@@ -12,11 +12,11 @@ class Checkpoints:
   """The checkpoints in one folder; a context manager that waits for writes."""
 
   def __init__(self, folder: pathlib.Path, *, keep: int = 2):
-    """Opens or makes `folder`, dropping what a killed process left half done.
+    """Opens or makes `folder`; deletes what a killed process left half done.
 
     Args:
-      folder: where the checkpoints are.
-      keep: how many of the latest to keep.
+      folder: the folder of the checkpoints.
+      keep: how many of the latest checkpoints to keep.
     """
     import orbax.checkpoint as ocp
 
@@ -30,7 +30,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=options,
-      # Named, for else a new manager cannot tell what was saved.
+      # Without it a new manager does not know what was saved.
       item_handlers=ocp.StandardCheckpointHandler(),
     )
 
@@ -48,13 +48,14 @@ class Checkpoints:
     self._manager.save(round_number, args=ocp.args.StandardSave(state))
 
   def restore(self, like: Any) -> tuple[int, Any]:
-    """The latest round saved and its state; (0, `like`) if there is none.
+    """Returns the last round that was saved, and its state.
 
     Args:
-      like: a state of the same structure, shapes and dtypes.
+      like: a state of the same structure, shapes and dtypes. It is returned as
+        the state of round 0 if there is no checkpoint.
 
     Raises:
-      ValueError: if what was saved has another structure, shape or dtype.
+      ValueError: if the checkpoint has another structure, shape or dtype.
     """
     import orbax.checkpoint as ocp
 
@@ -63,11 +64,11 @@ class Checkpoints:
       return 0, like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     saved = self._manager.item_metadata(latest)
-    # Orbax would cast another dtype without a word.
+    # Orbax would cast to another dtype silently.
     if _shapes(saved) != _shapes(abstract):
       raise ValueError(
-        f"the checkpoint of round {latest} in {self._manager.directory} does"
-        " not fit this experiment. Use another folder."
+        f"the checkpoint of round {latest} in {self._manager.directory} has"
+        " other arrays than this experiment. Use another folder."
       )
     return latest, self._manager.restore(
       latest, args=ocp.args.StandardRestore(abstract)
@@ -75,7 +76,7 @@ class Checkpoints:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-  """Shape and dtype by path: Orbax knows a NamedTuple as a dictionary."""
+  """Shapes and dtypes by path: Orbax restores a NamedTuple as a dictionary."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       tuple(leaf.shape),

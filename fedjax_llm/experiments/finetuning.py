@@ -2,9 +2,11 @@
 
 task = tasks.language_model(records.streams(corpora.standard_library()), ...)
 algorithm = flasc.flasc(task.loss_fn, optax.sgd(0.1), ...)
-experiment = finetuning.federated(task, algorithm, rounds=20, ...)
+schedule = finetuning.Schedule(rounds=20, clients_per_round=6, batch_size=4)
+experiment = finetuning.fine_tuning(task, algorithm, schedule)
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,8 +16,8 @@ import numpy as np
 import tqdm
 
 from fedjax_llm.data import cohorts
-from fedjax_llm.experiments import runner, tasks
-from fedjax_llm.federated import clients, draws, fidelity, rounds
+from fedjax_llm.experiments import codec_gate, programs, runner, tasks
+from fedjax_llm.federated import clients, draws, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
 from fedjax_llm.models import lora
@@ -23,74 +25,97 @@ from fedjax_llm.models import lora
 Observer = Callable[[int, clients.Cohort, Mapping[str, Any]], None]
 
 
-def federated(
-  task: tasks.Task,
-  algorithm: rounds.FederatedAlgorithm,
-  *,
-  rounds: int,
-  clients_per_round: int,
-  batch_size: int,
-  local_epochs: int = 1,
-  local_steps: int | None = None,
-  weighting: Literal["uniform", "examples"] = "uniform",
-  sampling: Literal["fixed", "poisson"] = "fixed",
-  network: networks.Network | None = None,
-  privacy: guarantees.Guarantee | None = None,
-  observe: Observer | None = None,
-  evaluate_every: int = 5,
-  checkpoint_every: int = 5,
-) -> runner.Experiment:
-  """Runs a federated algorithm on a task.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How long a run is, and what happens in each round.
 
-  Args:
-    task: what is fine-tuned, on what.
-    algorithm: how.
-    rounds: how many rounds.
-    clients_per_round: how many clients train in each.
-    batch_size: rows a local step.
-    local_epochs: passes of a client over its rows in a round.
-    local_steps: at most so many local steps in a round; None for no limit.
-    weighting: of the clients, see `data.cohorts.cohort_sampler`.
-    sampling: of the clients, see `data.cohorts.cohort_sampler`.
-    network: the clients' links and how reliable these are; None if everybody
-      answers, at once.
-    privacy: what `algorithm` guarantees. Its epsilon is a metric of each
-      evaluation, unless it is infinite, and what it says of the run is printed
-      and exported as `privacy.txt`.
-    observe: is told of every round what the algorithm tells, to record it. Of
-      rounds that are computed again after a process was killed it is told
-      again.
+  Attributes:
+    rounds: number of rounds.
+    clients_per_round: clients that train in a round; with Poisson sampling,
+      how many are expected.
+    batch_size: examples in a local step.
+    local_epochs: passes of a client over its examples in a round.
+    local_steps: most local steps of a client in a round; None for no limit.
+    sampling: how clients are sampled, "fixed" or "poisson"; see
+      `data.cohorts.cohort_sampler`.
     evaluate_every: rounds between evaluations.
     checkpoint_every: rounds between checkpoints.
 
+  Raises:
+    ValueError: if a number is below 1.
+  """
+
+  rounds: int
+  clients_per_round: int
+  batch_size: int
+  local_epochs: int = 1
+  local_steps: int | None = None
+  sampling: Literal["fixed", "poisson"] = "fixed"
+  evaluate_every: int = 5
+  checkpoint_every: int = 5
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if isinstance(value, int) and value < 1:
+        raise ValueError(f"Schedule expected {name} >= 1, got {value}.")
+
+
+def fine_tuning(
+  task: tasks.Task,
+  algorithm: rounds.FederatedAlgorithm,
+  schedule: Schedule,
+  *,
+  network: networks.Network | None = None,
+  privacy: guarantees.Guarantee | None = None,
+  observe: Observer | None = None,
+) -> runner.Experiment:
+  """Makes an experiment that runs a federated algorithm on a task.
+
+  The weight of a client is the number of its examples; the algorithm's
+  aggregator decides what the weights are for.
+
+  Args:
+    task: the model and the data.
+    algorithm: the federated method.
+    schedule: the rounds, and what happens in each.
+    network: the clients' links and their reliability; None if every client
+      answers at once.
+    privacy: what `algorithm` guarantees. Its epsilon is a metric of each
+      evaluation, unless it is infinite; its description of the finished run is
+      printed and written to `privacy.txt`.
+    observe: called after each round with (round, cohort, metrics). It is called
+      again for rounds that are computed again after a process was killed.
+
   Returns:
-    An experiment. Its `loss` and the PEFT folder `adapter` that it exports are
-    of the model as clients receive it, which for FLASC is the masked one;
-    `server_loss` is that of the parameters the server keeps. Bytes are of all
-    messages that were sent in a round together, and of the largest one;
-    `entries` are the numbers in them, and a message with fewer of these than
-    there are `trainable` is a sparse one. With a network there are too the
-    clients `selected` and `answered`, and the round's `simulated_seconds`.
-    `train_loss` and `tokens` are of those that answered; a round of nobody has
-    no `train_loss`. If the algorithm tells them there is `update_cosine`, and
-    with two answers or more `innovation_cosine`: see `federated.fidelity`. If
-    by it nothing arrives, the run says so, once.
+    An experiment. `loss` and the exported `adapter` are those of the model that
+    clients receive, which for FLASC is the masked one; `server_loss` is that of
+    the parameters the server keeps. Metrics of a round:
+
+    - `download_bytes`, `upload_bytes`: of all messages; `..._per_client`: of
+      the largest message.
+    - `download_entries`, `upload_entries`: how many numbers messages hold. One
+      with fewer than `trainable` numbers is sparse.
+    - `train_loss`, `tokens`: of the clients that answered; no `train_loss` if
+      there are none.
+    - `selected`, `answered`, `simulated_seconds`: only with a network.
+    - `update_cosine`, and with two answers or more `innovation_cosine`: if the
+      algorithm returns them. If codecs transmit nothing, a warning is printed.
 
   Raises:
-    ValueError: if more clients are to be selected than there are, or they are
-      not sampled as `privacy` is accounted for, or `algorithm` adds less noise.
+    ValueError: if more clients are to be selected than there are, if clients
+      are not sampled as `privacy` assumes, or if `algorithm` does not add the
+      noise that `privacy` promises.
   """
   links = network or networks.IDEAL
-  _check(task, links, privacy, sampling, clients_per_round, local_epochs)
+  _check(task, links, privacy, schedule)
   _check_noise(algorithm, privacy)
   sample = cohorts.cohort_sampler(
     task.population,
-    clients_per_round=links.selected(clients_per_round),
-    batch_size=batch_size,
-    local_epochs=local_epochs,
-    local_steps=local_steps,
-    weighting=weighting,
-    sampling=sampling,
+    clients_per_round=links.selected(schedule.clients_per_round),
+    batch_size=schedule.batch_size,
+    local_epochs=schedule.local_epochs,
+    local_steps=schedule.local_steps,
+    sampling=schedule.sampling,
     seed=task.seed,
   )
   key = draws.key(task.seed)
@@ -100,10 +125,24 @@ def federated(
     algorithm.round, donate_argnums=0, out_shardings=(placement, None)
   )
   evaluate, export = _results(task, algorithm, privacy, key)
-  gate = fidelity.Gate(tqdm.tqdm.write)
+  gate = codec_gate.Gate(tqdm.tqdm.write)
 
   def init():
     return jax.device_put(algorithm.init(task.trainable), placement)
+
+  def program(state):
+    arguments = (state, task.frozen, examples, sample(0), key)
+    settings: dict[str, Any] = dataclasses.asdict(schedule)
+    settings.pop("rounds")  # It may grow.
+    return {
+      "round": programs.of_function(compiled, *arguments),
+      "start": programs.of_arrays(state),
+      "rows": programs.of_arrays((examples, task.population.starts)),
+      "seed": task.seed,
+      **settings,
+      "network": network and network.describe(len(task.population.names)),
+      "privacy": privacy and repr(privacy),
+    }
 
   def advance(state, cohort):
     state, metrics = compiled(state, task.frozen, examples, cohort, key)
@@ -111,8 +150,9 @@ def federated(
 
   def round_fn(state, number):
     cohort = sample(number)
-    # Of a Poisson sample all are wanted, however many they are.
-    wanted = len(cohort.clients) if sampling == "poisson" else clients_per_round
+    # All clients of a Poisson sample are wanted, however many they are.
+    is_poisson = schedule.sampling == "poisson"
+    wanted = len(cohort.clients) if is_poisson else schedule.clients_per_round
     state, metrics, outcome, seconds = links.round(
       advance, state, cohort, round_number=number, wanted=wanted
     )
@@ -121,18 +161,10 @@ def federated(
     line: dict[str, Any] = outcome.sent(metrics, _trained_entries(state))
     line["tokens"] = metrics["tokens"]
     if outcome.answered.any():
-      named = ("train_loss", "update_cosine", "innovation_cosine")
-      line |= {name: metrics[name] for name in named if name in metrics}
-      if outcome.answered.sum() < 2:
-        line.pop("innovation_cosine", None)  # Of one client there is none.
+      line |= _means(metrics, outcome.answered.sum())
       gate.see(line.get("innovation_cosine"))
     else:
-      # A private mean must not show it, so the server steps on the noise.
-      is_noisy = algorithm.noise_multiplier is not None
-      tqdm.tqdm.write(
-        f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
-        f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
-      )
+      _say_empty(number, outcome, algorithm)
     if observe:
       observe(number, outcome.cohort(cohort), metrics)
     if network:
@@ -142,21 +174,23 @@ def federated(
     return state, line
 
   return runner.Experiment(
-    rounds=rounds,
+    rounds=schedule.rounds,
     init=init,
     round=round_fn,
     evaluate=evaluate,
     export=export,
     data=task.data,
+    program=program,
     population=task.population,
-    evaluate_every=evaluate_every,
-    checkpoint_every=checkpoint_every,
+    evaluate_every=schedule.evaluate_every,
+    checkpoint_every=schedule.checkpoint_every,
   )
 
 
-def _check(task, links, privacy, sampling, clients_per_round, local_epochs):
-  """Refuses what cannot be sampled, or not as privacy is accounted for."""
+def _check(task, links, privacy, schedule):
+  """Refuses what cannot be sampled, or is not sampled as privacy assumes."""
   population = len(task.population.names)
+  wanted, sampling = schedule.clients_per_round, schedule.sampling
   if links.over_selection > 1:
     # Whose answer counts would depend on who else is there.
     if sampling == "poisson" or isinstance(privacy, guarantees.ClientLevel):
@@ -164,27 +198,45 @@ def _check(task, links, privacy, sampling, clients_per_round, local_epochs):
         "expected over_selection=1 with Poisson sampling or privacy of clients,"
         f" got {links.over_selection}."
       )
-    if (selected := links.selected(clients_per_round)) > population:
+    if (selected := links.selected(wanted)) > population:
       raise ValueError(
         f"expected to select at most {population} clients, all there are, got"
-        f" {selected}: {clients_per_round=} over-selected"
+        f" {selected}: clients_per_round={wanted} over-selected"
         f" {links.over_selection} times."
       )
   if privacy:
-    privacy.check(sampling, clients_per_round, population, local_epochs)
+    privacy.check(sampling, wanted, population, schedule.local_epochs)
+
+
+# The field of an algorithm that must have a guarantee's noise, and the remedy.
+_NOISE = {
+  guarantees.ClientLevel: (
+    "noise_multiplier",
+    "give it a privacy.mechanisms.private_mean as its `aggregate`",
+  ),
+  guarantees.ExampleLevel: (
+    "example_noise_multiplier",
+    "compose it by rounds.federated_round of a privacy.dp_sgd.local_update",
+  ),
+}
 
 
 def _check_noise(algorithm, privacy):
-  """Refuses privacy of clients that the algorithm does not provide."""
-  if not isinstance(privacy, guarantees.ClientLevel):
+  """Refuses a guarantee that the algorithm does not keep."""
+  if privacy is None:
     return
-  got = algorithm.noise_multiplier
-  if got is None or got < privacy.noise_multiplier:
+  if type(privacy) not in _NOISE:
     raise ValueError(
-      f"expected an algorithm with noise_multiplier={privacy.noise_multiplier},"
-      f" for which its privacy is accounted, got {got}. Make it with such a"
-      " mechanisms.private_mean as its `aggregate`, if it tells its"
-      " noise_multiplier."
+      "expected privacy to be a ClientLevel or an ExampleLevel, whose noise can"
+      f" be checked, got a {type(privacy).__name__}."
+    )
+  name, remedy = _NOISE[type(privacy)]
+  got, expected = getattr(algorithm, name), privacy.noise_multiplier
+  if got is None or got < expected:
+    raise ValueError(
+      f"{type(privacy).__name__} is accounted for noise_multiplier={expected},"
+      f" but the algorithm's {name} is {got}: expected an algorithm with that"
+      f" much noise. To make one, {remedy}."
     )
 
 
@@ -197,15 +249,32 @@ def _check_finite(task, number, diverged):
     )
 
 
+def _means(metrics, answered):
+  """The metrics of a round in which clients answered."""
+  names = ["train_loss", "update_cosine"]
+  if answered > 1:
+    names.append("innovation_cosine")  # One client has none.
+  return {name: metrics[name] for name in names if name in metrics}
+
+
+def _say_empty(number, outcome, algorithm):
+  # A private server steps on noise alone: an empty cohort must not show.
+  is_noisy = algorithm.noise_multiplier is not None
+  tqdm.tqdm.write(
+    f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
+    f" answered; {'there is only noise' if is_noisy else 'it is skipped'}."
+  )
+
+
 def _trained_entries(state: Any) -> int:
-  """How many numbers are trained: of a method on a part of them, its part."""
+  """How many numbers are trained; some methods train a part of them."""
   while hasattr(state, "inner"):
     state = state.inner
   return sum(x.size for x in jax.tree.leaves(state.trainable))
 
 
 def _results(task, algorithm, privacy, key):
-  """What measures a state, and what exports it."""
+  """Makes the functions that evaluate and export a state."""
   received = jax.jit(algorithm.received)
   residual_of = algorithm.residual or (lambda state: None)
 

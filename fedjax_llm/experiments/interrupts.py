@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the work at hand be finished."""
+"""Ctrl-C that lets the round be finished."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ import threading
 
 
 class Interrupt:
-  """Notes the first SIGINT; a second one stops at once.
+  """A context that notes the first SIGINT; a second one stops at once.
 
-  A context; `asked` tells whether there was one. Only the main thread gets
-  signals: work in another one is not interrupted.
+  `asked` says whether there was one. Python sends signals to the main thread
+  alone, so a run in another thread is not interrupted.
   """
 
   asked = False
@@ -26,9 +26,9 @@ class Interrupt:
 
   def _note(self, *_):
     self.asked = True
-    # A process that a script left in the background starts with it ignored.
+    # A process that a script starts in the background ignores SIGINT.
     ignored = self._previous == signal.SIG_IGN
     handler = signal.default_int_handler if ignored else self._previous
     signal.signal(signal.SIGINT, handler)
-    # Not `print`: the signal may have come in the middle of another one.
+    # Not `print`: the signal may have come in the middle of a `print`.
     os.write(2, b"\nFinishing the round; Ctrl-C again stops at once.\n")

@@ -1,4 +1,4 @@
-"""A base model, with what an adapter adds to it, by the names users give."""
+"""Loads a base model and an adapter by the names that users give."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-  """A base model, with what an adapter adds to it.
+  """A base model and what an adapter adds to it.
 
   Attributes:
-    folder: of the base model.
-    config: its shape.
-    params: its parameters.
-    adapter: what the factors were made with; None if there are none.
+    folder: folder of the base model.
+    config: shape of the base model.
+    params: parameters of the base model.
+    adapter: LoRA settings of the factors; None if there are none.
     trained: the factors, with the head of a classifier.
-    head: None for a language model.
+    head: the head of a classifier; None for a language model.
   """
 
   folder: pathlib.Path
@@ -48,12 +48,11 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What every task computes with.
+  """How every evaluation computes.
 
   Attributes:
-    dtype: of activations and of the base model.
-    sequence_length: tokens that a model is given at once; None for what the
-      task has by default.
+    dtype: dtype of the base model and its activations.
+    sequence_length: tokens in a row; None for the default of the evaluation.
     batch_size: rows scored at once.
   """
 
@@ -68,7 +67,7 @@ class Settings:
       )
 
   def length(self, config: Any, most: int | None) -> int:
-    """Tokens that a model is given at once, by default at most `most`."""
+    """Returns the tokens in a row, by default at most `most`."""
     context = config.max_position_embeddings
     length = self.sequence_length
     if length is None:
@@ -82,7 +81,7 @@ class Settings:
 
 
 def load(model: str | None, adapter: str | None, dtype: Any) -> Model:
-  """Loads a base model, by default the one that the adapter is for."""
+  """Loads a base model; if none is named, the one that the adapter is for."""
   if model is None and adapter is None:
     raise ValueError("expected --model, --adapter or both, got neither.")
   from_peft = None if adapter is None else pretrained.resolve(adapter)
@@ -100,11 +99,11 @@ def load(model: str | None, adapter: str | None, dtype: Any) -> Model:
 
 
 def of_run(run: str) -> tuple[str | None, str | None]:
-  """What a run has trained: the model or the adapter for `load`.
+  """Returns the model and the adapter of a run, one of them None, for `load`.
 
   Args:
-    run: folder of a run, whose export it is; or what that export would be: a
-      folder or hub name of an adapter or, after full fine-tuning, of a model.
+    run: folder of a run; or a folder or hub name of what a run exports: an
+      adapter or, after full fine-tuning, a model.
 
   Raises:
     ValueError: if the run has not been exported.
@@ -114,8 +113,8 @@ def of_run(run: str) -> tuple[str | None, str | None]:
     folder = folder / "adapter"
     if not folder.is_dir():
       raise ValueError(
-        f"expected a finished run in {run}, which has no adapter yet. Export"
-        " what it has: fedjax-llm export CONFIG --out RUN."
+        f"expected a finished run, but {run} has no adapter yet. Export its"
+        " last checkpoint: fedjax-llm export CONFIG --out RUN."
       )
   folder = pretrained.resolve(folder)
   if (folder / peft_files.FILES[0]).is_file():
@@ -124,7 +123,7 @@ def of_run(run: str) -> tuple[str | None, str | None]:
 
 
 def tokenizer_of(loaded: Model) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of a language model; refuses what is none."""
+  """Returns the tokenizer of a language model; refuses other models."""
   families.check_predicts(loaded.config)
   if loaded.head is not None:
     raise ValueError(

@@ -9,12 +9,14 @@ from fedjax_llm.models import classification, language
 
 
 class Objective(NamedTuple):
-  """Makers of functions of a model, in `tasks.Task`'s terms.
+  """Makes the functions that train and evaluate a network.
 
   Attributes:
-    loss_fn: network -> fn(trainable, frozen, examples, mask, key).
-    score_fn: network -> fn(trainable, frozen, examples).
-    evaluator: (score function, rows) -> fn(trainable, frozen).
+    loss_fn: network -> fn(trainable, frozen, examples, mask, key), the loss of
+      a batch.
+    score_fn: network -> fn(trainable, frozen, examples), what is evaluated of a
+      batch.
+    evaluator: (score function, rows) -> fn(trainable, frozen), the metrics.
   """
 
   loss_fn: Callable[..., Any]
@@ -22,7 +24,7 @@ class Objective(NamedTuple):
   evaluator: Callable[..., Any]
 
   def of_all_parameters(self) -> Self:
-    """The same where nothing is frozen, for a network without an adapter."""
+    """The same for a network without an adapter, whose parameters all train."""
 
     def loss_fn(network):
       loss = self.loss_fn(network)

@@ -1,8 +1,8 @@
-"""Pre-training of a small base model: full parameters, one process.
+"""Pre-training of a small base model, in one process.
 
-It exists so that the package can ship a trained model for its default corpus;
-a round is a fixed number of optimizer steps, so that a pre-training run is
-recorded, checkpointed and resumed like any other experiment.
+With it the package ships a trained model for its default corpus. A round is a
+fixed number of optimizer steps, so that a pre-training run is recorded,
+checkpointed and resumed like any other experiment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import optax
 
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
-from fedjax_llm.experiments import runner
+from fedjax_llm.experiments import programs, runner
 from fedjax_llm.federated import draws
 from fedjax_llm.models import decoder, language, pretrained
 
@@ -31,15 +31,15 @@ _START = "<|endoftext|>"
 def train_tokenizer(
   texts: Sequence[str], vocabulary: int, context: int
 ) -> transformers.PreTrainedTokenizerFast:
-  """Byte-level BPE whose texts start with `<|endoftext|>`.
+  """Trains a byte-level BPE whose texts start with `<|endoftext|>`.
 
   Args:
-    texts: what to train on.
+    texts: texts to train on.
     vocabulary: number of tokens, at least 257.
-    context: longest row that the model takes, recorded in the tokenizer.
+    context: longest row of the model, recorded in the tokenizer.
 
   Raises:
-    ValueError: if the vocabulary does not hold every byte.
+    ValueError: if the vocabulary is too small for all bytes.
   """
   import tokenizers
   import transformers
@@ -84,17 +84,17 @@ class Schedule:
   """How long and how fast to train.
 
   Attributes:
-    steps: optimizer steps in all.
-    steps_per_round: after how many the run logs a line.
-    batch_size: rows a step.
-    rows_at_once: rows whose gradients are taken together, a divisor of
-      `batch_size`; a few are fastest on a CPU, whose caches they fit.
-    learning_rate: the peak, reached after `warmup` steps; a cosine ends at a
-      tenth of it.
+    steps: number of optimizer steps.
+    steps_per_round: optimizer steps between lines of the log.
+    batch_size: rows in a step.
+    rows_at_once: rows whose gradients are computed together, a divisor of
+      `batch_size`. On a CPU a few are fastest, which fit its caches.
+    learning_rate: the largest learning rate, reached after `warmup` steps; a
+      cosine decay ends at a tenth of it.
     warmup: steps of linear warm-up.
-    weight_decay: decoupled, on matrices alone.
+    weight_decay: weight decay of AdamW, on matrices alone.
     clip: largest global norm of a gradient.
-    seed: of the initial parameters and of the order of rows.
+    seed: seed of the initial parameters and of the order of rows.
   """
 
   steps: int
@@ -151,20 +151,20 @@ def pretraining(
   """Trains all parameters of a Llama on `train`.
 
   Args:
-    config: the model's shape.
-    tokenizer: its tokenizer.
+    config: shape of the model.
+    tokenizer: tokenizer of the model.
     train: texts to train on.
     held_out: texts to evaluate on.
-    sequence_length: tokens predicted a row.
-    schedule: how long and how fast.
+    sequence_length: tokens predicted in a row.
+    schedule: how long and how fast to train.
     data: what identifies the texts, for the run's record.
 
   Returns:
     An experiment whose export is a Hugging Face folder `model`.
 
   Raises:
-    ValueError: if there are fewer rows than a batch takes, or a row does not
-      fit the model.
+    ValueError: if there are fewer rows than in a batch, or a row does not fit
+      the model.
   """
   if sequence_length > config.max_position_embeddings:
     raise ValueError(
@@ -206,7 +206,7 @@ def pretraining(
     nothing = (jnp.float32(0), jnp.int32(0))
     zeros = (nothing, jax.tree.map(jnp.zeros_like, params))
     ((total, count), gradient), _ = jax.lax.scan(accumulate, zeros, parts)
-    # Divided at the end, so that a row padded at its end weighs less.
+    # Divided at the end, so that a padded row weighs less.
     loss, gradient = jax.tree.map(lambda x: x / count, (total, gradient))
     updates, optimizer_state = optimizer.update(
       gradient, optimizer_state, params
@@ -225,6 +225,15 @@ def pretraining(
     state, loss = steps(state, device_rows, indices)
     return state, {"train_loss": loss, "tokens": indices.size * sequence_length}
 
+  def program(state):
+    indices = _batches(len(rows.tokens), schedule, 0)
+    return {
+      "round": programs.of_function(steps, state, device_rows, indices),
+      "start": programs.of_arrays(state),
+      "rows": programs.of_arrays(device_rows),
+      **dataclasses.asdict(schedule),
+    }
+
   def export(state, folder):
     pretrained.save(folder / "model", config, state[0])
     tokenizer.save_pretrained(folder / "model")
@@ -236,14 +245,15 @@ def pretraining(
     evaluate=lambda state: evaluate(None, state[0]),
     export=export,
     data=data,
+    program=program,
   )
 
 
 def _batches(rows: int, schedule: Schedule, first: int) -> np.ndarray:
-  """The rows of the steps from `first` on: int32 [steps, batch].
+  """Returns the rows of the steps from `first` on: int32 [steps, batch].
 
-  Rows are reshuffled every epoch; what does not fill a batch waits for the
-  next.
+  Rows are shuffled anew every epoch; rows that do not fill a batch are left out
+  of the epoch.
   """
   per_epoch = rows // schedule.batch_size
 

@@ -1,6 +1,8 @@
 """Tasks: what is fine-tuned on what.
 
-A base model, what is trained of it, the clients' rows and the held-out rows.
+A task has a model, what is trained of it, the clients' examples, and what
+evaluates the model on held-out examples. `language_model` and `classifier` are
+for texts and models of the hub, `custom` is for everything else.
 """
 
 from __future__ import annotations
@@ -8,51 +10,43 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from fedjax_llm.data import batches, records
-from fedjax_llm.experiments import objectives
+from fedjax_llm.data import arrays, batches, records
+from fedjax_llm.experiments import base_models, objectives, programs
 from fedjax_llm.federated import clients, draws
-from fedjax_llm.models import (
-  adapters,
-  families,
-  heads,
-  hub_config,
-  lora,
-  pretrained,
-  quantized,
-)
+from fedjax_llm.models import families, heads, hub_config, lora, pretrained
 
 if TYPE_CHECKING:
   import transformers
 
-Dtype = Literal["float32", "bfloat16"]
-Quantize = quantized.Format
+Dtype = base_models.Dtype
+Quantize = base_models.Quantize
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is fine-tuned, on what.
+  """A model and data to fine-tune it on.
 
   Attributes:
-    loss_fn: for `federated.clients.local_update`.
-    trainable: the LoRA factors to start from, with the head of a classifier;
-      or in full fine-tuning all parameters, in float32.
-    frozen: the base model's parameters; nothing in full fine-tuning.
-    population: the clients and their training rows.
-    evaluate: (trainable, frozen) -> `loss`, `accuracy` and more on held-out
-      rows.
+    loss_fn: the loss of a batch, see `federated.clients.local_update`.
+    trainable: the parameters that are trained and sent: LoRA factors, with the
+      head of a classifier; all parameters, in float32, in full fine-tuning.
+    frozen: the parameters that every client has and nobody trains.
+    population: the clients and their training examples.
+    evaluate: (trainable, frozen) -> `loss` and other metrics on held-out
+      examples.
     save_adapter: (trainable, folder, residual=None) -> None; writes a PEFT
-      adapter, with what a method has added to the base model if it has, see
-      `rounds.FederatedAlgorithm`. In full fine-tuning, a model folder.
+      adapter, or a model folder in full fine-tuning. `residual` is what a
+      method has added to the base model, see `rounds.FederatedAlgorithm`.
     placement: the devices that clients train on, and how many at once.
-    seed: of everything random.
-    data: what identifies the rows and the base model.
-    adapter: the LoRA that the factors are of; None in full fine-tuning.
+    seed: seed of every random draw.
+    data: names and fingerprints of the data and the base model.
+    adapter: the LoRA settings of the factors; None if there are none.
   """
 
   loss_fn: Callable[..., Any]
@@ -67,6 +61,80 @@ class Task:
   adapter: lora.LoRA | None = None
 
 
+def custom(
+  loss_fn: Callable[..., Any],
+  trainable: Any,
+  frozen: Any,
+  examples: Any,
+  *,
+  starts: Sequence[int] | np.ndarray,
+  evaluate: Callable[[Any, Any], dict[str, float]],
+  seed: int = 0,
+  names: Sequence[str] | None = None,
+  save: Callable[..., None] | None = None,
+  placement: clients.Placement | None = None,
+) -> Task:
+  """Makes a task of any model and any arrays.
+
+  Args:
+    loss_fn: `(trainable, frozen, examples, mask, key) -> (total, count)`, see
+      `federated.clients.local_update`; `examples` is a batch of rows.
+    trainable: tree of the parameters that are trained and sent.
+    frozen: tree of the parameters that every client has; {} if there are none.
+    examples: tree of arrays [rows, ...], the rows of one client after those of
+      another.
+    starts: the first row of each client, and the number of rows at the end.
+    evaluate: (trainable, frozen) -> metrics on held-out data, with a `loss`.
+    seed: seed of the cohorts and of what clients and compressors draw.
+    names: the names of the clients; numbers if not given.
+    save: (trainable, folder) -> None, writes the trained parameters. With a
+      method that adds to the frozen parameters it is called with `residual=`
+      too. If not given, they are written to `trainable.safetensors`.
+    placement: the devices that clients train on, and how many at once; all
+      devices if not given.
+
+  Raises:
+    ValueError: if `examples`, `starts` and `names` do not fit each other; from
+      the first evaluation, if `evaluate` returns no `loss`.
+  """
+  population = arrays.population(examples, starts, names)
+  placement = placement or clients.Placement()
+
+  def checked_evaluate(trained, frozen):
+    metrics = evaluate(trained, frozen)
+    if "loss" not in metrics:
+      raise ValueError(
+        'expected evaluate to return a dictionary with "loss", got the keys'
+        f" {list(metrics)}."
+      )
+    return dict(metrics)
+
+  def save_adapter(trained, folder, residual=None):
+    if save is None and residual is not None:
+      raise ValueError(
+        "the method adds to the frozen parameters: expected tasks.custom to be"
+        " given a `save` with a parameter `residual`."
+      )
+    options = {} if residual is None else {"residual": residual}
+    (save or arrays.save)(trained, folder, **options)
+
+  return Task(
+    loss_fn=loss_fn,
+    trainable=trainable,
+    frozen=jax.device_put(frozen, placement.everywhere),
+    population=population,
+    evaluate=checked_evaluate,
+    save_adapter=save_adapter,
+    placement=placement,
+    seed=draws.check_seed(seed),
+    data={
+      "name": "arrays",
+      "fingerprint": programs.of_arrays((examples, population.starts)),
+      "frozen_fingerprint": programs.of_arrays(frozen),
+    },
+  )
+
+
 def language_model(
   data: records.RowSource,
   *,
@@ -79,36 +147,44 @@ def language_model(
   placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
-  """Fine-tuning of a causal language model on federated texts.
+  """Makes a task of a causal language model and the clients' texts.
 
   Args:
     data: the clients' rows, such as `records.streams(corpus)` or
       `records.instructions(...)`.
     model: Hugging Face folder or hub name; the shipped Llama if not given.
-    adapter: which layers get LoRA factors, and how; or the folder or hub name
-      of a PEFT adapter, to go on training from. None for full fine-tuning:
-      all parameters are trained and sent.
-    sequence_length: tokens predicted a row, at most the model's context.
-    dtype: what the base model is kept and computed in. What is trained, its
-      gradients and optimizers are float32 always.
-    quantize: keep the kernels of the base model's layers in 8 or about 4.5
-      bits a weight instead (QLoRA, Dettmers et al., 2023).
+    adapter: the LoRA settings; or the folder or hub name of a PEFT adapter, to
+      go on training it. None for full fine-tuning: all parameters are trained
+      and sent.
+    sequence_length: tokens predicted in a row, at most the model's context.
+    dtype: dtype of the base model and its activations. Trained parameters,
+      their gradients and optimizers are always float32.
+    quantize: format of the base model's layers, 8 or about 4.5 bits a weight
+      (QLoRA, Dettmers et al., 2023); None for `dtype`.
     remat: recompute activations to save memory.
     placement: the devices that clients train on, and how many at once; all
       devices if not given.
-    seed: of the factors, the cohorts, the dropout and the compressors.
+    seed: seed of every random draw.
 
   Raises:
-    ValueError: if the model or adapter cannot be loaded, a row does not fit, or
-      quantised kernels were to be trained.
+    ValueError: if the model or the adapter cannot be loaded, a row does not
+      fit, or quantised kernels were to be trained.
   """
   folder = pretrained.resolve(model)
   families.check_predicts(families.read_config(folder))
   rows = _rows(data, folder, sequence_length)
-  kind = objectives.LANGUAGE
-  return _task(
-    rows, model, adapter, None, kind, dtype, quantize, remat, placement, seed
+  loaded = base_models.load(
+    model,
+    adapter,
+    None,
+    objectives.LANGUAGE,
+    dtype=dtype,
+    quantize=quantize,
+    remat=remat,
+    placement=placement,
+    seed=seed,
   )
+  return _task(rows, loaded, seed)
 
 
 def classifier(
@@ -124,18 +200,17 @@ def classifier(
   placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
-  """Fine-tuning of a classifier on federated texts.
+  """Makes a task of a classifier and the clients' texts.
 
-  Its head is trained and sent with the rest. Arguments and errors are those
-  of `language_model`, but for:
+  Its head is trained and sent too. Errors are those of `language_model`.
 
   Args:
     data: the clients' rows, `records.classified(...)`.
-    model: Hugging Face folder or hub name of a decoder or encoder. Where it has
-      a head of as many labels, training starts from that.
+    model: Hugging Face folder or hub name of a decoder or encoder. If it has a
+      head with as many labels, training starts from that head.
     adapter: as in `language_model`.
-    sequence_length: tokens a row.
-    pooling: what of a row is classified, see `models.heads.Classifier`.
+    sequence_length: tokens in a row.
+    pooling: which state of a row is classified, see `models.heads.Classifier`.
     dtype: as in `language_model`.
     quantize: as in `language_model`.
     remat: as in `language_model`.
@@ -157,10 +232,18 @@ def classifier(
       f"the head in {folder} scores {stored}, the data number their labels as"
       f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
     )
-  kind = objectives.CLASSIFICATION
-  return _task(
-    rows, model, adapter, head, kind, dtype, quantize, remat, placement, seed
+  loaded = base_models.load(
+    model,
+    adapter,
+    head,
+    objectives.CLASSIFICATION,
+    dtype=dtype,
+    quantize=quantize,
+    remat=remat,
+    placement=placement,
+    seed=seed,
   )
+  return _task(rows, loaded, seed)
 
 
 def _rows(
@@ -184,83 +267,21 @@ def _rows(
   return rows
 
 
-def _task(
-  rows: records.Split,
-  model: str | os.PathLike,
-  adapter: lora.LoRA | str | os.PathLike | None,
-  head: heads.Classifier | None,
-  kind: objectives.Objective,
-  dtype: Dtype,
-  quantize: Quantize | None,
-  remat: bool,
-  placement: clients.Placement | None,
-  seed: int,
-) -> Task:
-  """Loads what is fine-tuned; see `language_model`."""
-  is_full = adapter is None
-  if is_full and quantize:
-    raise ValueError(
-      f"full fine-tuning trains the kernels, got {quantize=}. Leave it out, or"
-      " give an adapter."
-    )
-  folder = pretrained.resolve(model)
-  placement = placement or clients.Placement()
-  config, frozen = pretrained.load(
-    folder,
-    head=head,
-    dtype=jnp.dtype("float32" if is_full else dtype),
-    quantize=quantize,
-    sharding=placement.everywhere,
-  )
-  trainable = None
-  data = {
-    **rows.identity,
-    "base_model": pathlib.Path(model).name,
-    "base_model_fingerprint": pretrained.fingerprint(folder),
-  }
-  if isinstance(adapter, (str, os.PathLike)):
-    start = pretrained.resolve(adapter)
-    data["adapter_fingerprint"] = pretrained.fingerprint(start)
-    adapter, trainable = adapters.load(start, config)
-  network = families.model(
-    config, adapter, head, dtype=jnp.dtype(dtype), remat=remat
-  )
-  if is_full:
-    shapes = lora.abstract_variables(network)["params"]
-    params = heads.complete(frozen, shapes, draws.key(seed))
-    trainable, frozen, kind = params, {}, kind.of_all_parameters()
-  elif trainable is None:
-    trainable = lora.init(network, draws.key(seed), frozen)
-  else:
-    lora.check(network, trainable)
+def _task(rows: records.Split, loaded: base_models.Loaded, seed: int) -> Task:
+  """Puts the rows and the model of a task together."""
+  kind, network = loaded.objective, loaded.network
   return Task(
     loss_fn=kind.loss_fn(network),
-    trainable=trainable,
-    frozen=frozen,
+    trainable=loaded.trainable,
+    frozen=loaded.frozen,
     population=rows.train,
     evaluate=kind.evaluator(kind.score_fn(network), rows.held_out.examples),
-    save_adapter=_saver(adapter, config, str(model), head),
-    placement=placement,
+    save_adapter=loaded.save,
+    placement=loaded.placement,
     seed=seed,
-    data=data,
-    adapter=adapter,
+    data={**rows.identity, **loaded.identity},
+    adapter=loaded.adapter,
   )
-
-
-def _saver(adapter, config, model, head):
-  """Makes what writes a PEFT adapter, or a model if there is no adapter."""
-
-  def save(trained, folder, residual=None):
-    if adapter is not None:
-      named = dict(config=config, base_model=model, head=head)
-      adapters.save(folder, trained, adapter, residual=residual, **named)
-      return
-    like = pretrained.resolve(model)
-    pretrained.save(
-      folder, config, trained, head=head, dtype=jnp.float32, like=like
-    )
-
-  return save
 
 
 def load_tokenizer(

@@ -112,9 +112,40 @@ class Training(NamedTuple):
   count: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalUpdate:
+  """The training that one client does in one round; call it as a function.
+
+  Any function of the same arguments serves as well, but promises no privacy.
+
+  Attributes:
+    train: `(trainable, frozen, examples, indices, mask, key, trains=None) ->
+      Training`.
+    example_noise_multiplier: the standard deviation of the noise in the sum of
+      a batch's clipped gradients, in clip norms; None if the gradients of
+      single examples are not clipped.
+  """
+
+  train: Callable[..., Training]
+  example_noise_multiplier: float | None = None
+
+  def __call__(self, *arguments: Any, **options: Any) -> Training:
+    """Calls `train`."""
+    return self.train(*arguments, **options)
+
+
+def example_noise_multiplier(
+  local_update: Callable[..., Training],
+) -> float | None:
+  """The noise multiplier of private training; None of any other function."""
+  if isinstance(local_update, LocalUpdate):
+    return local_update.example_noise_multiplier
+  return None
+
+
 def local_update(
   loss_fn: LossFn, optimizer: optax.GradientTransformation
-) -> Callable[..., Training]:
+) -> LocalUpdate:
   """Makes the training that one client does in one round.
 
   Args:
@@ -125,12 +156,11 @@ def local_update(
       in every round.
 
   Returns:
-    `fn(trainable, frozen, examples, indices, mask, key, trains=None) ->
-    Training`, a loop over the steps of `indices` and `mask` [steps, batch]. A
-    step whose mask is all False changes neither the parameters nor the
-    optimizer's state; those at the end are not computed, unless vmapped with a
-    client that has more. Where `trains`, a tree of masks, is False, gradients
-    and updates are zero.
+    A `LocalUpdate`: a loop over the steps of `indices` and `mask` [steps,
+    batch]. A step whose mask is all False changes neither the parameters nor
+    the optimizer's state; such steps at the end are not computed, unless the
+    client is vmapped with one that has more. Where `trains`, a tree of masks,
+    is False, gradients and updates are zero.
   """
 
   def mean_loss(trainable, frozen, examples, mask, key):
@@ -147,17 +177,17 @@ def local_update(
 def local_steps(
   gradient_fn: Callable[..., tuple[Any, tuple[Array, Array]]],
   optimizer: optax.GradientTransformation,
-) -> Callable[..., Training]:
-  """Makes a client's training from what it takes for the gradient of a batch.
+  *,
+  example_noise_multiplier: float | None = None,
+) -> LocalUpdate:
+  """Makes a client's training from a custom batch-gradient function.
 
   Args:
     gradient_fn: `(trainable, frozen, examples, mask, key, trains=) ->
       (gradient, (total, count))`, of a batch; see `local_update`. The gradient
       is zero where `trains` is False.
-    optimizer: steps on it.
-
-  Returns:
-    As `local_update`.
+    optimizer: steps on the gradient.
+    example_noise_multiplier: see `LocalUpdate`.
   """
 
   def fn(trainable, frozen, examples, indices, mask, key, trains=None):
@@ -190,7 +220,7 @@ def local_steps(
     trainable, _, loss, count = jax.lax.fori_loop(0, steps, step, start)
     return Training(trainable, loss, count)
 
-  return fn
+  return LocalUpdate(fn, example_noise_multiplier)
 
 
 def only(trains: Any, tree: Any) -> Any:
@@ -296,6 +326,11 @@ def _together(fn, shared, chunk):
     return summand, jax.tree.map(lambda x: x[None], output)
   summands, outputs = jax.vmap(one)(*chunk)
   return jax.tree.map(lambda x: x.sum(0), summands), outputs
+
+
+def in_turn(tiers: int) -> Callable[[Any], Any]:
+  """Deals clients to tiers in turn: client i is in tier i modulo `tiers`."""
+  return lambda client: client % tiers
 
 
 def proximal(mu: float) -> optax.GradientTransformation:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from fedjax_llm.federated import channels, clients, draws, fidelity, rounds
+from fedjax_llm.compression import distortion
+from fedjax_llm.federated import channels, clients, draws, rounds
 
 
 class Answers(NamedTuple):
@@ -77,7 +78,7 @@ def gather(
     weight = jnp.where(finite, cohort.weights, 0).astype(start.dtype)
     keep = lambda new, old: jnp.where(weight > 0, new, old)
     arrived = jnp.where(weight > 0, start - message.received, 0)
-    sums = fidelity.share(start - trained, message.received, weight)
+    sums = distortion.share(start - trained, message.received, weight)
     return (training.loss, training.count, sums), (
       arrived,
       weight,
@@ -100,7 +101,7 @@ def gather(
     arrived, weights, memory, metrics = rounds.replicate(outputs, placement)
     _, unravel = ravel_pytree(trainable)
     metrics |= {"train_loss": loss / jnp.maximum(count, 1), "tokens": count}
-    metrics |= fidelity.cosines(sums)
+    metrics |= distortion.cosines(sums)
     return Answers(jax.vmap(unravel)(arrived), weights, memory, metrics)
 
   return fn

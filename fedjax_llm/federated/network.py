@@ -142,6 +142,19 @@ class Network:
         f"Network expected over_selection >= 1, got {self.over_selection}."
       )
 
+  def describe(self, population: int) -> dict[str, Any]:
+    """Returns all settings as JSON values, to tell networks apart.
+
+    Args:
+      population: the number of clients, whose tiers are listed.
+    """
+    fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+    tier = self.of_client or clients.in_turn(len(self.tiers))
+    return fields | {
+      "tiers": [list(link) for link in self.tiers],
+      "of_client": np.asarray(tier(np.arange(population))).tolist(),
+    }
+
   @property
   def is_race(self) -> bool:
     """Whether it depends on the clients' times who of them counts."""
@@ -200,7 +213,7 @@ class Network:
   ) -> Float[np.ndarray, " cohort"]:
     """How long the round takes each client, from its start to its answer."""
     number = np.asarray(cohort.clients)
-    of_client = self.of_client or (lambda client: client % len(self.tiers))
+    of_client = self.of_client or clients.in_turn(len(self.tiers))
     tiers = np.array(self.tiers, float)[np.asarray(of_client(number))]
     download_mbits, upload_mbits, latency, step = tiers.T
     steps = cohort.mask.any(axis=2).sum(axis=1)
@@ -267,5 +280,12 @@ class Network:
     return np.array([rng.random(2) for rng in streams]) >= chances
 
 
+# Three tiers of clients whose upload is 16, 8 and 4 times slower than their
+# download.
+ASYMMETRIC = (
+  Link(4, 0.25, 0.1, 0.2),
+  Link(16, 2, 0.05, 0.1),
+  Link(64, 16, 0.02, 0.05),
+)
 # Everybody answers, at once.
 IDEAL = Network(tiers=(Link(math.inf, math.inf),), seed=0)

@@ -8,6 +8,7 @@ or from before the first round, and never travels.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -62,6 +63,16 @@ def owners(tree: Any) -> np.ndarray:
 def paths(tree: Any) -> list[str]:
   """The paths of all leaves."""
   return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def signature(tree: Any) -> str:
+  """A hash of the paths and shapes of all leaves, 16 hexadecimal digits.
+
+  Two ends with the same signature mean the same by entry k of a raveled tree.
+  """
+  leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+  described = [f"{path} {tuple(np.shape(leaf))}" for path, leaf in leaves]
+  return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
 def _name(path: Any) -> str:

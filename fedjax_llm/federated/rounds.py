@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, draws, fidelity
+from fedjax_llm.compression import base, distortion, wire
+from fedjax_llm.federated import aggregators, channels, clients, draws
 
 
 class ServerState(NamedTuple):
@@ -45,7 +45,7 @@ class FederatedAlgorithm(NamedTuple):
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
       Metrics: `train_loss` and `tokens` of all local steps together; mostly
-      too `update_cosine` and `innovation_cosine`, see `fidelity.cosines`; and
+      too `update_cosine` and `innovation_cosine`, see `distortion.cosines`; and
       for each client of the cohort `download_bytes` and `upload_bytes`, how
       many numbers they carry in `download_entries` and `upload_entries`, and
       whether its answer was `finite`; one that is not is left out, as is a
@@ -60,6 +60,8 @@ class FederatedAlgorithm(NamedTuple):
     noise_multiplier: of the aggregator, see `aggregators.Aggregator`, through
       which alone `trainable` learns of clients; None if it has none, or there
       is another way.
+    example_noise_multiplier: of the local training, see `clients.LocalUpdate`;
+      None if it is not private, or the method does not tell.
   """
 
   init: Callable[[Any], Any]
@@ -67,6 +69,7 @@ class FederatedAlgorithm(NamedTuple):
   received: Callable[..., Any]
   residual: Callable[[Any], Any] | None = None
   noise_multiplier: float | None = None
+  example_noise_multiplier: float | None = None
 
 
 def federated_round(
@@ -145,7 +148,7 @@ def federated_round(
     return replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
-      **fidelity.cosines(arrived),
+      **distortion.cosines(arrived),
       "download_bytes": nbytes[tier],
       "download_entries": entries[tier],
       **metrics,
@@ -157,7 +160,11 @@ def federated_round(
     return ravel_pytree(state.trainable)[1](message.received)
 
   return FederatedAlgorithm(
-    init, round_fn, received_fn, noise_multiplier=aggregate.noise_multiplier
+    init,
+    round_fn,
+    received_fn,
+    noise_multiplier=aggregate.noise_multiplier,
+    example_noise_multiplier=clients.example_noise_multiplier(local_update),
   )
 
 
@@ -206,7 +213,7 @@ def _answer(local_update, tiers, aggregate):
     memory = jax.tree.map(keep, message.memory, memory)
     share = aggregate.share(message.received, weight, state.aggregate)
     present = (weight > 0).astype(jnp.int32)
-    arrived = fidelity.share(update, message.received, weight)
+    arrived = distortion.share(update, message.received, weight)
     summand = (share, training.loss, training.count, present, arrived)
     return summand, (
       memory,

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.figure
 import tabulate
 
-from fedjax_llm.experiments import runner
+from fedjax_llm.experiments import run_folder
 
 _MEGA = 1e6
 _HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
@@ -76,7 +76,7 @@ def load(folder: str | os.PathLike) -> list[Run]:
   runs = []
   for path in found:
     record = json.loads((path / "run.json").read_text())
-    lines = runner.read_metrics(path / "metrics.jsonl")
+    lines = run_folder.read_metrics(path / "metrics.jsonl")
     if len(lines) < 2:
       raise ValueError(f"the run in {path} has no finished round yet.")
     runs.append(Run(record["experiment"], path.resolve(), record, lines))

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from fedjax_llm.cli import main as cli
-from fedjax_llm.experiments import runner
+from fedjax_llm.experiments import run_folder
 
 TOY = pathlib.Path(__file__).parent.parent / "toy_config.py"
 MODULE = [sys.executable, "-m", "fedjax_llm.cli.main"]
@@ -82,7 +82,7 @@ def whole(call, run_toy, tmp_path_factory):
 
 
 def metrics(folder):
-  lines = runner.read_metrics(folder / "metrics.jsonl")
+  lines = run_folder.read_metrics(folder / "metrics.jsonl")
   return [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
 
 
@@ -121,7 +121,7 @@ def test_a_run_folder_holds_what_the_run_was(whole):
   assert record["knobs"]["upload_density"] == 0.25  # A default, resolved.
   assert record["device"] == "2 x cpu"
   assert {"fingerprint", "base_model_fingerprint"} <= record["data"].keys()
-  lines = runner.read_metrics(folder / "metrics.jsonl")
+  lines = run_folder.read_metrics(folder / "metrics.jsonl")
   assert [line["round"] for line in lines] == list(range(7))
   for line in lines[1:]:
     assert line["upload_bytes"] == 3 * line["upload_bytes_per_client"] > 0

@@ -123,7 +123,7 @@ def test_zero_arrives_as_zero_and_scale_is_the_messages_own():
     ),
     (
       lambda: allocation.allocated(VARIANCES, 1).encode(np.ones(3), (), KEY),
-      "vectors of 16384 entries",
+      "vector of 16384 entries",
     ),
   ],
 )

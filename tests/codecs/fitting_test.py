@@ -1,5 +1,7 @@
 """What a fit learns, what it detects, and that it resumes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from fedjax_llm.codecs import (
   row_network,
 )
 from fedjax_llm.compression import base
+from fedjax_llm.experiments import checkpoints
 
 CLIENTS, ROUNDS = 4, 12
 NUMBERS = np.repeat(np.arange(ROUNDS), CLIENTS)
@@ -22,7 +25,7 @@ IMAGE = layouts.flat(TREE)
 SHORT = {"w": np.zeros(64 * 20, np.float32)}
 ROWS = layouts.columns(SHORT, width=64)
 NETWORK = row_network.network(64, latents=8, bits=2)
-OPTIONS = dict(steps=300, rounds=NUMBERS, learning_rate=1e-2, held_out=0.25)
+SETTINGS = fitting.Settings(steps=300, learning_rate=1e-2, held_out=0.25)
 
 
 def smooth(height, width, scale):
@@ -44,9 +47,22 @@ def received(codec, vector):
   return base.transmit(compressor, vector, state, jax.random.key(0)).received
 
 
+def fit(snapshots, rounds=NUMBERS, progress=None, keeper=None, **changes):
+  """A fit of the network of rows."""
+  return fitting.fit(
+    snapshots,
+    ROWS,
+    NETWORK,
+    dataclasses.replace(SETTINGS, **changes),
+    rounds=rounds,
+    progress=progress,
+    checkpoints=keeper,
+  )
+
+
 @pytest.fixture(scope="module")
 def fitted():
-  return fitting.fit(vectors(), ROWS, NETWORK, **OPTIONS)
+  return fit(vectors())
 
 
 def test_a_normalised_codec_learns_a_smooth_signal(fitted):
@@ -68,7 +84,7 @@ def test_a_normalised_codec_learns_a_smooth_signal(fitted):
 def test_what_is_fitted_to_a_multiple_sends_the_multiple(fitted):
   codec, report = fitted
   # A power of two, so that rounding is the same.
-  other, same = fitting.fit(8 * vectors(), ROWS, NETWORK, **OPTIONS)
+  other, same = fit(8 * vectors())
   np.testing.assert_allclose(other.scale, 8 * codec.scale, rtol=1e-6)
   vector = vectors()[-1]
   arrived = jax.jit(received)(codec, vector)
@@ -83,10 +99,7 @@ def test_the_papers_network_without_normalisation_is_caught():
     images.astype(np.float32),
     IMAGE,
     networks.resnet(),
-    normalise="none",
-    steps=10,
-    batch_size=2,
-    held_out=0.1,
+    fitting.Settings(steps=10, batch_size=2, normalise="none", held_out=0.1),
     rounds=NUMBERS,
   )
   # Its tanh starts far above such entries, and cannot come down to them.
@@ -106,16 +119,15 @@ def test_the_papers_network_without_normalisation_is_caught():
   ids=["resnet_linear", "convolutional"],
 )
 def test_normalised_networks_of_images_begin_to_learn(network, steps):
-  # Law 12: of entries as small, and after a few steps.
+  # Of entries as small, and after a few steps.
   images = smooth(64, 64, 1e-4).reshape(len(NUMBERS), -1).astype(np.float32)
   _, report = fitting.fit(
     images,
     layouts.flat({"w": np.zeros((64, 64), np.float32)}),
     network,
-    normalise="one",
-    steps=steps,
-    learning_rate=3e-3,
-    held_out=0.1,
+    fitting.Settings(
+      steps=steps, normalise="one", learning_rate=3e-3, held_out=0.1
+    ),
     rounds=NUMBERS,
   )
   assert report.codec.relative_squared_error < 1
@@ -123,50 +135,41 @@ def test_normalised_networks_of_images_begin_to_learn(network, steps):
 
 
 def test_a_fit_that_was_stopped_goes_on_as_if_it_were_not(tmp_path):
-  seen = []
-  options = dict(OPTIONS, steps=12, evaluate_every=4)
-  note = lambda step, loss, error: seen.append((step, loss, error))
-  whole, _ = fitting.fit(vectors(), ROWS, NETWORK, progress=note, **options)
-  once, seen = seen, []
+  once, seen = [], []
+  short = dict(steps=12, evaluate_every=4)
+  whole, _ = fit(vectors(), progress=lambda *x: once.append(x), **short)
+  note = lambda *numbers: seen.append(numbers)
   for steps in (4, 12):
-    resumed, _ = fitting.fit(
-      vectors(),
-      ROWS,
-      NETWORK,
-      folder=tmp_path,
-      progress=lambda *numbers: seen.append(numbers),
-      **dict(options, steps=steps),
-    )
+    with checkpoints.Checkpoints(tmp_path) as keeper:
+      options = dict(short, steps=steps, keeper=keeper)
+      resumed, _ = fit(vectors(), progress=note, **options)
   assert seen == once and [step for step, *_ in seen] == [4, 8, 12]
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-  with pytest.raises(ValueError, match="checkpoints of another fit"):
-    fitting.fit(vectors(), ROWS, NETWORK, folder=tmp_path, seed=1, **options)
 
 
-@pytest.mark.parametrize("change", ["snapshots", "rounds"])
-def test_a_fit_to_others_does_not_go_on(tmp_path, change):
-  options = dict(OPTIONS, steps=4, evaluate_every=4, folder=tmp_path)
-  fitting.fit(vectors(), ROWS, NETWORK, **options)
-  others = vectors()
-  if change == "snapshots":
-    others = 3 * others[::-1]
-  else:
-    options["rounds"] = NUMBERS // 2
-  with pytest.raises(ValueError, match="checkpoints of another fit"):
-    fitting.fit(others, ROWS, NETWORK, **options)
+@pytest.mark.parametrize("change", ["snapshots", "rounds", "seed"])
+def test_another_fit_does_not_go_on(tmp_path, change):
+  options = dict(steps=4, evaluate_every=4)
+  with checkpoints.Checkpoints(tmp_path) as keeper:
+    fit(vectors(), keeper=keeper, **options)
+    others = vectors()
+    if change == "snapshots":
+      others = 3 * others[::-1]
+    else:
+      options |= {"rounds": NUMBERS // 2} if change == "rounds" else {"seed": 1}
+    with pytest.raises(ValueError, match="checkpoints of another fit"):
+      fit(others, keeper=keeper, **options)
 
 
 def test_a_fit_that_gets_no_better_stops_and_returns_the_best():
   seen = []
-  codec, report = fitting.fit(
+  codec, report = fit(
     vectors(),
-    ROWS,
-    NETWORK,
     evaluate_every=2,
     patience=3,
     progress=lambda step, loss, error: seen.append(error),
     # So large that it soon gets worse.
-    **dict(OPTIONS, learning_rate=0.3),
+    learning_rate=0.3,
   )
   assert len(seen) < 100 and int(np.argmin(seen)) == len(seen) - 1 - 3
   best = report.codec.relative_squared_error
@@ -178,13 +181,11 @@ def test_batches_are_of_rounds_that_are_not_held_out():
   poisoned[NUMBERS >= 9] = np.nan
   # Held-out rounds tell nothing, but training went on.
   losses = []
-  fitting.fit(
+  fit(
     poisoned,
-    ROWS,
-    NETWORK,
+    steps=2,
     evaluate_every=1,
     progress=lambda step, loss, error: losses.append((loss, error)),
-    **dict(OPTIONS, steps=2),
   )
   assert np.isfinite([loss for loss, _ in losses]).all()
   assert np.isnan([error for _, error in losses]).all()
@@ -195,9 +196,11 @@ def test_what_cannot_be_fitted_is_refused():
     fitting.fit(np.ones((4, 7), np.float32), ROWS)
   with pytest.raises(ValueError, match="Record more rounds"):
     fitting.fit(vectors()[:1], ROWS)
-  with pytest.raises(ValueError, match="held_out=1"):
-    fitting.fit(vectors(), ROWS, held_out=1)
-  with pytest.raises(ValueError, match="normalise='batch'"):
-    fitting.fit(vectors(), ROWS, normalise="batch")
-  with pytest.raises(ValueError, match="steps=0"):
-    fitting.fit(vectors(), ROWS, steps=0)
+  for change, message in (
+    (dict(held_out=1), "held_out=1"),
+    (dict(normalise="batch"), "normalise='batch'"),
+    (dict(steps=0), "steps=0"),
+    (dict(patience=0), "patience >= 1"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      fit(vectors(), **change)

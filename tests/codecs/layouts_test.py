@@ -26,15 +26,15 @@ def filled(tree):
 
 
 def test_llama_7b_is_the_papers_image():
-  arrangement = layouts.square(shapes(32, 4096, 8))
-  assert arrangement.positions.shape == (4096, 2048)
-  assert arrangement.size == arrangement.positions.size == 8_388_608
+  layout = layouts.square(shapes(32, 4096, 8))
+  assert layout.positions.shape == (4096, 2048)
+  assert layout.size == layout.positions.size == 8_388_608
 
 
 @pytest.mark.parametrize(("layers", "rank"), [(1, 8), (3, 16)])
 def test_an_image_is_as_wide_as_the_factors_together(layers, rank):
-  arrangement = layouts.square(shapes(layers, 64, rank))
-  assert arrangement.positions.shape == (64, 2 * 4 * layers * rank)
+  layout = layouts.square(shapes(layers, 64, rank))
+  assert layout.positions.shape == (64, 2 * 4 * layers * rank)
 
 
 def test_columns_are_layer_by_layer_a_beside_b_transposed():
@@ -66,11 +66,11 @@ def test_columns_are_layer_by_layer_a_beside_b_transposed():
 )
 def test_what_is_packed_comes_back_to_the_bit(arrange, tree):
   vector, _ = ravel_pytree(filled(tree))
-  arrangement = arrange(tree)
-  image = jax.jit(arrangement.pack)(vector)
-  assert image.shape == arrangement.positions.shape
-  np.testing.assert_array_equal(jax.jit(arrangement.unpack)(image), vector)
-  padding = np.asarray(image)[arrangement.positions == arrangement.size]
+  layout = arrange(tree)
+  image = jax.jit(layout.pack)(vector)
+  assert image.shape == layout.positions.shape
+  np.testing.assert_array_equal(jax.jit(layout.unpack)(image), vector)
+  padding = np.asarray(image)[layout.positions == layout.size]
   assert padding.size == image.size - vector.size and not padding.any()
 
 
@@ -102,11 +102,11 @@ def test_the_digest_tells_layouts_apart_but_not_orders_of_keys():
 
 
 def test_another_layout_is_refused():
-  arrangement = layouts.square(shapes(2, 64, 4))
-  with pytest.raises(ValueError, match="of vectors of 4096 entries, got"):
-    arrangement.pack(np.zeros(8192))
-  with pytest.raises(ValueError, match=r"images of \(64, 64\), got \(64, 32\)"):
-    arrangement.unpack(np.zeros((64, 32)))
+  layout = layouts.square(shapes(2, 64, 4))
+  with pytest.raises(ValueError, match="a vector of 4096 entries, got"):
+    layout.pack(np.zeros(8192))
+  with pytest.raises(ValueError, match=r"image of \(64, 64\), got \(64, 32\)"):
+    layout.unpack(np.zeros((64, 32)))
 
 
 def test_what_is_not_square_is_told_to_be_flat():
@@ -136,32 +136,32 @@ def test_a_small_tree_has_an_image_that_the_networks_take():
 def test_columns_are_stretches_of_the_raveled_tree():
   tree = filled(shapes(2, 6, 3, k_proj=4))
   vector, _ = ravel_pytree(tree)
-  arrangement = layouts.columns(tree, width=7)
+  layout = layouts.columns(tree, width=7)
   height = -(-vector.size // 7)
   padded = np.pad(vector, (0, 7 * height - vector.size))
-  image = arrangement.pack(vector)
+  image = layout.pack(vector)
   np.testing.assert_array_equal(image, padded.reshape(7, height).T)
-  np.testing.assert_array_equal(arrangement.unpack(image), vector)
-  assert not arrangement.is_learned
+  np.testing.assert_array_equal(layout.unpack(image), vector)
+  assert not layout.is_learned
 
 
 def test_ranked_columns_are_of_rising_energy_and_keep_their_order():
   tree = {"w": np.zeros(50, np.float32)}
   energies = np.random.default_rng(0).permutation(50) / 50
-  arrangement = layouts.ranked(tree, energies, width=7)
-  columns = [x[x < 50] for x in arrangement.positions.T]
+  layout = layouts.ranked(tree, energies, width=7)
+  columns = [x[x < 50] for x in layout.positions.T]
   assert sorted(np.concatenate(columns)) == list(range(50))
   for column in columns:
     assert (np.diff(column) > 0).all()
   for before, after in zip(columns[:-1], columns[1:], strict=True):
     assert not len(after) or energies[before].max() < energies[after].min()
   vector = np.arange(50, dtype=np.float32)
-  received = arrangement.unpack(arrangement.pack(vector))
+  received = layout.unpack(layout.pack(vector))
   np.testing.assert_array_equal(received, vector)
-  assert arrangement.is_learned
-  assert arrangement != layouts.columns(tree, width=7)
+  assert layout.is_learned
+  assert layout != layouts.columns(tree, width=7)
   same = layouts.ranked(tree, energies, width=7)
-  assert arrangement == same and hash(arrangement) == hash(same)
+  assert layout == same and hash(layout) == hash(same)
 
 
 def test_images_of_no_width_and_energies_of_another_tree_are_refused():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.codecs import measures, pca
+from fedjax_llm.codecs import distortion, pca
 from fedjax_llm.compression import base, wire
 
 KEY = jax.random.key(0)
@@ -48,7 +48,7 @@ def test_on_white_data_k_of_n_is_the_share_that_arrives():
   train, test = RANDOM.normal(size=(2, 100, 400)).astype(np.float32)
   basis = pca.fit(train, 40)
   arrived = jax.vmap(lambda vector: received(basis, vector))(test)
-  errors = measures.relative_squared_error(test, arrived)
+  errors = distortion.relative_squared_error(test, arrived)
   np.testing.assert_allclose(errors.mean(), 1 - 40 / 400, atol=0.03)
 
 
@@ -80,8 +80,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"in \[1, 3\], fewer than the 4"):
       pca.fit(snapshots, components)
   basis = pca.fit(snapshots, 2)
-  with pytest.raises(ValueError, match="vectors of 20 entries, got"):
+  with pytest.raises(ValueError, match="a vector of 20 entries, got"):
     received(basis, np.ones(21, np.float32))
   for latent in (pca.Latent(np.ones(3), 20), pca.Latent(np.ones(2), 21)):
-    with pytest.raises(ValueError, match="2 components of vectors of 20"):
+    with pytest.raises(ValueError, match="2 coordinates of a vector of 20"):
       pca.pca(basis).decode(latent)

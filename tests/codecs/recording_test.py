@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm.codecs import recording
+from fedjax_llm.federated import parameters
 
 TREE = {"q": {"a": np.zeros((2, 3)), "b": np.zeros((3, 1))}}
 VECTORS = np.random.default_rng(0).normal(0, 1e-3, (6, 9)).astype(np.float32)
@@ -82,18 +83,18 @@ def test_vectors_that_a_disk_lost_are_no_snapshots(tmp_path):
   assert recording.Store(tmp_path).snapshots.shape == (3, 9)
 
 
-def test_the_layout_tells_trees_apart(tmp_path):
+def test_the_signature_tells_trees_apart(tmp_path):
   turned = {"q": {"b": np.zeros((3, 1)), "a": np.zeros((2, 3))}}
-  assert recording.layout(turned) == recording.layout(TREE)
+  assert parameters.signature(turned) == parameters.signature(TREE)
   wider = {"q": {"a": np.zeros((3, 2)), "b": np.zeros((3, 1))}}
-  assert recording.layout(wider) != recording.layout(TREE)
+  assert parameters.signature(wider) != parameters.signature(TREE)
   filled(tmp_path)
   with pytest.raises(ValueError, match="Record into another folder"):
     recording.Store.create(tmp_path, wider, representation="delta")
   with pytest.raises(ValueError, match="'state'"):
     recording.Store.create(tmp_path, TREE, representation="state")
   about = json.loads((tmp_path / "store.json").read_text())
-  assert about["layout"] == recording.layout(TREE)
+  assert about["signature"] == parameters.signature(TREE)
 
 
 def test_what_is_no_snapshot_is_refused(tmp_path):

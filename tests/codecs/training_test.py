@@ -10,14 +10,14 @@ from fedjax_llm.codecs import autoencoder, layouts, row_network, training
 from fedjax_llm.compression import base, quantize
 
 SIZE, WIDTH = 75, 8
-ARRANGEMENT = layouts.columns({"w": np.zeros(SIZE)}, width=WIDTH)
+LAYOUT = layouts.columns({"w": np.zeros(SIZE)}, width=WIDTH)
 RANDOM = np.random.default_rng(0)
 VECTORS = RANDOM.normal(size=(3, SIZE)).astype(np.float32)
 SCALE = jnp.linspace(0.5, 2, WIDTH)
 
 
 def start(network):
-  image = jnp.zeros((1, *ARRANGEMENT.positions.shape, 1))
+  image = jnp.zeros((1, *LAYOUT.positions.shape, 1))
   latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
   decoder = network.decoder.init(jax.random.key(1), latents)
   return {"encoder": encoder, "decoder": decoder}
@@ -30,10 +30,10 @@ def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
     optax.sgd(0.1),
   )
   variables = start(network)
-  step = jax.jit(training.step(network, ARRANGEMENT, optimizer, SCALE))
+  step = jax.jit(training.step(network, LAYOUT, optimizer, SCALE))
   memory = optimizer.init(training.parameters_of(variables))
   after, _, loss = step(variables, memory, VECTORS)
-  codec = autoencoder.Codec(ARRANGEMENT, network, SCALE, **variables)
+  codec = autoencoder.Codec(LAYOUT, network, SCALE, **variables)
   compressor = autoencoder.autoencoder(codec)
   total = 0.0
   for vector in VECTORS:
@@ -53,18 +53,18 @@ def test_the_gradient_passes_the_quantiser_as_if_it_were_not_there():
   )
   variables = start(network)
   ones = jnp.ones(1)
-  step = jax.jit(training.step(network, ARRANGEMENT, optimizer, ones))
+  step = jax.jit(training.step(network, LAYOUT, optimizer, ones))
   memory = optimizer.init(training.parameters_of(variables))
   after, _, _ = step(variables, memory, VECTORS[:1])
   kernel = lambda tree, end: np.float64(jax.tree.leaves(tree[end]["params"])[0])
   encode, decode = (kernel(variables, end) for end in ("encoder", "decoder"))
   padded = np.append(np.float64(VECTORS[0]), 0)
-  image = padded[ARRANGEMENT.positions]
+  image = padded[LAYOUT.positions]
   latents = image @ encode
   # One bit and one scale, that of least squared error.
   scale = np.float64(jnp.bfloat16(np.abs(latents).mean()))
   arrived = scale * np.sign(latents)
-  is_real = ARRANGEMENT.positions < SIZE
+  is_real = LAYOUT.positions < SIZE
   slope = 2 * is_real * (arrived @ decode - image) / SIZE
   root_mean_square = np.sqrt(np.mean(latents**2))
   limit = 2 * quantize.gaussian_levels(1)[-1] * root_mean_square

@@ -42,7 +42,8 @@ def transmit(compressor, vector):
 
 def test_coordinates_are_those_of_the_matrices_of_each_layer():
   (vector,) = updates(1, 2)
-  values = transmit(transforms.rotated(TRANSFORM), vector).payload.values
+  turned = transmit(transforms.to_principal_axes(TRANSFORM), vector)
+  values = turned.payload.values
   rows, columns = TRANSFORM.rotations[1]
   start = LAYERS * 40 * 8
   for layer in range(LAYERS):
@@ -78,14 +79,14 @@ def test_axes_are_those_of_the_covariance():
 
 def test_what_is_turned_there_is_turned_back():
   (vector,) = updates(1, 2)
-  received = transmit(transforms.rotated(TRANSFORM), vector).received
+  received = transmit(transforms.to_principal_axes(TRANSFORM), vector).received
   # But for rotations in bfloat16.
   error = np.sum((received - vector) ** 2) / np.sum(vector**2)
   assert error < 1e-4
 
 
 def test_the_profile_is_the_variance_of_coordinates():
-  code = transforms.rotated(TRANSFORM)
+  code = transforms.to_principal_axes(TRANSFORM)
   test = updates(400, 3)
   test *= np.sqrt(SIZE) / np.linalg.norm(test, axis=1, keepdims=True)
   values = jax.vmap(lambda x: code.encode(x, (), KEY)[0].values)(test)
@@ -123,30 +124,4 @@ def test_snapshots_that_do_not_fit_are_refused(snapshots):
 
 def test_vectors_of_another_length_are_refused():
   with pytest.raises(ValueError, match="serves the adapter"):
-    transforms.rotated(TRANSFORM).encode(jnp.ones(3), (), KEY)
-
-
-def test_a_transform_is_read_as_it_was_written(tmp_path):
-  transforms.save(tmp_path, TRANSFORM)
-  found = transforms.load(tmp_path, TREE)
-  assert found.shapes == TRANSFORM.shapes
-  assert jax.tree.structure(found) == jax.tree.structure(TRANSFORM)
-  for x, y in zip(
-    jax.tree.leaves(found), jax.tree.leaves(TRANSFORM), strict=True
-  ):
-    assert x.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(x, y)
-
-
-def test_a_transform_of_other_matrices_or_releases_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="cannot read a transform"):
-    transforms.load(tmp_path, TREE)
-  transforms.save(tmp_path, TRANSFORM)
-  # As many entries, but not the same ones.
-  other = TREE | {"a": jax.ShapeDtypeStruct((LAYERS, 8, 40), jnp.float32)}
-  with pytest.raises(ValueError, match="serves the adapter"):
-    transforms.load(tmp_path, other)
-  path = tmp_path / transforms.FILES[0]
-  path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
-  with pytest.raises(ValueError, match="has version 0"):
-    transforms.load(tmp_path, TREE)
+    transforms.to_principal_axes(TRANSFORM).encode(jnp.ones(3), (), KEY)

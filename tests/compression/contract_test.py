@@ -31,19 +31,19 @@ def principal(n):
 
 @functools.cache
 def variables(n):
-  arrangement = layouts.columns({"w": np.zeros(n)}, width=16)
+  layout = layouts.columns({"w": np.zeros(n)}, width=16)
   network = row_network.network(16, latents=5, hidden=7)
-  image = jnp.zeros((1, *arrangement.positions.shape, 1))
+  image = jnp.zeros((1, *layout.positions.shape, 1))
   latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
   decoder = network.decoder.init(jax.random.key(1), latents)
-  return arrangement, network, encoder, decoder
+  return layout, network, encoder, decoder
 
 
 def codec(n, bits):
-  arrangement, network, encoder, decoder = variables(n)
+  layout, network, encoder, decoder = variables(n)
   network = dataclasses.replace(network, bits=bits)
   return autoencoder.autoencoder(
-    autoencoder.Codec(arrangement, network, jnp.ones(1), encoder, decoder)
+    autoencoder.Codec(layout, network, jnp.ones(1), encoder, decoder)
   )
 
 

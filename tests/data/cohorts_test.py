@@ -128,14 +128,10 @@ def test_every_client_is_as_likely():
   assert np.abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / rounds)
 
 
-def test_weights_are_uniform_or_the_examples_owned():
+def test_weights_are_the_numbers_of_examples_owned():
   sizes = np.array([3, 1, 7])
   options = dict(clients_per_round=3, batch_size=2, local_steps=1, seed=0)
   cohort = cohorts.cohort_sampler(population(sizes), **options)(0)
-  np.testing.assert_array_equal(cohort.weights, [1, 1, 1])
-  cohort = cohorts.cohort_sampler(
-    population(sizes), weighting="examples", **options
-  )(0)
   np.testing.assert_array_equal(cohort.weights, sizes[cohort.clients])
 
 
@@ -167,7 +163,7 @@ def test_poisson_draws_each_client_by_itself():
 
 
 def test_poisson_fills_up_with_other_clients_that_do_nothing():
-  sample = poisson([3, 1, 4, 1, 5, 9, 2, 6] * 10, 4, weighting="examples")
+  sample = poisson([3, 1, 4, 1, 5, 9, 2, 6] * 10, 4)
   sizes = np.array([3, 1, 4, 1, 5, 9, 2, 6] * 10)
   for cohort in map(sample, range(20)):
     assert np.unique(cohort.clients).size == cohort.clients.size
@@ -223,7 +219,6 @@ def test_a_poisson_cohort_depends_on_seed_and_round_alone():
     ({"batch_size": 0}, "batch_size=0"),
     ({"local_epochs": 0}, "local_epochs=0"),
     ({"local_steps": 0}, "local_steps=0"),
-    ({"weighting": "size"}, "'uniform' or 'examples', got weighting='size'"),
     ({"sampling": "all"}, "'fixed' or 'poisson', got sampling='all'"),
   ],
 )

@@ -12,10 +12,10 @@ import pytest
 
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.data import batches, cohorts
-from fedjax_llm.experiments import finetuning, runner, tasks
+from fedjax_llm.experiments import finetuning, run_folder, runner, tasks
 from fedjax_llm.federated import channels, clients, network, parameters, rounds
 from fedjax_llm.federated.algorithms import delta_downloads, fed_avg, flasc
-from fedjax_llm.federated.privacy import guarantees, mechanisms
+from fedjax_llm.federated.privacy import dp_sgd, guarantees, mechanisms
 
 
 class Toy(NamedTuple):
@@ -24,9 +24,10 @@ class Toy(NamedTuple):
   task: tasks.Task
   algorithm: rounds.FederatedAlgorithm
 
-  def experiment(self, **options):
-    return finetuning.federated(
-      self.task, self.algorithm, **SETTINGS | {"rounds": 4} | options
+  def experiment(self, *, network=None, privacy=None, **options):
+    schedule = finetuning.Schedule(**SETTINGS | {"rounds": 4} | options)
+    return finetuning.fine_tuning(
+      self.task, self.algorithm, schedule, network=network, privacy=privacy
     )
 
   def sampler(self, **options):
@@ -225,7 +226,7 @@ def test_a_round_of_nobody_is_skipped_and_said_so(toy, tmp_path, capsys):
   shown = capsys.readouterr()
   message = "none of 4 selected clients answered; it is skipped"
   assert (shown.out + shown.err).count(message) == 2
-  start, *lines = runner.read_metrics(tmp_path / "metrics.jsonl")
+  start, *lines = run_folder.read_metrics(tmp_path / "metrics.jsonl")
   assert [line["answered"] for line in lines] == [0, 0]
   assert not any("train_loss" in line for line in lines)
   assert lines[-1]["loss"] == start["loss"]
@@ -233,7 +234,7 @@ def test_a_round_of_nobody_is_skipped_and_said_so(toy, tmp_path, capsys):
 
 def result(folder):
   """All that a run wrote but the time it took."""
-  lines = runner.read_metrics(folder / "metrics.jsonl")
+  lines = run_folder.read_metrics(folder / "metrics.jsonl")
   lines = [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
   return lines, np.load(folder / "adapter" / "w.npy").tolist()
 
@@ -257,7 +258,8 @@ def test_a_run_over_a_network_resumes_bit_for_bit(toy, tmp_path):
   runner.run(made, tmp_path / "whole")
   with pytest.raises(InterruptedError):
     runner.run(dataclasses.replace(made, round=dies), tmp_path / "x")
-  runner.run(toy.experiment(network=links), tmp_path / "x", name="x")
+  again = toy.experiment(network=links, checkpoint_every=1)
+  runner.run(again, tmp_path / "x", name="x")
   one, other = (result(tmp_path / name) for name in ("whole", "x"))
   assert one == other
 
@@ -314,40 +316,6 @@ def test_what_a_method_adds_to_the_base_model_is_evaluated_and_exported(
   )
 
 
-class Guarantee(NamedTuple):
-  """Of no meaning: epsilon is the number of rounds, infinite for two."""
-
-  clients: int = 4
-
-  def check(self, *sampled):
-    if sampled != ("fixed", self.clients, 6, 1):
-      raise ValueError(f"accounted otherwise than {sampled}")
-
-  def epsilon(self, rounds):
-    return float(rounds) if rounds != 2 else np.inf
-
-  def describe(self, rounds):
-    return f"private for {rounds} rounds"
-
-
-def test_privacy_is_in_the_metrics_and_described_at_the_end(
-  toy, tmp_path, capsys
-):
-  made = toy.experiment(privacy=Guarantee(), evaluate_every=1)
-  runner.run(made, tmp_path)
-  lines = runner.read_metrics(tmp_path / "metrics.jsonl")
-  # What is infinite, or not spent yet, is no metric.
-  assert [x.get("epsilon") for x in lines] == [None, 1, None, 3, 4]
-  assert capsys.readouterr().out.count("private for 4 rounds\n") == 1
-  text = (tmp_path / "privacy.txt").read_text(encoding="utf-8")
-  assert text == "private for 4 rounds\n"
-
-
-def test_sampling_that_privacy_is_not_accounted_for_is_refused(toy):
-  with pytest.raises(ValueError, match="accounted otherwise"):
-    toy.experiment(privacy=Guarantee(clients=3))
-
-
 def private(toy, make, noise_multiplier, **knobs):
   """The toy, of an algorithm with a private mean."""
   aggregate = mechanisms.private_mean(
@@ -356,6 +324,36 @@ def private(toy, make, noise_multiplier, **knobs):
   optimizers = optax.sgd(0.1), optax.sgd(1.0)
   algorithm = make(toy.task.loss_fn, *optimizers, aggregate=aggregate, **knobs)
   return toy._replace(algorithm=algorithm)
+
+
+def test_privacy_is_in_the_metrics_and_described_at_the_end(
+  toy, tmp_path, capsys
+):
+  guarantee = guarantees.ClientLevel(2.0, 1e-3, "fixed", 6, 4)
+  made = private(toy, fed_avg.fed_avg, 2.0).experiment(
+    privacy=guarantee, evaluate_every=2
+  )
+  runner.run(made, tmp_path)
+  lines = run_folder.read_metrics(tmp_path / "metrics.jsonl")
+  # Nothing is spent before the first round.
+  spent = [None, None, guarantee.epsilon(2), None, guarantee.epsilon(4)]
+  assert [x.get("epsilon") for x in lines] == spent
+  described = guarantee.describe(4) + "\n"
+  assert capsys.readouterr().out.count(described) == 1
+  assert (tmp_path / "privacy.txt").read_text(encoding="utf-8") == described
+
+
+def test_an_infinite_epsilon_is_no_metric(toy):
+  guarantee = guarantees.ClientLevel(0.0, 1e-3, "fixed", 6, 4)
+  made = private(toy, fed_avg.fed_avg, 0.0).experiment(privacy=guarantee)
+  state, _ = made.round(made.init(), 0)
+  assert "epsilon" not in made.evaluate(state)
+
+
+def test_sampling_that_privacy_is_not_accounted_for_is_refused(toy):
+  guarantee = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 3)
+  with pytest.raises(ValueError, match="accounted for"):
+    private(toy, fed_avg.fed_avg, 1.0).experiment(privacy=guarantee)
 
 
 PRIVATE = (
@@ -374,8 +372,55 @@ def test_privacy_needs_an_algorithm_with_its_noise(toy, make, knobs):
   guarantee = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
   private(toy, make, 1.0, **knobs).experiment(privacy=guarantee)
   for other in (private(toy, make, 0.5, **knobs), toy):
-    with pytest.raises(ValueError, match="noise_multiplier=1.0, .* got (0|No)"):
+    message = "noise_multiplier=1.0, but .* noise_multiplier is (0.5|None)"
+    with pytest.raises(ValueError, match=message):
       other.experiment(privacy=guarantee)
+
+
+def by_example(toy, noise_multiplier):
+  """The toy, trained by DP-SGD."""
+  local_update = dp_sgd.local_update(
+    toy.task.loss_fn,
+    optax.sgd(0.1),
+    clip_norm=1.0,
+    noise_multiplier=noise_multiplier,
+  )
+  algorithm = rounds.federated_round(
+    local_update, optax.sgd(1.0), placement=toy.task.placement
+  )
+  return toy._replace(algorithm=algorithm)
+
+
+def test_privacy_of_examples_needs_noise_in_what_trains(toy):
+  guarantee = guarantees.ExampleLevel(1.0, 1e-3)
+  by_example(toy, 1.0).experiment(privacy=guarantee)
+  # The noise of a mean is no noise in training, and too little is refused too.
+  others = (
+    toy,
+    by_example(toy, 0.5),
+    private(toy, fed_avg.fed_avg, 1.0),
+  )
+  for other in others:
+    with pytest.raises(ValueError, match="ExampleLevel .*noise_multiplier=1.0"):
+      other.experiment(privacy=guarantee)
+  clients_level = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
+  with pytest.raises(
+    ValueError, match="ClientLevel .*noise_multiplier is None"
+  ):
+    by_example(toy, 1.0).experiment(privacy=clients_level)
+
+
+def test_a_promise_that_cannot_be_checked_is_refused(toy):
+  class Promise:
+    """Says that it is private."""
+
+    def check(self, *sampled):
+      pass
+
+  with pytest.raises(
+    ValueError, match="whose noise can be checked, got a Prom"
+  ):
+    toy.experiment(privacy=Promise())
 
 
 def test_a_private_round_of_nobody_is_said_to_be_noise(toy, capsys):

@@ -13,17 +13,15 @@ import pytest
 import fedjax_llm as fl
 from fedjax_llm import compression
 from fedjax_llm.cli import configs
-from fedjax_llm.codecs import controls
+from fedjax_llm.codecs import distortion
 from fedjax_llm.data import records
-from fedjax_llm.experiments import checkpoints, finetuning, tasks
+from fedjax_llm.experiments import checkpoints, finetuning, knobs, tasks
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_avg
 from fedjax_llm.models import adapters, families, lora
-from tests import placements
+from tests import flat, placements
 
-TOY = configs.load(
-  str(pathlib.Path(__file__).parent.parent / "toy_config.py")
-)
+TOY = configs.load(str(pathlib.Path(__file__).parent.parent / "toy_config.py"))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +172,7 @@ def test_the_exported_adapter_is_what_clients_receive(
 
 
 def test_a_client_that_diverges_is_named(toy_model):
-  made = TOY.experiment(model=str(toy_model), client_learning_rate=jnp.inf)
+  made = TOY.experiment(model=str(toy_model), rates=knobs.Rates(jnp.inf))
   with pytest.raises(FloatingPointError, match="the update of step.* is not"):
     state = made.init()
     for number in range(3):
@@ -198,13 +196,15 @@ def through(codec_of, toy_model, clients_per_round=3):
     placement=placements.ALONE,
   )
   observed, lines = [], []
-  made = finetuning.federated(
+  made = finetuning.fine_tuning(
     task,
     algorithm,
-    rounds=4,
-    clients_per_round=clients_per_round,
-    batch_size=2,
-    local_steps=1,
+    finetuning.Schedule(
+      rounds=4,
+      clients_per_round=clients_per_round,
+      batch_size=2,
+      local_steps=1,
+    ),
     observe=lambda *what: observed.append(what),
   )
   state = made.init()
@@ -216,7 +216,7 @@ def through(codec_of, toy_model, clients_per_round=3):
 
 def test_a_codec_that_transmits_nothing_is_told_of_once(toy_model, capsys):
   # The mean of what was recorded is a codec of a small error.
-  constant = lambda size: controls.constant_mean(jnp.full(size, 1e-3))
+  constant = lambda size: distortion.constant_mean(jnp.full(size, 1e-3))
   _, lines = through(constant, toy_model)
   assert [line["innovation_cosine"] for line in lines] == [0] * 4
   said = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_of_one_client_there_is_no_innovation(toy_model):
 
 
 @pytest.mark.parametrize(
-  "knobs, message",
+  "changes, message",
   [
     ({"sequence_length": 33}, "sequence_length <= 32"),
     ({"sequence_length": 0}, "sequence_length >= 1"),
@@ -256,6 +256,7 @@ def test_of_one_client_there_is_no_innovation(toy_model):
   ],
   ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_bad_knobs_are_refused_before_a_round(toy_model, knobs, message):
+def test_bad_knobs_are_refused_before_a_round(toy_model, changes, message):
   with pytest.raises(ValueError, match=message):
-    TOY.experiment(**{"model": str(toy_model)} | knobs)
+    values = {"model": str(toy_model)} | changes
+    TOY.experiment(**flat.grouped(TOY.experiment, **values))

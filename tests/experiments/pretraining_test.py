@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
-from fedjax_llm.experiments import pretraining, runner
+from fedjax_llm.experiments import pretraining, run_folder, runner
 from fedjax_llm.models import decoder, pretrained
 
 TEXTS = [" ".join(str(step * x) for x in range(150)) for step in range(1, 6)]
@@ -70,7 +70,7 @@ def whole(made, tmp_path_factory) -> pathlib.Path:
 
 
 def lines(folder):
-  return runner.read_metrics(folder / "metrics.jsonl")
+  return run_folder.read_metrics(folder / "metrics.jsonl")
 
 
 def test_training_lowers_the_loss_of_new_text(whole):

@@ -1,5 +1,6 @@
 """A run is resumed to the bit, whatever the moment at which it died."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.experiments import checkpoints, runner
+from fedjax_llm.experiments import checkpoints, run_folder, runner
 
 ROUNDS = 5
+PROGRAM = {"round": "a", "start": "x"}
 
 
 class Death(Exception):
@@ -59,6 +61,7 @@ def made(lives=None, **changes):
     "evaluate": evaluate,
     "export": export,
     "data": {"name": "root"},
+    "program": lambda state: PROGRAM,
     "evaluate_every": 2,
     "checkpoint_every": 2,
   }
@@ -66,7 +69,7 @@ def made(lives=None, **changes):
 
 
 def lines(folder):
-  kept = runner.read_metrics(folder / "metrics.jsonl")
+  kept = run_folder.read_metrics(folder / "metrics.jsonl")
   return [{k: x for k, x in line.items() if k != "seconds"} for line in kept]
 
 
@@ -95,7 +98,7 @@ def test_the_record_tells_what_ran_on_what(whole):
 
 
 def test_metrics_have_a_line_a_round_and_one_before(whole):
-  log = runner.read_metrics(whole / "metrics.jsonl")
+  log = run_folder.read_metrics(whole / "metrics.jsonl")
   assert [line["round"] for line in log] == list(range(ROUNDS + 1))
   assert [line["round"] for line in log if "loss" in line] == [0, 2, 4, 5]
   assert all(line["seconds"] > 0 for line in log[1:])
@@ -180,17 +183,135 @@ def test_a_finished_run_is_not_computed_again(tmp_path):
   "change, message",
   [
     ({"knobs": {"rate": 1.0}}, "rate: 0.5 there, 1.0 now"),
+    ({"program": {"round": "b", "start": "x"}}, "its code or a number in it"),
+    ({"program": {"round": "a", "start": "y"}}, "starts from another state"),
     ({"knobs": {}}, "rate: 0.5 there, None now"),
     ({"name": "cube"}, "experiment: 'root' there, 'cube' now"),
     ({"data": {"name": "other"}}, "name: 'root' there, 'other' now"),
   ],
-  ids=["other knob", "no knob", "other experiment", "other data"],
+  ids=[
+    *("other knob", "other round", "other start"),
+    *("no knob", "other experiment", "other data"),
+  ],
 )
 def test_a_run_of_something_else_is_refused(whole, change, message):
-  data = change.pop("data", {"name": "root"})
-  settings = {"name": "root", "knobs": {"rate": 0.5}} | change
+  fields = {"data", "program"} & change.keys()
+  changed = made(
+    **{name: change[name] for name in fields - {"program"}},
+    program=lambda state: change.get("program", PROGRAM),
+  )
+  settings = {"name": "root", "knobs": {"rate": 0.5}}
+  settings |= {name: change[name] for name in change.keys() - fields}
   with pytest.raises(ValueError, match=message):
-    runner.run(made(data=data), whole, **settings)
+    runner.run(changed, whole, **settings)
+
+
+def test_rounds_may_grow(tmp_path):
+  knobs = lambda rounds: {"rounds": rounds, "rate": 0.5}
+  runner.run(made(rounds=3), tmp_path / "x", knobs=knobs(3))
+  runner.run(made(), tmp_path / "x", knobs=knobs(ROUNDS))
+  runner.run(made(), tmp_path / "whole", name="x", knobs=knobs(ROUNDS))
+  results = [(tmp_path / x / "result").read_bytes() for x in ("x", "whole")]
+  assert results[0] == results[1]
+  record = json.loads((tmp_path / "x" / "run.json").read_text())
+  assert record["rounds"] == record["knobs"]["rounds"] == ROUNDS
+  assert "finished" in record
+
+
+def test_rounds_may_not_shrink(tmp_path):
+  runner.run(made(), tmp_path)
+  with pytest.raises(ValueError, match="has 5 rounds, got rounds=4. A run may"):
+    runner.run(made(rounds=4), tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_reason(tmp_path):
+  runner.run(made(), tmp_path)
+  path = tmp_path / "run.json"
+  record = json.loads(path.read_text())
+  del record["program"], record["rounds"]
+  record["knobs"]["clients_per_step"] = 1
+  path.write_text(json.dumps(record))
+  with pytest.raises(ValueError, match="by an earlier version of fedjax-llm"):
+    runner.run(made(), tmp_path)
+
+
+ELSEWHERE = {
+  "devices": ("device", "8 x cpu", "allow_other_devices"),
+  "versions": ("versions", {"jax": "0.1"}, "allow_other_versions"),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_run_begun_elsewhere_goes_on_only_if_that_is_allowed(
+  what, tmp_path, capsys
+):
+  part, other, option = ELSEWHERE[what]
+  runner.run(made(rounds=2), tmp_path)
+  path = tmp_path / "run.json"
+  record = json.loads(path.read_text())
+  here = record[part]
+  there = here | other if isinstance(other, dict) else other
+  # What a round computes is compiled otherwise there.
+  program = {**record["program"], "round": "other"}
+  path.write_text(json.dumps(record | {part: there, "program": program}))
+  message = f"begun with other {what}.*\n.* there, .* now\n.*{option}=True"
+  with pytest.raises(ValueError, match=message):
+    runner.run(made(), tmp_path)
+  runner.run(made(), tmp_path, **{option: True})
+  shown = capsys.readouterr()
+  assert "is trusted" in shown.out + shown.err
+  record = json.loads(path.read_text())
+  assert record[part] == here and record["earlier"][0][part] == there
+  runner.run(made(), tmp_path)  # It is of this place now.
+
+
+def test_a_run_begun_elsewhere_is_exported(tmp_path):
+  runner.run(made(), tmp_path)
+  path = tmp_path / "run.json"
+  text = json.dumps(json.loads(path.read_text()) | {"device": "8 x cpu"})
+  path.write_text(text)
+  assert runner.export(made(), tmp_path) == ROUNDS
+  assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+  "old, new, is_same",
+  [
+    ("models/llama", "/somewhere/else/llama", True),
+    (None, "/somewhere/else/llama", True),
+    ("input.txt", "/data/input.txt", True),
+    ("rows", "transform", False),
+    ("models/llama", 3, False),
+  ],
+)
+def test_the_same_model_may_lie_elsewhere(tmp_path, old, new, is_same):
+  # That it is the same is said by the fingerprints in the data.
+  data = lambda name: {"base_model": name, "base_model_fingerprint": "f"}
+  runner.run(made(data=data("x")), tmp_path, knobs={"model": old})
+  again = made(data=data("y"))
+  if is_same:
+    runner.run(again, tmp_path, knobs={"model": new})
+  else:
+    with pytest.raises(ValueError, match="model: .* there, .* now"):
+      runner.run(again, tmp_path, knobs={"model": new})
+
+
+def test_another_model_is_refused_wherever_it_lies(tmp_path):
+  data = lambda print: {"base_model": "x", "base_model_fingerprint": print}
+  runner.run(made(data=data("f")), tmp_path, knobs={"model": "a/b"})
+  message = "base_model_fingerprint: 'f' there, 'g' now"
+  with pytest.raises(ValueError, match=message):
+    runner.run(made(data=data("g")), tmp_path, knobs={"model": "a/b"})
+
+
+def test_knobs_in_groups_are_recorded_flat(tmp_path):
+  @dataclasses.dataclass
+  class Group:
+    rate: float = 0.5
+
+  runner.run(made(), tmp_path, knobs={"group": Group(), "seed": 0})
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["knobs"] == {"rate": 0.5, "seed": 0}
 
 
 def test_knobs_may_be_paths_and_tuples(tmp_path):

@@ -26,9 +26,7 @@ from fedjax_llm.models import (
 
 datasets = pytest.importorskip("datasets")
 
-TOY = configs.load(
-  str(pathlib.Path(__file__).parent.parent / "toy_config.py")
-)
+TOY = configs.load(str(pathlib.Path(__file__).parent.parent / "toy_config.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -159,13 +157,12 @@ def test_a_classifier_learns_with_its_head(tmp_path):
   )
   assert task.population.label_names == ("even", "odd")
   assert task.trainable["score"]["kernel"].shape == (128, 2)
-  made = finetuning.federated(
+  made = finetuning.fine_tuning(
     task,
     fed_avg.fed_avg(task.loss_fn, optax.sgd(0.01), optax.sgd(1.0)),
-    rounds=8,
-    clients_per_round=3,
-    batch_size=8,
-    local_epochs=2,
+    finetuning.Schedule(
+      rounds=8, clients_per_round=3, batch_size=8, local_epochs=2
+    ),
   )
   state = made.init()
   before = made.evaluate(state)

@@ -3,30 +3,32 @@
 Wu et al., "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
 Large Language Models", 2024 (arXiv 2405.13746). Its fine-tuning stage, FAF:
 
-  FAF            `cg_fed_llm(..., codec=codec, compressor_of=autoencoder)`
-  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has
-                 a sum where the code it builds on, Shepherd, has a mean. It is
-                 of updates: K whole adapters would grow K times a round
+  FAF            `cg_fed_llm(..., coding=coding)`
+  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has a sum
+                 where the code it builds on, Shepherd, has a mean
   product space  `cg_fed_llm_products`: Algorithm 1 names the products B A
 
-The paper does not say whether a client sends its adapter or its update: that
-is the `representation`. Nor does it say what the codec costs: its encoder is
-downloaded once by every client.
+The paper does not say whether a client sends its adapter or its update; here
+that is the `representation`. It does not count what a codec costs either; here
+every client downloads the encoder once.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
+from fedjax_llm.compression import base
 from fedjax_llm.federated import (
   aggregators,
   channels,
   clients,
-  codec_rounds,
+  codec_state,
   product_aggregation,
   rounds,
 )
 from fedjax_llm.federated.algorithms import flex_lora
+
+Representation = Literal["delta", "state"]
 
 
 def cg_fed_llm(
@@ -34,32 +36,34 @@ def cg_fed_llm(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
+  coding: codec_state.Coding,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: Representation = "delta",
+  volunteers: Any = None,
   aggregate: aggregators.Aggregator | None = None,
   placement: clients.Placement | None = None,
-  **coding: Any,
 ) -> rounds.FederatedAlgorithm:
-  """FAF: what arrives is averaged, `a` and `b` each by itself.
+  """FAF: averages what arrives, `a` and `b` separately.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: Shepherd's is AdamW, afresh in every round.
-    server_optimizer: the paper's step of eta is `optax.sgd(eta)`; 1 replaces
-      the adapter by the mean.
+    client_optimizer: optimizer that starts afresh at every client in every
+      round; Shepherd uses AdamW.
+    server_optimizer: optimizer of the server. The paper's step of eta is
+      `optax.sgd(eta)`; with 1 the mean replaces the adapter.
+    coding: the codec.
     population: number of clients.
     representation: what goes through the codec: "delta", the update, which is
-      received minus trained; or "state", the trained adapter itself. The server
-      adds up updates in either case: the sum of K whole adapters would grow K
-      times a round even if nobody trained.
-    aggregate: None for the weighted mean.
+      received minus trained; or "state", the trained adapter. The server adds
+      up updates in both cases: a sum of K adapters would grow K times a round
+      even if nobody trained.
+    volunteers: see `codec_state.with_codec`.
+    aggregate: aggregator of the updates; None for the weighted mean.
     placement: see `clients.Placement`; all devices if not given.
-    **coding: `codec`, `compressor_of`, `setup_bytes`, `volunteers` of
-      `codec_rounds.with_codec`.
 
   Raises:
-    ValueError: if `representation` is neither, or `volunteers` are not of the
-      population.
+    ValueError: if `representation` is another word, or `volunteers` has another
+      length than the population. `init` raises it for a codec of another tree.
   """
   local_update = clients.local_update(loss_fn, client_optimizer)
 
@@ -67,14 +71,18 @@ def cg_fed_llm(
     return rounds.federated_round(
       local_update,
       server_optimizer,
-      channel=codec_rounds.channel(compressor, representation),
+      channel=channel(compressor, representation),
       aggregate=aggregate,
       population=population,
       placement=placement,
     )
 
-  return codec_rounds.with_codec(
-    compose, population=population, placement=placement, **coding
+  return codec_state.with_codec(
+    compose,
+    coding=coding,
+    population=population,
+    volunteers=volunteers,
+    placement=placement,
   )
 
 
@@ -82,29 +90,62 @@ def cg_fed_llm_products(
   loss_fn: clients.LossFn,
   client_optimizer: optax.GradientTransformation,
   *,
+  coding: codec_state.Coding,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: Representation = "delta",
+  volunteers: Any = None,
   placement: clients.Placement | None = None,
-  **coding: Any,
 ) -> rounds.FederatedAlgorithm:
-  """FAF whose server averages the products of what it decodes.
+  """FAF whose server averages the products of the factors that it decodes.
 
-  Their mean is decomposed to factors of the adapter's rank as FlexLoRA does, so
-  that there is no residual, and no server optimizer. Arguments and errors are
-  those of `cg_fed_llm`.
+  The mean product is decomposed into factors of the adapter's rank, as FlexLoRA
+  does it. So there is no residual and no server optimizer. Arguments and errors
+  are those of `cg_fed_llm`.
   """
   local_update = clients.local_update(loss_fn, client_optimizer)
 
   def compose(compressor):
-    channel = codec_rounds.channel(compressor, representation)
+    uplink = channel(compressor, representation)
     return product_aggregation.product_round(
       local_update,
       flex_lora.nearest_products,
-      lambda trainable: channels.tiers_of(channel),
+      lambda trainable: channels.tiers_of(uplink),
       population=population,
       placement=placement,
     )
 
-  return codec_rounds.with_codec(
-    compose, population=population, placement=placement, **coding
+  return codec_state.with_codec(
+    compose,
+    coding=coding,
+    population=population,
+    volunteers=volunteers,
+    placement=placement,
   )
+
+
+def channel(
+  compressor: base.Compressor, representation: Representation = "delta"
+) -> channels.Channel:
+  """A channel that uploads the update, or the trained adapter.
+
+  Raises:
+    ValueError: if `representation` is neither "delta" nor "state".
+  """
+  if representation not in ("delta", "state"):
+    raise ValueError(
+      f"expected representation 'delta' or 'state', got {representation!r}."
+    )
+  if representation == "delta":
+    return channels.Channel(upload=compressor)
+
+  def upload(payload):
+    # Both ends know what the client received and trained from.
+    start = payload.values
+    return compressor._replace(
+      encode=lambda update, state, key: compressor.encode(
+        start - update, state, key
+      ),
+      decode=lambda latent: start - compressor.decode(latent),
+    )
+
+  return channels.Channel(upload=upload)

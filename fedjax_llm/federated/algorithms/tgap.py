@@ -22,10 +22,11 @@ from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import (
   channels,
   clients,
-  codec_rounds,
+  codec_state,
   gathering,
   rounds,
 )
+from fedjax_llm.federated.algorithms import cg_fed_llm
 
 
 def federated_pretraining(
@@ -34,7 +35,7 @@ def federated_pretraining(
   server_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: cg_fed_llm.Representation = "delta",
   **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Federated averaging, bit for bit; snapshots are of a round.
@@ -47,11 +48,11 @@ def federated_pretraining(
     representation: as in `cg_fed_llm.cg_fed_llm`.
     **parts: `aggregate`, `placement` of `rounds.federated_round`.
   """
-  upload = codec_rounds.remembered(base.identity())
+  upload = codec_state.remembered(base.identity())
   inner = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
-    channel=codec_rounds.channel(upload, representation),
+    channel=cg_fed_llm.channel(upload, representation),
     population=population,
     **parts,
   )
@@ -89,7 +90,7 @@ def local_pretraining(
   client_optimizer: optax.GradientTransformation,
   *,
   population: int,
-  representation: codec_rounds.Representation = "delta",
+  representation: cg_fed_llm.Representation = "delta",
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Each client goes on from its own parameters; nothing comes down.
@@ -107,7 +108,7 @@ def local_pretraining(
   Raises:
     ValueError: if `representation` is neither "delta" nor "state".
   """
-  codec_rounds.channel(base.identity(), representation)  # Refuses another.
+  cg_fed_llm.channel(base.identity(), representation)  # Refuses another.
 
   def answer(shared, train, client, own, key):
     del client, key  # Nothing is random.

@@ -6,8 +6,6 @@ says little about any one example, to the server too. What that is worth is
 accounted by `privacy.ExampleLevel`.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,7 +22,7 @@ def local_update(
   clip_norm: float,
   noise_multiplier: float,
   microbatch: int | None = None,
-) -> Callable[..., clients.Training]:
+) -> clients.LocalUpdate:
   """Makes the private training that one client does in one round.
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
@@ -45,7 +43,8 @@ def local_update(
       bounds the memory; None for the whole batch.
 
   Returns:
-    As `clients.local_update`: a step without examples changes nothing.
+    As `clients.local_update`, with its `example_noise_multiplier`. A step
+    without examples changes nothing.
 
   Raises:
     ValueError: if a number is out of range, or there is noise without a bound.
@@ -82,4 +81,6 @@ def local_update(
     gradient = unravel((total / mask.size).astype(flat.dtype))
     return clients.only(trains, gradient), sums
 
-  return clients.local_steps(gradient_fn, optimizer)
+  return clients.local_steps(
+    gradient_fn, optimizer, example_noise_multiplier=noise_multiplier
+  )

@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base
-from fedjax_llm.federated import aggregators
+from fedjax_llm.federated import aggregators, codec_state
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from tests import placements
 
@@ -33,9 +33,9 @@ def compose(make, loss_fn, representation="delta", lossless=False):
     loss_fn,
     SGD,
     *([] if make is PRODUCT else [optax.sgd(1.0)]),
-    codec=basis(),
-    compressor_of=(lambda codec: base.identity()) if lossless else pca.pca,
-    setup_bytes=1000,
+    coding=codec_state.Coding(
+      basis(), (lambda codec: base.identity()) if lossless else pca.pca, 1000
+    ),
     population=7,
     representation=representation,
     placement=placements.ALONE,
@@ -119,8 +119,7 @@ def fed_avg_states(problem, cohorts):
 
 @pytest.mark.parametrize("representation", ["delta", "state"])
 def test_a_codec_that_loses_nothing_is_fed_avg(problem, representation):
-  # Law 1, bit for bit of both: start - (start - update) is the update again,
-  # but for ties of rounding.
+  # Bit for bit, also of states: start - (start - update) is the update again.
   cohorts = problem.cohorts(4)
   expected = fed_avg_states(problem, cohorts)
   got = play(problem, MEAN, cohorts, representation, True)
@@ -128,7 +127,7 @@ def test_a_codec_that_loses_nothing_is_fed_avg(problem, representation):
 
 
 def test_of_one_client_it_is_plain_local_training(problem, oracle):
-  # Law 7, up to the rounding of an update.
+  # Up to the rounding of an update.
   cohort = problem.cohort(2)
   (got,) = play(problem, MEAN, [cohort], "delta", True)
   start = oracle.flatten(problem.trainable)
@@ -138,7 +137,7 @@ def test_of_one_client_it_is_plain_local_training(problem, oracle):
 
 
 def test_the_sum_is_as_many_means_as_there_are_clients(problem):
-  # Law 7: updates, and not the factors they are of, add up.
+  # Updates, and not the factors they are of, add up.
   cohort = problem.cohort(1, 3, 5)
   uniform = cohort._replace(weights=np.ones(3, np.float32))
   start = problem.trainable
@@ -150,7 +149,7 @@ def test_the_sum_is_as_many_means_as_there_are_clients(problem):
 
 
 def test_the_mean_of_products_is_not_the_product_of_means(problem):
-  # Law 7; but of one client they are the same.
+  # But of one client they are the same.
   def products(*chosen):
     cohort = problem.cohort(*chosen)
     for make in (MEAN, PRODUCT):

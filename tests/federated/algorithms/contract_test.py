@@ -12,7 +12,7 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import channels, clients
+from fedjax_llm.federated import channels, clients, codec_state
 from fedjax_llm.federated.algorithms import (
   cg_fed_llm,
   delta_downloads,
@@ -125,9 +125,9 @@ def codec_method(make, *server, **knobs):
     loss_fn,
     CLIENT,
     *server,
-    codec=pca.Basis(np.zeros(24, np.float32), np.float32(rows.T)),
-    compressor_of=pca.pca,
-    setup_bytes=100,
+    coding=codec_state.Coding(
+      pca.Basis(np.zeros(24, np.float32), np.float32(rows.T)), pca.pca, 100
+    ),
     population=7,
     **knobs,
     **parts,

@@ -197,3 +197,15 @@ def test_bad_values_are_named(problem, options, message):
   options = dict(clip_norm=1.0, noise_multiplier=0.0) | options
   with pytest.raises(ValueError, match=message):
     dp_sgd.local_update(problem.loss_fn, MOMENTUM, **options)
+
+
+def test_what_trains_tells_the_noise_in_its_gradients(problem):
+  train = dp_sgd.local_update(
+    problem.loss_fn, MOMENTUM, clip_norm=0.5, noise_multiplier=0.75
+  )
+  algorithm = rounds.federated_round(train, REPLACE)
+  assert algorithm.example_noise_multiplier == 0.75
+  assert algorithm.noise_multiplier is None  # Of whole clients it hides none.
+  plain = clients.local_update(problem.loss_fn, MOMENTUM)
+  algorithm = rounds.federated_round(plain, REPLACE)
+  assert algorithm.example_noise_multiplier is None

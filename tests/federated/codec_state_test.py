@@ -10,7 +10,7 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import codec_rounds
+from fedjax_llm.federated import codec_state, parameters
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_ex_lora
 from tests import placements
 
@@ -39,9 +39,7 @@ def compose(
     loss_fn,
     SGD,
     optax.sgd(1.0),
-    codec=basis(),
-    compressor_of=compressor_of,
-    setup_bytes=SETUP,
+    coding=codec_state.Coding(basis(), compressor_of, SETUP),
     population=7,
     representation=representation,
     volunteers=volunteers,
@@ -73,7 +71,7 @@ def test_a_client_pays_for_the_encoder_on_its_first_visit(problem):
   assert down == [[new, new], [old, new], [old, old]]
   latent = pca.Latent(np.zeros(COMPONENTS, np.float32), ENTRIES)
   assert metrics[0]["upload_bytes"].tolist() == [len(wire.dumps(latent))] * 2
-  state = codec_rounds.refitted(states[-1], basis(1))
+  state = codec_state.refitted(states[-1], basis(1))
   _, metrics = play(problem, visits[:2], state=state)
   down = [line["download_bytes"].tolist() for line in metrics]
   assert down == [[new, new], [old, new]]
@@ -104,9 +102,9 @@ def test_the_server_knows_what_it_decoded_and_what_is_volunteered(
   own = np.array(own)
   expected = own if representation == "state" else start - own
   expected[1] = mean + rows.T @ (rows @ (expected[1] - mean))
-  got = codec_rounds.known(states[1])
+  got = codec_state.known(states[1])
   np.testing.assert_allclose(got, expected, atol=1e-6)
-  assert codec_rounds.known(states[2]).shape == (4, ENTRIES)
+  assert codec_state.known(states[2]).shape == (4, ENTRIES)
   # Entry by entry, beside the latent.
   latent = metrics[1]["upload_bytes"][1]
   up = [latent + DENSE, latent, latent + DENSE]
@@ -123,11 +121,11 @@ def test_a_new_codec_compiles_nothing_and_is_used(problem):
   states, _ = play(problem, cohorts[:2], *knobs)
   _, step = compose(problem.loss_fn, *knobs)
   before = step._cache_size()
-  recorded = codec_rounds.known(states[-1])
+  recorded = codec_state.known(states[-1])
   fitted = pca.fit(recorded, 1)
   rows = np.zeros((COMPONENTS, ENTRIES), np.float32)
   rows[:1] = fitted.components
-  state = codec_rounds.refitted(states[-1], pca.Basis(fitted.mean, rows))
+  state = codec_state.refitted(states[-1], pca.Basis(fitted.mean, rows))
   new, _ = play(problem, cohorts[2:], *knobs, state=state)
   old, _ = play(problem, cohorts[2:], *knobs, state=states[-1])
   assert step._cache_size() == before
@@ -165,19 +163,31 @@ def test_a_codec_of_another_shape_is_refused(problem):
   states, _ = play(problem, [])
   mean, rows = basis()
   with pytest.raises(ValueError, match="the same shapes"):
-    codec_rounds.refitted(states[0], pca.Basis(mean, rows[1:]))
+    codec_state.refitted(states[0], pca.Basis(mean, rows[1:]))
+
+
+def test_a_codec_of_another_tree_is_refused(problem):
+  # Of as many entries, so that no length tells.
+  renamed = {"c": problem.trainable["a"], "b": problem.trainable["b"]}
+  coding = codec_state.Coding(
+    basis(), pca.pca, SETUP, parameters.signature(problem.trainable)
+  )
+  algorithm = cg_fed_llm.cg_fed_llm(
+    problem.loss_fn, SGD, optax.sgd(1.0), coding=coding, population=7
+  )
+  algorithm.init(problem.trainable)
+  with pytest.raises(ValueError, match="adapter of other layers or shapes"):
+    algorithm.init(renamed)
 
 
 def test_what_a_method_adds_to_the_base_model_is_not_lost(problem):
   parts = dict(scale=1.5, population=7)
   alone = fed_ex_lora.fed_ex_lora(problem.scaled_loss_fn, SGD, **parts)
-  coded = codec_rounds.with_codec(
+  coded = codec_state.with_codec(
     lambda upload: fed_ex_lora.fed_ex_lora(
       problem.scaled_loss_fn, SGD, upload=upload, **parts
     ),
-    codec=(),
-    compressor_of=lambda nothing: base.identity(),
-    setup_bytes=0,
+    coding=codec_state.Coding((), lambda nothing: base.identity(), 0),
     population=7,
   )
   residuals, frozen = [], {"kernel": problem.frozen["w"]}
@@ -195,7 +205,7 @@ def test_what_a_method_adds_to_the_base_model_is_not_lost(problem):
 def test_a_server_that_keeps_nothing_knows_nothing(problem):
   states, _ = play(problem, [])
   with pytest.raises(ValueError, match="with `volunteers`"):
-    codec_rounds.known(states[0])
+    codec_state.known(states[0])
 
 
 def test_volunteers_that_are_not_of_the_population_are_refused(problem):

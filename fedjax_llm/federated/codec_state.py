@@ -1,13 +1,13 @@
-"""Rounds whose uploads go through a codec that is in their state.
+"""Rounds with a codec in their state.
 
-A codec is any tree of arrays that both ends agreed on, such as one of `codecs`,
-and a function makes the compressor of it: so fitting it anew compiles nothing,
-and a large one is no constant of the program. Here too is who holds the encoder
-already, and what the server has to fit a new one on.
+A codec is a tree of arrays that both ends agree on, and a function makes the
+compressor from it. So a large codec is not a constant of the program, and a new
+one, fitted between rounds, does not recompile it. The state also has who holds
+the encoder already, and what the server knows to fit a new codec to.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,37 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import channels, clients, rounds
+from fedjax_llm.federated import clients, parameters, rounds
 
-Representation = Literal["delta", "state"]
+
+class Coding(NamedTuple):
+  """A codec, and how uploads are sent by it.
+
+  Attributes:
+    codec: what both ends agree on, a tree of arrays.
+    compressor_of: function from the codec, traced, to its compressor, such as
+      `autoencoder.autoencoder` or `pca.pca`; it may add a quantiser in a
+      `base.chain`, or `base.error_feedback`.
+    setup_bytes: length of the message that brings a client the encoder.
+    signature: `parameters.signature` of the tree that the codec was fitted to;
+      None if unknown. A codec of another tree is refused.
+  """
+
+  codec: Any
+  compressor_of: Callable[[Any], base.Compressor]
+  setup_bytes: int
+  signature: str | None = None
 
 
 class CodecState(NamedTuple):
   """The state of rounds with a codec.
 
   Attributes:
-    inner: of the algorithm that the codec compresses the uploads of.
-    codec: what both ends agreed on.
-    version: int32, how often there was a new one.
-    held: int32 [population], which version each client has; 0 for none.
+    inner: state of the algorithm whose uploads the codec compresses.
+    codec: the current codec.
+    version: number of the current codec, int32, from 1.
+    held: version of the encoder that each client has, int32 [population]; 0 for
+      none.
   """
 
   inner: Any
@@ -37,7 +55,7 @@ class CodecState(NamedTuple):
 
   @property
   def round(self) -> Any:
-    """How many rounds are done."""
+    """The number of rounds that are done."""
     return self.inner.round
 
   @property
@@ -47,12 +65,12 @@ class CodecState(NamedTuple):
 
 
 class Known(NamedTuple):
-  """What the server has of a client: a state of `remembered`.
+  """What the server knows of a client: the state of `remembered`.
 
   Attributes:
-    vector: the last that went into the codec, if the client volunteers it;
-      else what was decoded. Zeros before the first.
-    volunteers: bool, whether it does.
+    vector: what last went into the codec, if the client volunteers it; what was
+      last decoded, if not. Zeros before the first upload.
+    volunteers: whether the client volunteers, bool.
     inner: state of the compressor.
   """
 
@@ -61,37 +79,8 @@ class Known(NamedTuple):
   inner: Any
 
 
-def channel(
-  compressor: base.Compressor, representation: Representation = "delta"
-) -> channels.Channel:
-  """Uploads by `compressor`, of the update or of the trained adapter.
-
-  Raises:
-    ValueError: if `representation` is neither "delta" nor "state".
-  """
-  if representation not in ("delta", "state"):
-    raise ValueError(
-      f"expected representation 'delta' or 'state', got {representation!r}."
-    )
-  if representation == "delta":
-    return channels.Channel(upload=compressor)
-
-  def upload(payload):
-    # What the client received, which it trained from, both ends know.
-    start = payload.values
-    return base.Compressor(
-      init=compressor.init,
-      encode=lambda update, state, key: compressor.encode(
-        start - update, state, key
-      ),
-      decode=lambda latent: start - compressor.decode(latent),
-    )
-
-  return channels.Channel(upload=upload)
-
-
 def remembered(compressor: base.Compressor) -> base.Compressor:
-  """A compressor whose state is `Known`, for a server that records."""
+  """The compressor with state `Known`, for a server that records vectors."""
 
   def init(vector):
     none = jnp.zeros(vector.shape, vector.dtype)
@@ -104,39 +93,40 @@ def remembered(compressor: base.Compressor) -> base.Compressor:
     seen = jnp.where(state.volunteers, vector, received)
     return payload, state._replace(vector=seen, inner=inner)
 
-  return base.Compressor(init, encode, compressor.decode)
+  return compressor._replace(init=init, encode=encode)
 
 
 def with_codec(
   compose: Callable[[base.Compressor], rounds.FederatedAlgorithm],
   *,
-  codec: Any,
-  compressor_of: Callable[[Any], base.Compressor],
-  setup_bytes: int,
+  coding: Coding,
   population: int,
   volunteers: Any = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """An algorithm whose uploads a codec compresses; its state is `CodecState`.
+  """Makes an algorithm whose uploads a codec compresses.
 
   A client fetches the encoder on its first visit, and again when there is a new
-  one: that is in its `download_bytes`. The decoder stays at the server.
+  one; its `download_bytes` count that. The decoder stays at the server.
 
   Args:
-    compose: upload compressor -> algorithm, whose state has `upload`.
-    codec: the first codec.
-    compressor_of: codec, traced -> its compressor: `autoencoder.autoencoder`
-      or `pca.pca`; in a `base.chain`, under `base.error_feedback` as you like.
-    setup_bytes: length of the message that tells a client the encoder.
+    compose: function from the upload compressor to the algorithm, whose state
+      has `upload`.
+    coding: the codec.
     population: number of clients.
-    volunteers: bool [population], clients that send what goes into the codec
-      beside its latent, entry by entry, for `known`; that is in their
-      `upload_bytes`. None if the codec is never fitted anew: then the server
-      keeps nothing of clients.
-    placement: that of the algorithm.
+    volunteers: bool [population], clients that also send, entry by entry, what
+      goes into the codec, so that `known` has it; their `upload_bytes` count
+      that. None if the codec is never fitted anew; the server then keeps
+      nothing of clients.
+    placement: placement of the algorithm.
+
+  Returns:
+    An algorithm whose state is a `CodecState`. Its `init` raises a `ValueError`
+    if the codec was fitted to another tree.
 
   Raises:
-    ValueError: if `volunteers` are not of the population, or `compose` does.
+    ValueError: if `volunteers` has another length than the population, or from
+      `compose`.
   """
   if volunteers is not None and np.shape(volunteers) != (population,):
     raise ValueError(
@@ -145,22 +135,27 @@ def with_codec(
     )
 
   def inner(codec):
-    compressor = compressor_of(codec)
+    compressor = coding.compressor_of(codec)
     return compose(compressor if volunteers is None else remembered(compressor))
 
-  first = inner(codec)
+  first = inner(coding.codec)
 
   def init(trainable):
+    if coding.signature not in (None, parameters.signature(trainable)):
+      raise ValueError(
+        "the codec was fitted to an adapter of other layers or shapes. Give the"
+        " model, rank and targets that it was recorded with, or fit another."
+      )
     state = first.init(trainable)
     if volunteers is not None:
       (memory,) = state.upload
       memory = memory._replace(volunteers=jnp.array(volunteers, bool))
       state = state._replace(upload=(memory,))
     # Copied, so that donating the state leaves the caller's arrays alone.
-    copy = jax.tree.map(jnp.array, codec)
+    codec = jax.tree.map(jnp.array, coding.codec)
     held = jnp.zeros(population, jnp.int32)
     return rounds.replicate(
-      CodecState(state, copy, jnp.int32(1), held), placement
+      CodecState(state, codec, jnp.int32(1), held), placement
     )
 
   def round_fn(state, frozen, examples, cohort, key):
@@ -170,7 +165,7 @@ def with_codec(
     old = state.held[cohort.clients]
     present = (cohort.weights > 0) & metrics["finite"]
     new = jnp.where(present, state.version, old)
-    setup = jnp.where(old < state.version, setup_bytes, 0)
+    setup = jnp.where(old < state.version, coding.setup_bytes, 0)
     metrics = metrics | {"download_bytes": metrics["download_bytes"] + setup}
     if volunteers is not None:
       (memory,) = after.upload
@@ -186,23 +181,23 @@ def with_codec(
     return first.received(state.inner, key)
 
   residual_of = first.residual
-  return rounds.FederatedAlgorithm(
-    init,
-    round_fn,
-    received,
+  return first._replace(
+    init=init,
+    round=round_fn,
+    received=received,
     residual=residual_of and (lambda state: residual_of(state.inner)),
-    noise_multiplier=first.noise_multiplier,
   )
 
 
 def known(state: CodecState) -> np.ndarray:
-  """What the server has of clients, to fit a codec on: [count, n].
+  """What the server knows of clients, to fit a codec to: [count, n].
 
-  Of each that has come the last vector, in the order of their numbers: what
-  went into the codec, of `volunteers`, or else what was decoded.
+  It has one vector, the last, of each client that has come, in the order of
+  client numbers: what went into the codec, from `volunteers`, or else what was
+  decoded.
 
   Raises:
-    ValueError: if the codec is never fitted anew.
+    ValueError: if the algorithm was made without `volunteers`.
   """
   upload = state.inner.upload[0]
   if not isinstance(upload, Known):
@@ -217,8 +212,8 @@ def refitted(state: CodecState, codec: Any) -> CodecState:
   """The state with a new codec, whose encoder clients fetch as they come.
 
   Args:
-    state: of rounds.
-    codec: with arrays of the shapes of the old one's.
+    state: state of the rounds.
+    codec: new codec, with arrays of the same shapes as the old one's.
 
   Raises:
     ValueError: if the shapes differ.

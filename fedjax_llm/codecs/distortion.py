@@ -1,0 +1,292 @@
+"""How well a codec transmits recorded updates, and whether it transmits at all.
+
+Where the updates of all clients are alike, a decoder that ignores its input has
+a small squared error too. So a codec is compared with controls, which transmit
+nothing, and is measured by how much of the clients' innovations arrives: what
+distinguishes each client from the mean, see `compression.distortion`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fedjax_llm.codecs import pca
+from fedjax_llm.compression import base, distortion, wire
+
+Vectors = Float[Array, "*batch n"]
+Numbers = Float[Array, "*batch"]
+
+# Below this innovation cosine a codec counts as transmitting nothing. Random
+# projections to 1/64 of the entries, which learn nothing, have a cosine of 1/8.
+LEAST_INNOVATION = 0.05
+# The error must grow by this factor when clients are confused with each other.
+_LEAST_MARGIN = 1.01
+
+
+def relative_squared_error(vectors: Vectors, received: Vectors) -> Numbers:
+  """Squared error over squared norm: 0 if exact, 1 if zero arrives."""
+  return _energy(vectors - received) / _energy(vectors)
+
+
+def snr_db(vectors: Vectors, received: Vectors) -> Numbers:
+  """The signal-to-noise ratio in decibels: 0 if zero arrives."""
+  return -10 * jnp.log10(relative_squared_error(vectors, received))
+
+
+def snr_of_the_paper(vectors: Vectors, received: Vectors) -> Numbers:
+  """CG-FedLLM's ratio (Table 1): n times the usual one, a sum over a mean.
+
+  By this ratio sending zero scores n, which is 8,388,608 for LLaMA-7B. Use it
+  only to compare with the paper.
+  """
+  return vectors.shape[-1] / relative_squared_error(vectors, received)
+
+
+def cosine(vectors: Vectors, received: Vectors) -> Numbers:
+  """The cosine between what was sent and what arrived; 0 if either is zero."""
+  product = jnp.sum(vectors * received, axis=-1)
+  norms = jnp.sqrt(_energy(vectors) * _energy(received))
+  return jnp.where(norms > 0, product / jnp.where(norms > 0, norms, 1), 0)
+
+
+def shuffled_error(
+  vectors: Float[Array, "clients n"], received: Float[Array, "clients n"]
+) -> Float[Array, ""]:
+  """The relative squared error if each client got its neighbour's vector.
+
+  For a codec that transmits innovations it is well above the codec's own error.
+  For one that sends everybody the same vector it is equal.
+
+  Args:
+    vectors: updates of two or more clients of a round.
+    received: what arrived of each.
+  """
+  other = jnp.roll(received, 1, axis=0)
+  return relative_squared_error(vectors.ravel(), other.ravel())
+
+
+@wire.message(tag=18)
+class Seed:
+  """The seed of a random vector of `size` entries."""
+
+  seed: Any
+  size: int
+
+  def check(self) -> None:
+    """Raises a `ValueError` if the seed is not two uint32."""
+    wire.require(self.seed, np.uint32, 2, "seed")
+
+
+def zero(n: int) -> base.Compressor:
+  """A control: zero arrives, whatever is sent."""
+  return constant_mean(jnp.zeros(n))
+
+
+def constant_mean(mean: Float[Array, " n"]) -> base.Compressor:
+  """A control: the mean of recorded vectors arrives, whatever is sent."""
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    return pca.Latent(jnp.zeros(0, jnp.float32), vector.size)
+
+  return base.stateless(encode, lambda payload: jnp.asarray(mean))
+
+
+def gaussian_noise(scale: float, n: int) -> base.Compressor:
+  """A control: noise of standard deviation `scale` arrives."""
+
+  def encode(vector, key):
+    return Seed(jax.random.bits(key, (2,), jnp.uint32), vector.size)
+
+  def decode(payload):
+    seed = jnp.asarray(payload.seed)
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return scale * jax.random.normal(key, (n,))
+
+  return base.stateless(encode, decode)
+
+
+class Quality(NamedTuple):
+  """How well vectors arrive.
+
+  Attributes:
+    relative_squared_error: squared error of all vectors together, over their
+      squared norm.
+    cosine: mean over vectors of `cosine`.
+    innovation_cosine: mean over rounds, clients of a round weighted equally.
+    aggregate_cosine: cosine between the mean that was sent and the mean that
+      arrived, mean over rounds.
+    shuffled_error: `shuffled_error` of all vectors together.
+  """
+
+  relative_squared_error: float
+  cosine: float
+  innovation_cosine: float
+  aggregate_cosine: float
+  shuffled_error: float
+
+
+class Report(NamedTuple):
+  """What a codec transmits.
+
+  Attributes:
+    codec: quality on vectors that the codec was not fitted to.
+    controls: quality of each control on the same vectors, by name.
+    bits: length of a message, header included, in bits per vector entry.
+  """
+
+  codec: Quality
+  controls: dict[str, Quality]
+  bits: float
+
+  @property
+  def transmits(self) -> bool:
+    """Whether the codec beats the controls and transmits innovations."""
+    return not self._problems()
+
+  @property
+  def warning(self) -> str:
+    """What is wrong and what to do; empty if the codec transmits."""
+    if self.transmits:
+      return ""
+    return (
+      "this codec is no better than one that transmits nothing:"
+      f" {'; '.join(self._problems())}. Fit another one, such as"
+      " transforms.fit, or a row_network.network to layouts.ranked; normalise"
+      ' its input (normalise="columns"); fit for more steps or to more updates;'
+      " or use a compressor that is not learned, such as eden(0.5,"
+      " unbiased=False)."
+    )
+
+  def describe(self) -> str:
+    """Returns a table, and the warning if there is one."""
+    names = ("squared error", "cosine", "innovation", "aggregate", "shuffled")
+    lines = [f"{'':16}" + "".join(f"{name:>15}" for name in names)]
+    for name, found in {"codec": self.codec, **self.controls}.items():
+      numbers = "".join(f"{number:15.4f}" for number in found)
+      lines.append(f"{name:16}{numbers}")
+    lines.append(f"{self.bits:.3f} bits an entry.")
+    return "\n".join([*lines, self.warning]).rstrip()
+
+  def _problems(self) -> list[str]:
+    # Each comparison is written so that NaN is a problem.
+    codec, problems = self.codec, []
+    for name in ("zero", "constant_mean"):
+      error = self.controls[name].relative_squared_error
+      if not codec.relative_squared_error < error:
+        problems.append(
+          f"its relative squared error is {codec.relative_squared_error:.4f},"
+          f" that of {name} {error:.4f}"
+        )
+    if not codec.innovation_cosine >= LEAST_INNOVATION:
+      problems.append(
+        f"its innovation cosine is {codec.innovation_cosine:.4f}, expected"
+        f" {LEAST_INNOVATION} or more"
+      )
+    margin = _LEAST_MARGIN * codec.relative_squared_error
+    if not codec.shuffled_error >= margin:
+      problems.append(
+        "clients that get each other's vectors are hardly worse off, squared"
+        f" error {codec.shuffled_error:.4f}"
+      )
+    return problems
+
+
+def report(
+  compressor: base.Compressor,
+  snapshots: np.ndarray,
+  groups: Sequence[np.ndarray],
+  *,
+  mean: np.ndarray,
+  scale: float,
+) -> Report:
+  """Measures a codec and the controls.
+
+  Args:
+    compressor: compressor of the codec, without error feedback.
+    snapshots: recorded vectors, float32 [count, n].
+    groups: for each round, the numbers of two or more snapshots to measure;
+      better ones that the codec was not fitted to.
+    mean: mean of the snapshots that the codec was fitted to, [n].
+    scale: root mean square of their entries.
+  """
+  n = snapshots.shape[1]
+  controls = {
+    "zero": zero(n),
+    "constant_mean": constant_mean(jnp.asarray(mean)),
+    "gaussian_noise": gaussian_noise(scale, n),
+  }
+  measure = lambda x: quality(jax.jit(receiver(x)), snapshots, groups)
+  return Report(
+    measure(compressor),
+    {name: measure(control) for name, control in controls.items()},
+    8 * nbytes(compressor, n) / n,
+  )
+
+
+def nbytes(compressor: base.Compressor, n: int) -> int:
+  """The length of the message of a vector of `n` entries, in bytes."""
+  vector = jax.ShapeDtypeStruct((n,), jnp.float32)
+  state = jax.eval_shape(compressor.init, vector)
+  payload, _ = jax.eval_shape(
+    compressor.encode, vector, state, jax.random.key(0)
+  )
+  return wire.nbytes(payload)
+
+
+def receiver(compressor: base.Compressor) -> Callable[[Any], jax.Array]:
+  """Makes a function from vectors [clients, n] to what arrives of them."""
+
+  def received(vectors):
+    def one(number_and_vector):
+      number, vector = number_and_vector
+      key = jax.random.fold_in(jax.random.key(0), number)
+      state = compressor.init(vector)
+      return base.transmit(compressor, vector, state, key).received
+
+    return jax.lax.map(one, (jnp.arange(len(vectors)), vectors))
+
+  return received
+
+
+def quality(
+  received_fn: Callable[[Any], jax.Array],
+  snapshots: np.ndarray,
+  groups: Sequence[np.ndarray],
+) -> Quality:
+  """Measures what arrives of the snapshots, round by round.
+
+  Args:
+    received_fn: function from vectors [clients, n] to what arrives of them.
+    snapshots: recorded vectors, float32 [count, n].
+    groups: for each round, the numbers of two or more snapshots.
+  """
+  errors, shuffled, energies, rows = [], [], [], []
+  for members in groups:
+    vectors = jnp.asarray(np.asarray(snapshots[members], np.float32))
+    received = received_fn(vectors)
+    shares = jax.vmap(distortion.share)(
+      vectors, received, jnp.ones(len(members))
+    )
+    both = distortion.cosines(jax.tree.map(lambda x: x.sum(axis=0), shares))
+    energies.append(jnp.sum(vectors**2))
+    errors.append(jnp.sum((vectors - received) ** 2))
+    shuffled.append(shuffled_error(vectors, received) * energies[-1])
+    rows.append(
+      (
+        jnp.mean(cosine(vectors, received)),
+        both["innovation_cosine"],
+        both["update_cosine"],
+      )
+    )
+  error, confused = (np.sum(x) / np.sum(energies) for x in (errors, shuffled))
+  means = np.mean(np.array(rows, np.float64), axis=0)
+  return Quality(*map(float, (error, *means, confused)))
+
+
+def _energy(vectors):
+  return jnp.sum(jnp.square(vectors), axis=-1)

@@ -1,0 +1,99 @@
+"""How much of many senders' vectors arrives: two cosines, computed from sums.
+
+A compressor can have a small squared error and transmit nothing: a decoder that
+ignores its message can return the mean of all senders. Two cosines tell. The
+update cosine compares the mean that was sent with the mean that arrived, which
+the server steps on. The innovation cosine compares what distinguishes the
+senders from their mean; that decoder loses it.
+
+Each sender adds one `Sums`, so memory does not grow with the number of senders.
+Only a simulation can compute these: it sees both ends.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# The energy of the innovations is a difference of sums. Below this fraction of
+# the sums it is only rounding error.
+_ROUNDING = 1e-5
+
+
+class Sums(NamedTuple):
+  """Weighted sums over senders i of vectors u_i and of what arrives, r_i.
+
+  Attributes:
+    weight: sum of the weights w_i.
+    sent: sum of w_i u_i, [n].
+    arrived: sum of w_i r_i, [n].
+    energies: sums of w_i <u_i, u_i>, w_i <r_i, r_i> and w_i <u_i, r_i>, [3].
+  """
+
+  weight: Any
+  sent: Any
+  arrived: Any
+  energies: Any
+
+
+def share(
+  vector: Float[Array, " n"],
+  received: Float[Array, " n"],
+  weight: Float[Array, ""],
+) -> Sums:
+  """Returns what one sender adds to the sums; zeros if its weight is zero."""
+  weight = weight.astype(vector.dtype)
+  # Selected, not multiplied: the vector of an absent sender may be NaN.
+  vector, received = (jnp.where(weight > 0, x, 0) for x in (vector, received))
+  pairs = (vector, vector), (received, received), (vector, received)
+  energies = jnp.stack([jnp.sum(x * y) for x, y in pairs])
+  return Sums(weight, weight * vector, weight * received, weight * energies)
+
+
+def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
+  """Returns both cosines.
+
+  Let p_i be the weights divided by their sum, and let U = sum p_i u_i and
+  R = sum p_i r_i be the means.
+
+    update_cosine      <U, R> / (|U| |R|)
+    innovation_cosine  sum p_i <u_i - U, r_i - R>
+                       / sqrt(sum p_i |u_i - U|^2  sum p_i |r_i - R|^2)
+
+  The innovation cosine is one cosine of all innovations together, not the mean
+  of one cosine for each sender. Such a mean gives a sender that hardly differs
+  from the others, whose direction is mostly noise, the same say as one that
+  differs a lot, and it needs every vector at once. This cosine counts each
+  sender by its energy, as the squared error does: 1 - cosine^2 is the relative
+  squared error of the innovations under the best common factor on the r_i - R.
+
+  Args:
+    total: the sum of the shares of all senders.
+
+  Returns:
+    The two cosines. A cosine is 0 if there is nothing to compare. For the
+    innovation cosine this is so with one sender, or if all senders send or
+    receive the same vector up to rounding.
+  """
+  weight = jnp.where(total.weight > 0, total.weight, 1)
+  pairs = (
+    (total.sent, total.sent),
+    (total.arrived, total.arrived),
+    (total.sent, total.arrived),
+  )
+  of_mean = jnp.stack([jnp.sum(x * (y / weight)) for x, y in pairs])
+  own = total.energies - of_mean
+  differs = (own[:2] > _ROUNDING * total.energies[:2]).all()
+  return {
+    "update_cosine": _cosine(of_mean, (of_mean[:2] > 0).all()),
+    "innovation_cosine": _cosine(own, differs),
+  }
+
+
+def _cosine(energies, is_something):
+  first, second, product = energies
+  # Root by root: the product of two energies may be too small for float32.
+  norms = jnp.sqrt(jnp.where(is_something, first, 1)) * jnp.sqrt(
+    jnp.where(is_something, second, 1)
+  )
+  return jnp.where(is_something, product / norms, 0)

@@ -1,0 +1,44 @@
+"""Warns the user of a run whose codec transmits nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fedjax_llm.codecs import distortion
+
+# Rounds that are averaged.
+_WINDOW = 3
+
+
+class Gate:
+  """Warns, once, if what arrives does not tell the clients apart.
+
+  It warns if the mean innovation cosine of three rounds in a row is below
+  `distortion.LEAST_INNOVATION`.
+  """
+
+  def __init__(self, write: Callable[[str], None]):
+    """Makes a gate.
+
+    Args:
+      write: called with the warning, one line.
+    """
+    self._write = write
+    self._cosines: list[float] = []
+    self._has_spoken = False
+
+  def see(self, innovation_cosine: Any) -> None:
+    """Looks at a round; None if the round has no innovation cosine."""
+    if innovation_cosine is None or self._has_spoken:
+      return
+    self._cosines = [*self._cosines, float(innovation_cosine)][-_WINDOW:]
+    mean = sum(self._cosines) / _WINDOW
+    if len(self._cosines) == _WINDOW and mean < distortion.LEAST_INNOVATION:
+      self._has_spoken = True
+      self._write(
+        f"warning: the innovation cosine of the last {_WINDOW} rounds is"
+        f" {mean:.3f}, below {distortion.LEAST_INNOVATION}: nothing that"
+        " distinguishes the clients arrives, whatever the error of the codec"
+        " is. If updates are not zero: send and record the delta, not the"
+        " state; fit the input scale; use a linear head, not tanh; record more"
+        " updates; or use a transform code (codecs.transforms) or a trellis."
+      )

@@ -1,0 +1,280 @@
+"""Every federated method by name, made of the same few settings.
+
+`configs/methods.py` runs one on the command line; `benchmarks/flasc` compares
+them. What each method sends and trains is in `docs/methods.md`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.compression import base, levels, quantize, sparse
+from fedjax_llm.experiments import tasks
+from fedjax_llm.federated import channels, clients, densities, parameters
+from fedjax_llm.federated.algorithms import (
+  delta_downloads,
+  eco_lora,
+  ef21,
+  fed_avg,
+  fed_ex_lora,
+  fed_sa_lora,
+  fed_sb,
+  fed_srd,
+  federated_select,
+  fetch_sgd,
+  flasc,
+  flex_lora,
+  flora,
+  freezing,
+  het_lora,
+  pruning,
+  scaffold,
+)
+
+Method = Literal[
+  "fed_avg",
+  "fed_adam",
+  "fed_yogi",
+  "fed_adagrad",
+  "fed_avg_m",
+  "fed_adamw",
+  "fed_prox",
+  "scaffold",
+  "full_fine_tuning",
+  "linear_probe",
+  "flasc",
+  "flasc_tiers",
+  "top_k_with_error_feedback",
+  "ef21",
+  "fetch_sgd",
+  "quantised",
+  "delta_downloads",
+  "sparse_adapter",
+  "adapter_lth",
+  "federated_select",
+  "federated_select_ranks",
+  "zero_padded_lora",
+  "het_lora",
+  "flex_lora",
+  "flora",
+  "ffa_lora",
+  "ro_lora",
+  "fed_sa_lora",
+  "fed_ex_lora",
+  "fed_sb",
+  "eco_lora",
+  "fed_srd",
+]
+
+
+class Recipe(NamedTuple):
+  """What a method is made of; each takes what it needs.
+
+  Attributes:
+    task: the model and the data.
+    client: the clients' optimizer.
+    server: the server's optimizer.
+    client_rate: learning rate of `client`.
+    server_rate: learning rate of `server`.
+    density: share of the entries that a sparse method sends.
+    upload_density: the same for FLASC's uploads.
+    warm_up_rounds: dense rounds before Federated Select.
+    rank: rank of the LoRA factors.
+    rounds: number of rounds.
+    parts: `population` and `placement`, and `aggregate` if it is not the
+      method's own.
+  """
+
+  task: tasks.Task
+  client: optax.GradientTransformation
+  server: optax.GradientTransformation
+  client_rate: float
+  server_rate: float
+  density: float
+  upload_density: float
+  warm_up_rounds: int
+  rank: int
+  rounds: int
+  parts: dict[str, Any]
+
+  @property
+  def optimizers(self) -> tuple[Any, Any, Any]:
+    """The arguments that most methods begin with."""
+    return self.task.loss_fn, self.client, self.server
+
+  @property
+  def averaging(self) -> tuple[Any, Any, Any]:
+    """The same with a server that takes the mean."""
+    return self.task.loss_fn, self.client, optax.sgd(1.0)
+
+  @property
+  def ranks(self) -> tuple[int, ...]:
+    """The ranks of three tiers: a sixteenth, a quarter and all of `rank`."""
+    return tuple(max(1, self.rank // share) for share in (16, 4, 1))
+
+
+Make = Callable[[Recipe], Any]
+
+
+def _adaptive(server: Callable[[float], Any]) -> Make:
+  return lambda k: fed_avg.fed_avg(
+    k.task.loss_fn, k.client, server(k.server_rate), **k.parts
+  )
+
+
+def _fed_prox(k: Recipe) -> Any:
+  client = optax.chain(clients.proximal(0.01), k.client)
+  return fed_avg.fed_avg(k.task.loss_fn, client, optax.sgd(1.0), **k.parts)
+
+
+def _flasc_tiers(k: Recipe) -> Any:
+  shares = [rank / k.rank for rank in k.ranks]
+  tiers = list(zip(shares, shares, strict=True))
+  return flasc.flasc_tiers(*k.optimizers, tiers=tiers, **k.parts)
+
+
+def _error_feedback(k: Recipe) -> Any:
+  upload = base.error_feedback(sparse.top_k(k.density))
+  channel = channels.Channel(upload=upload)
+  return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
+
+
+def _fetch_sgd(k: Recipe) -> Any:
+  """Sends sketches of `density`; a tenth of that is what moves."""
+  vector, _ = ravel_pytree(k.task.trainable)
+  return fetch_sgd.fetch_sgd(
+    k.task.loss_fn,
+    k.client,
+    rows=5,
+    columns=max(1, round(k.density * vector.size / 5)),
+    density=k.density / 10,
+    settle=fetch_sgd.clear,
+    **k.parts,
+  )
+
+
+def _quantised(k: Recipe) -> Any:
+  """Every entry in `density` of 32 bits: 1 to 6 bits, or 8."""
+  bits = max(1, min(8, round(32 * k.density)))
+  coarse = (
+    quantize.lloyd_max(bits) if bits < 7 else levels.stochastic_uniform(8)
+  )
+  start, _ = ravel_pytree(k.task.trainable)
+  channel = channels.Channel(base.relative_to(start, coarse), coarse)
+  return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
+
+
+def apart(k: Recipe) -> Callable[[float], base.Compressor]:
+  """A Top-K each for all `a`, for all `b` and for a head."""
+  owners = parameters.owners(k.task.trainable)
+  return functools.partial(sparse.top_k_per_group, owners)
+
+
+def _adapter_lth(k: Recipe) -> Any:
+  schedule = densities.decaying(
+    1.0,
+    k.density ** (1 / 3),
+    every=math.ceil(k.rounds / 6),
+    rounds=k.rounds,
+    floor=k.density,
+  )
+  return pruning.adapter_lth(
+    *k.optimizers, density=schedule, top_k=apart(k), **k.parts
+  )
+
+
+def _scale(k: Recipe) -> float:
+  return k.task.adapter.scale if k.task.adapter else 1.0
+
+
+METHODS: dict[str, Make] = {
+  "fed_avg": lambda k: fed_avg.fed_avg(*k.averaging, **k.parts),
+  "fed_avg_m": _adaptive(fed_avg.fed_avg_m),
+  "fed_adam": _adaptive(fed_avg.fed_adam),
+  "fed_yogi": _adaptive(fed_avg.fed_yogi),
+  "fed_adagrad": _adaptive(fed_avg.fed_adagrad),
+  "fed_adamw": lambda k: fed_avg.fed_avg(*k.optimizers, **k.parts),
+  "fed_prox": _fed_prox,
+  "scaffold": lambda k: scaffold.scaffold(
+    k.task.loss_fn, k.client_rate, optax.sgd(1.0), **k.parts
+  ),
+  "full_fine_tuning": lambda k: fed_avg.fed_avg(*k.optimizers, **k.parts),
+  "linear_probe": lambda k: freezing.linear_probe(*k.optimizers, **k.parts),
+  "flasc": lambda k: flasc.flasc(
+    *k.optimizers,
+    download_density=k.density,
+    upload_density=k.upload_density,
+    **k.parts,
+  ),
+  "flasc_tiers": _flasc_tiers,
+  "top_k_with_error_feedback": _error_feedback,
+  "ef21": lambda k: ef21.ef21(
+    *k.averaging, upload=sparse.top_k(k.density), **k.parts
+  ),
+  "fetch_sgd": _fetch_sgd,
+  "quantised": _quantised,
+  "delta_downloads": lambda k: delta_downloads.delta_downloads(
+    *k.optimizers,
+    download=quantize.lloyd_max(2),
+    upload=quantize.lloyd_max(1),
+    **k.parts,
+  ),
+  "sparse_adapter": lambda k: pruning.sparse_adapter(
+    *k.optimizers, density=k.density, top_k=apart(k), **k.parts
+  ),
+  "adapter_lth": _adapter_lth,
+  "federated_select": lambda k: federated_select.federated_select(
+    *k.optimizers,
+    density=k.density,
+    warm_up_rounds=k.warm_up_rounds,
+    top_k=apart(k) if k.warm_up_rounds else sparse.top_k,
+    **k.parts,
+  ),
+  "federated_select_ranks": lambda k: federated_select.federated_select_ranks(
+    *k.optimizers, ranks=k.ranks, **k.parts
+  ),
+  "zero_padded_lora": lambda k: het_lora.zero_padded_lora(
+    *k.optimizers, ranks=k.ranks, **k.parts
+  ),
+  "het_lora": lambda k: het_lora.het_lora(
+    *k.averaging, ranks=k.ranks, **k.parts
+  ),
+  "flex_lora": lambda k: flex_lora.flex_lora(
+    k.task.loss_fn, k.client, ranks=k.ranks, **k.parts
+  ),
+  "flora": lambda k: flora.flora(
+    k.task.loss_fn, k.client, scale=_scale(k), **k.parts
+  ),
+  "ffa_lora": lambda k: freezing.ffa_lora(*k.optimizers, **k.parts),
+  "ro_lora": lambda k: freezing.ro_lora(*k.optimizers, **k.parts),
+  "fed_sa_lora": lambda k: fed_sa_lora.fed_sa_lora(*k.optimizers, **k.parts),
+  "fed_ex_lora": lambda k: fed_ex_lora.fed_ex_lora(
+    k.task.loss_fn, k.client, scale=_scale(k), **k.parts
+  ),
+  "fed_sb": lambda k: fed_sb.fed_sb(
+    *k.optimizers,
+    bases=fed_sb.random_bases(jax.random.key(k.task.seed)),
+    **k.parts,
+  ),
+  "eco_lora": lambda k: eco_lora.eco_lora(
+    *k.optimizers,
+    segment_count=4,
+    a_densities=(k.density, 1.0),
+    b_densities=(k.density, 1.0),
+    **k.parts,
+  ),
+  "fed_srd": lambda k: fed_srd.fed_srd(
+    k.task.loss_fn,
+    k.client,
+    upload_density=k.density,
+    download_density=k.density,
+    **k.parts,
+  ),
+}
+# Methods that take a private mean as their `aggregate`.
+PRIVATE = ("fed_adamw", "flasc", "ffa_lora", "full_fine_tuning", "linear_probe")

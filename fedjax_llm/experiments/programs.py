@@ -1,0 +1,54 @@
+"""Fingerprints of what a run computes, the same in every process.
+
+The text of a round that JAX lowers holds every operation and every constant:
+another learning rate, another compressor or an edited loss make another text.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+# Larger arrays are fingerprinted by their first entries: memories of a whole
+# population, which start at zero, and models, which have their own fingerprint.
+_ENTRIES = 2**24
+
+
+def of_function(jitted: Any, *arguments: Any) -> str:
+  """Returns a fingerprint of what a jitted function computes.
+
+  It is of the StableHLO text, with constants. JAX keeps the trace, so that the
+  first call does not trace again.
+
+  Args:
+    jitted: what `jax.jit` returned.
+    *arguments: arguments of its first call. Of arrays only shapes, types and
+      placement matter.
+  """
+  text = jitted.lower(*arguments).as_text()
+  # The name of the function says nothing of what it computes.
+  text = re.sub(r"^module @\w+", "module", text, count=1)
+  return _short(hashlib.sha256(text.encode()))
+
+
+def of_arrays(tree: Any) -> str:
+  """Returns a fingerprint of a tree of arrays, wherever they lie.
+
+  Args:
+    tree: names, shapes, types and values count; of an array with more than
+      2**24 entries only the first 2**24.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    name = jax.tree_util.keystr(path)
+    digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+    digest.update(np.asarray(leaf.reshape(-1)[:_ENTRIES]).tobytes())
+  return _short(digest)
+
+
+def _short(digest: Any) -> str:
+  return digest.hexdigest()[:16]
