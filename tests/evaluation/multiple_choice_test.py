@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.cli import evaluate, examination
+from fedjax_llm.cli import evaluate, sitting
 from fedjax_llm.evaluation import ceval, mmlu, multiple_choice
 from fedjax_llm.experiments import tasks
 from fedjax_llm.models import decoder, gpt2, lora
@@ -298,7 +298,7 @@ def test_every_answer_is_that_of_transformers(
     str(folder),
     task=exam,
     data=str(data / exam),
-    exam=examination.Options(
+    exam=sitting.Options(
       subjects=subjects, limit=limit, predictions=tmp_path / "chosen.json"
     ),
   )
