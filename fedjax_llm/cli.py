@@ -44,7 +44,7 @@ def main() -> None:
   try:
     _prepare_process()
     _command(sys.argv[1:] or ["--help"])
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (ValueError, FloatingPointError, ImportError, OSError) as error:
     if _is_of_a_config(error):
       raise
     _fail(str(error))
