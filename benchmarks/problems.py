@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_llm import tasks
 from fedjax_llm.data import (
   corpora,
   partition,
@@ -25,6 +24,7 @@ from fedjax_llm.data import (
   sources,
   templates,
 )
+from fedjax_llm.experiments import tasks
 from fedjax_llm.models import decoder, lora, pretrained
 
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))

@@ -65,22 +65,18 @@ def candidate(parts, devices: int, clients_per_step: int, density):
   """A function that runs one round and returns its seconds."""
   loss_fn, factors, frozen, examples, cohort = parts
   compress = base.identity() if density is None else sparse.top_k(density)
-  auto = (jax.sharding.AxisType.Auto,)
-  mesh = None
-  if devices > 1:
-    mesh = jax.make_mesh((devices,), ("clients",), axis_types=auto)
+  mesh = clients.device_mesh(jax.devices()[:devices])
+  placement = clients.Placement(mesh, clients_per_step)
   algorithm = fed_avg.fed_avg(
     loss_fn,
     optax.sgd(0.1, momentum=0.9),
     flasc.server_adamw(1e-3),
     channel=channels.Channel(compress, compress),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
-  where = (
-    jax.sharding.NamedSharding(mesh, jax.P()) if mesh else jax.devices()[0]
+  frozen, examples, cohort = jax.device_put(
+    (frozen, examples, cohort), placement.everywhere
   )
-  frozen, examples, cohort = jax.device_put((frozen, examples, cohort), where)
   key = jax.random.key(SEED)
   step = jax.jit(algorithm.round, donate_argnums=0)
   state = algorithm.init(factors)

@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_llm import experiment, tasks
+from fedjax_llm.experiments import runner as experiment
+from fedjax_llm.experiments import tasks
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _SUMMED = {

@@ -14,10 +14,16 @@ from typing import Literal
 import numpy as np
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, learned_codecs, learned_compression, tasks
+import fedjax_llm as fl
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import (
+  finetuning,
+  learned_codecs,
+  runner,
+  tasks,
+  tgap,
+)
 from fedjax_llm.federated import aggregators, codec_rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
 from fedjax_llm.models import decoder, lora
@@ -38,7 +44,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 16,
   clients_per_round: int = 6,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -50,7 +56,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> dict[str, experiments.Experiment]:
+) -> dict[str, runner.Experiment]:
   """Fine-tune the shipped model, uncompressed and compressed, from one seed.
 
   Args:
@@ -75,7 +81,8 @@ def experiment(
     seed: of everything random but D1 and D2, which are those of the codec.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -93,6 +100,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   fitted, about = learned_codecs.load(codec, task.trainable)
@@ -114,14 +122,12 @@ def experiment(
       " codec that is not refitted, as the server would not know what went into"
       f" it; got {representation=}, {refit_every=}."
     )
-  _, task = learned_compression.divided(
-    task, about["share"], seed=about["seed"]
-  )
+  _, task = tgap.divided(task, about["share"], seed=about["seed"])
   data = {**task.data, "codec_fingerprint": about["fingerprint"]}
   task = dataclasses.replace(task, data=data)
   population = len(task.population.names)
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
-  placement = dict(clients_per_step=clients_per_step, mesh=task.mesh)
+  placement = dict(placement=task.placement)
 
   def made(algorithm):
     return finetuning.federated(
@@ -167,20 +173,18 @@ def experiment(
       task.loss_fn,
       client,
       optax.sgd(1.0),
-      aggregate=aggregators.total() if aggregation == "sum" else None,
+      aggregate=aggregators.sum_updates() if aggregation == "sum" else None,
       **coding,
     )
   compressed = made(algorithm)
   if refit_every is not None:
     refit = functools.partial(
-      learned_compression.refit,
+      tgap.refit,
       steps=fit_steps,
       learning_rate=fit_learning_rate,
       seed=seed,
     )
-    compressed = learned_compression.refitted(
-      compressed, refit, every=refit_every
-    )
+    compressed = tgap.refitted(compressed, refit, every=refit_every)
   uncompressed = fed_avg.fed_avg(
     task.loss_fn, client, optax.sgd(1.0), **placement
   )

@@ -5,9 +5,9 @@ fedjax-llm run dense_lora
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import fed_avg, flasc
 from fedjax_llm.models import decoder, lora
@@ -18,7 +18,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 50,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -31,14 +31,15 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 4,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune the shipped model over clients of Python's library densely.
 
   Args:
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -57,6 +58,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = fed_avg.fed_avg(
@@ -64,8 +66,7 @@ def experiment(
     optax.sgd(client_learning_rate, momentum=0.9),
     flasc.server_adamw(server_learning_rate),
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

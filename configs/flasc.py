@@ -5,9 +5,9 @@ fedjax-llm run flasc --upload-density 0.0625
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -17,7 +17,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 50,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -32,14 +32,15 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 4,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune the shipped model over clients of Python's library with FLASC.
 
   Args:
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -60,6 +61,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -68,8 +70,7 @@ def experiment(
     flasc.server_adamw(server_learning_rate),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

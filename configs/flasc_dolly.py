@@ -20,9 +20,9 @@ from typing import Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -39,7 +39,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 5,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -55,7 +55,7 @@ def experiment(
   held_out_rows: int = 80,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune on Dolly's answers with FLASC, clients rich in some categories.
 
   Args:
@@ -71,7 +71,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 10.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -117,6 +118,7 @@ def experiment(
     sequence_length=sequence_length,
     dtype=dtype,
     quantize=quantize,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -125,8 +127,7 @@ def experiment(
     flasc.server_adamw(server_learning_rate),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

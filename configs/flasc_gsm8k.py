@@ -15,9 +15,9 @@ import pathlib
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -33,7 +33,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -49,7 +49,7 @@ def experiment(
   held_out_rows: int = 120,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune on solutions of word problems with FLASC.
 
   Args:
@@ -62,7 +62,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of `clients`.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -95,6 +96,7 @@ def experiment(
     sequence_length=sequence_length,
     dtype=dtype,
     quantize=quantize,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -103,8 +105,7 @@ def experiment(
     flasc.server_adamw(server_learning_rate),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora, pretrained
 
@@ -41,7 +41,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 40,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 8.0,
   dropout: float = 0.0,
@@ -57,7 +57,7 @@ def experiment(
   held_out_rows: int = 1000,
   dtype: tasks.Dtype = "float32",
   quantize: tasks.Quantize | None = None,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Tell newsgroups apart with FLASC, clients rich in some of them.
 
   Args:
@@ -75,7 +75,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of `clients`.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -114,6 +115,7 @@ def experiment(
     pooling=pooling,
     dtype=dtype,
     quantize=quantize,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -122,8 +124,7 @@ def experiment(
     flasc.server_adamw(server_learning_rate),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

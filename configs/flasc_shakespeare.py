@@ -14,9 +14,9 @@ import pathlib
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -30,7 +30,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 50,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -45,7 +45,7 @@ def experiment(
   sequence_length: int = 96,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune a small Llama over the speakers of Shakespeare with FLASC.
 
   Args:
@@ -54,7 +54,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 105.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -76,6 +77,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -84,8 +86,7 @@ def experiment(
     flasc.server_adamw(server_learning_rate),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return finetuning.federated(
     task,

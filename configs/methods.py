@@ -20,26 +20,25 @@ import jax
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.compression import base, levels, quantize, sparse
 from fedjax_llm.data import corpora, records, sources, templates
 from fedjax_llm.data import partition as partitions
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import (
   channels,
   clients,
   densities,
   network,
-  partition,
-  privacy,
-  private_aggregation,
+  parameters,
 )
 from fedjax_llm.federated.algorithms import (
+  delta_downloads,
   eco_lora,
   ef21,
   fed_avg,
-  fed_ex,
-  fed_sa,
+  fed_ex_lora,
+  fed_sa_lora,
   fed_sb,
   fed_srd,
   federated_select,
@@ -47,12 +46,12 @@ from fedjax_llm.federated.algorithms import (
   flasc,
   flex_lora,
   flora,
+  freezing,
   het_lora,
-  incremental,
-  partial,
   pruning,
   scaffold,
 )
+from fedjax_llm.federated.privacy import guarantees, mechanisms
 from fedjax_llm.models import decoder, lora, pretrained
 
 Method = Literal[
@@ -72,12 +71,12 @@ Method = Literal[
   "ef21",
   "fetch_sgd",
   "quantised",
-  "incremental",
+  "delta_downloads",
   "sparse_adapter",
   "adapter_lth",
   "federated_select",
   "federated_select_ranks",
-  "zero_padded",
+  "zero_padded_lora",
   "het_lora",
   "flex_lora",
   "flora",
@@ -162,15 +161,17 @@ def _fetch_sgd(k: Knobs) -> Any:
 def _quantised(k: Knobs) -> Any:
   """The share of 32 bits that the density says: 1 to 6, or 8."""
   bits = max(1, min(8, round(32 * k.density)))
-  coarse = quantize.lloyd_max(bits) if bits < 7 else levels.uniform(8)
+  coarse = (
+    quantize.lloyd_max(bits) if bits < 7 else levels.stochastic_uniform(8)
+  )
   start, _ = ravel_pytree(k.task.trainable)
   channel = channels.Channel(base.relative_to(start, coarse), coarse)
   return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
 
 
 def _apart(k: Knobs) -> Callable[[float], base.Compressor]:
-  owners = partition.owners(k.task.trainable)
-  return functools.partial(sparse.top_k_apart, owners)
+  owners = parameters.owners(k.task.trainable)
+  return functools.partial(sparse.top_k_per_group, owners)
 
 
 def _adapter_lth(k: Knobs) -> Any:
@@ -202,7 +203,7 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
     k.task.loss_fn, k.client_rate, optax.sgd(1.0), **k.parts
   ),
   "full_fine_tuning": lambda k: fed_avg.fed_avg(*k.optimizers, **k.parts),
-  "linear_probe": lambda k: partial.linear_probe(*k.optimizers, **k.parts),
+  "linear_probe": lambda k: freezing.linear_probe(*k.optimizers, **k.parts),
   "flasc": lambda k: flasc.flasc(
     *k.optimizers,
     download_density=k.density,
@@ -216,7 +217,7 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   ),
   "fetch_sgd": _fetch_sgd,
   "quantised": _quantised,
-  "incremental": lambda k: incremental.incremental(
+  "delta_downloads": lambda k: delta_downloads.delta_downloads(
     *k.optimizers,
     download=quantize.lloyd_max(2),
     upload=quantize.lloyd_max(1),
@@ -236,7 +237,7 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   "federated_select_ranks": lambda k: federated_select.federated_select_ranks(
     *k.optimizers, ranks=k.ranks, **k.parts
   ),
-  "zero_padded": lambda k: het_lora.zero_padded(
+  "zero_padded_lora": lambda k: het_lora.zero_padded_lora(
     *k.optimizers, ranks=k.ranks, **k.parts
   ),
   "het_lora": lambda k: het_lora.het_lora(
@@ -248,10 +249,10 @@ METHODS: dict[str, Callable[[Knobs], Any]] = {
   "flora": lambda k: flora.flora(
     k.task.loss_fn, k.client, scale=_scale(k), **k.parts
   ),
-  "ffa_lora": lambda k: partial.ffa_lora(*k.optimizers, **k.parts),
-  "ro_lora": lambda k: partial.ro_lora(*k.optimizers, **k.parts),
-  "fed_sa_lora": lambda k: fed_sa.fed_sa_lora(*k.optimizers, **k.parts),
-  "fed_ex_lora": lambda k: fed_ex.fed_ex_lora(
+  "ffa_lora": lambda k: freezing.ffa_lora(*k.optimizers, **k.parts),
+  "ro_lora": lambda k: freezing.ro_lora(*k.optimizers, **k.parts),
+  "fed_sa_lora": lambda k: fed_sa_lora.fed_sa_lora(*k.optimizers, **k.parts),
+  "fed_ex_lora": lambda k: fed_ex_lora.fed_ex_lora(
     k.task.loss_fn, k.client, scale=_scale(k), **k.parts
   ),
   "fed_sb": lambda k: fed_sb.fed_sb(
@@ -286,7 +287,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 20,
   clients_per_round: int = 6,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 16,
   targets: tuple[str, ...] = decoder.LINEAR,
   density: float = 0.25,
@@ -306,7 +307,7 @@ def experiment(
   dropout_during: float = 0.0,
   deadline_seconds: float | None = None,
   over_selection: float = 1.0,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune the shipped model, or another, by the method of your choice.
 
   Args:
@@ -317,7 +318,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors; the scale of their product is 1.
     targets: names of the layers that get factors.
     density: share of the entries that sparse methods send, either way.
@@ -350,19 +352,19 @@ def experiment(
     else lora.LoRA(rank, float(rank), 0.0, targets),
     sequence_length,
     held_out_rows,
+    fl.Placement(clients_per_step=clients_per_step),
     seed,
   )
   parts: dict[str, Any] = {
     "population": len(task.population.names),
-    "clients_per_step": clients_per_step,
-    "mesh": task.mesh,
+    "placement": task.placement,
   }
   guarantee = None
   if epsilon is not None:
     guarantee = _guarantee(
       method, epsilon, delta, rounds, parts["population"], clients_per_round
     )
-    parts["aggregate"] = private_aggregation.private_mean(
+    parts["aggregate"] = mechanisms.private_mean(
       clip_norm=clip_norm,
       noise_multiplier=guarantee.noise_multiplier,
       clients=clients_per_round,
@@ -409,13 +411,15 @@ def experiment(
 
 # Megabits a second down and up, seconds of latency and of a local step.
 TIERS = (
-  network.Tier(4, 0.25, 0.1, 0.2),
-  network.Tier(16, 2, 0.05, 0.1),
-  network.Tier(64, 16, 0.02, 0.05),
+  network.Link(4, 0.25, 0.1, 0.2),
+  network.Link(16, 2, 0.05, 0.1),
+  network.Link(64, 16, 0.02, 0.05),
 )
 
 
-def _task(data, model, adapter, sequence_length, held_out_rows, seed):
+def _task(
+  data, model, adapter, sequence_length, held_out_rows, placement, seed
+):
   """The task that the data is for."""
   if data is None or not data.endswith(".tar.gz"):
     corpus = corpora.shakespeare(data) if data else corpora.standard_library()
@@ -424,6 +428,7 @@ def _task(data, model, adapter, sequence_length, held_out_rows, seed):
       model=model,
       adapter=adapter,
       sequence_length=sequence_length,
+      placement=placement,
       seed=seed,
     )
   test: Any = sources.newsgroups(data, "test", subject=True)
@@ -441,6 +446,7 @@ def _task(data, model, adapter, sequence_length, held_out_rows, seed):
     adapter=adapter,
     sequence_length=sequence_length,
     pooling="mean",
+    placement=placement,
     seed=seed,
   )
 
@@ -451,12 +457,12 @@ def _guarantee(method, epsilon, delta, rounds, population, clients_per_round):
     raise ValueError(
       f"epsilon expected a method of {', '.join(PRIVATE)}, got {method}."
     )
-  guarantee = privacy.ClientLevel(
+  guarantee = guarantees.ClientLevel(
     noise_multiplier=1.0,
     delta=delta,
     sampling="poisson",
     population=population,
     clients_per_round=clients_per_round,
   )
-  noise = privacy.noise_multiplier_for(epsilon, rounds, guarantee)
+  noise = guarantees.noise_multiplier_for(epsilon, rounds, guarantee)
   return dataclasses.replace(guarantee, noise_multiplier=noise)

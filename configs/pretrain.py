@@ -10,9 +10,8 @@ batch, which a padded row makes unequal; the command now sums, so its weights
 come out alike, not the same to the bit.)
 """
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import pretraining
 from fedjax_llm.data import corpora
+from fedjax_llm.experiments import pretraining, runner
 from fedjax_llm.models import decoder
 
 
@@ -29,7 +28,7 @@ def experiment(
   vocabulary: int = 2048,
   hidden_size: int = 128,
   layers: int = 6,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Pre-train the small Llama that the package ships.
 
   Args:

@@ -9,9 +9,9 @@ fedjax-llm run quickstart
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, lora
 
@@ -21,7 +21,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 16,
   clients_per_round: int = 6,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -36,14 +36,15 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> dict[str, experiments.Experiment]:
+) -> dict[str, runner.Experiment]:
   """Fine-tune the shipped model, dense LoRA and FLASC from the same seed.
 
   Args:
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -64,6 +65,7 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
 
@@ -74,8 +76,7 @@ def experiment(
       flasc.server_adamw(server_learning_rate),
       download_density=download,
       upload_density=upload,
-      clients_per_step=clients_per_step,
-      mesh=task.mesh,
+      placement=task.placement,
     )
     return finetuning.federated(
       task,

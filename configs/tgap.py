@@ -12,16 +12,17 @@ from typing import Literal
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import learned_codecs, learned_compression, tasks
+import fedjax_llm as fl
 from fedjax_llm.codecs import (
-  arrangements,
   autoencoder,
   fitting,
+  layouts,
   networks,
-  rows,
+  row_network,
 )
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import learned_codecs, runner, tasks
+from fedjax_llm.experiments import tgap as learned_compression
 from fedjax_llm.federated import codec_rounds
 from fedjax_llm.federated.algorithms import tgap
 from fedjax_llm.models import decoder, lora
@@ -47,7 +48,7 @@ def experiment(
   seed: int = 0,
   rounds: int = 10,
   clients_per_round: int = 10,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   rank: int = 8,
   alpha: float = 4.0,
   dropout: float = 0.0,
@@ -59,7 +60,7 @@ def experiment(
   sequence_length: int = 128,
   held_out_rows: int = 2,
   dtype: tasks.Dtype = "float32",
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Record updates of the shipped model's adapter, and fit a codec on them.
 
   Args:
@@ -85,7 +86,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 30 or more.
-    clients_per_step: clients trained at once on a device; 1 is best on a CPU.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     rank: of the LoRA factors.
     alpha: the factors' product is scaled by alpha / rank.
     dropout: on the inputs of the factors.
@@ -103,14 +105,14 @@ def experiment(
     adapter=lora.LoRA(rank, alpha, dropout, targets),
     sequence_length=sequence_length,
     dtype=dtype,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   task, _ = learned_compression.divided(task, share, seed=seed)
   parts = dict(
     population=len(task.population.names),
     representation=representation,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   client = optax.adamw(client_learning_rate, weight_decay=0.0)
   if pretraining == "local":
@@ -169,11 +171,11 @@ def experiment(
 def _network(name, bits, trainable):
   """How vectors are arranged, and the network that sees them so."""
   if name == "rows":
-    columns = arrangements.columns(trainable, width=WIDTH)
-    return columns, rows.network(WIDTH, latents=WIDTH // 2, bits=bits)
+    columns = layouts.columns(trainable, width=WIDTH)
+    return columns, row_network.network(WIDTH, latents=WIDTH // 2, bits=bits)
   made = {
     "resnet": networks.resnet,
     "resnet_linear": functools.partial(networks.resnet, stem=8, linear=True),
     "convolutional": networks.convolutional,
   }
-  return arrangements.flat(trainable), made[name](bits=bits)
+  return layouts.flat(trainable), made[name](bits=bits)

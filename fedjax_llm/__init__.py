@@ -26,16 +26,16 @@ from fedjax_llm.compression import (
   select,
   sign,
   stc,
+  stochastic_uniform,
   tern_grad,
   top_k,
-  top_k_apart,
+  top_k_per_group,
   transmit,
   trellis,
-  uniform,
 )
 from fedjax_llm.federated.aggregators import (
-  mean_of_senders,
-  total,
+  mean_over_senders,
+  sum_updates,
   uniform_mean,
   weighted_mean,
 )
@@ -43,6 +43,7 @@ from fedjax_llm.federated.algorithms.cg_fed_llm import (
   cg_fed_llm,
   cg_fed_llm_products,
 )
+from fedjax_llm.federated.algorithms.delta_downloads import delta_downloads
 from fedjax_llm.federated.algorithms.eco_lora import eco_lora
 from fedjax_llm.federated.algorithms.ef21 import ef21
 from fedjax_llm.federated.algorithms.fed_avg import (
@@ -52,8 +53,8 @@ from fedjax_llm.federated.algorithms.fed_avg import (
   fed_avg_m,
   fed_yogi,
 )
-from fedjax_llm.federated.algorithms.fed_ex import fed_ex_lora
-from fedjax_llm.federated.algorithms.fed_sa import fed_sa_lora
+from fedjax_llm.federated.algorithms.fed_ex_lora import fed_ex_lora
+from fedjax_llm.federated.algorithms.fed_sa_lora import fed_sa_lora
 from fedjax_llm.federated.algorithms.fed_sb import fed_sb
 from fedjax_llm.federated.algorithms.fed_srd import fed_srd
 from fedjax_llm.federated.algorithms.federated_select import (
@@ -68,29 +69,29 @@ from fedjax_llm.federated.algorithms.flasc import (
 )
 from fedjax_llm.federated.algorithms.flex_lora import flex_lora
 from fedjax_llm.federated.algorithms.flora import flora
-from fedjax_llm.federated.algorithms.het_lora import het_lora, zero_padded
-from fedjax_llm.federated.algorithms.incremental import incremental
-from fedjax_llm.federated.algorithms.partial import (
+from fedjax_llm.federated.algorithms.freezing import (
   ffa_lora,
   linear_probe,
   ro_lora,
 )
+from fedjax_llm.federated.algorithms.het_lora import het_lora, zero_padded_lora
 from fedjax_llm.federated.algorithms.pruning import adapter_lth, sparse_adapter
 from fedjax_llm.federated.algorithms.scaffold import scaffold
 from fedjax_llm.federated.channels import Channel, Tiers
 from fedjax_llm.federated.clients import (
   Cohort,
+  Placement,
   local_update,
   map_clients,
   proximal,
 )
-from fedjax_llm.federated.network import Network, Tier
-from fedjax_llm.federated.privacy import ClientLevel, ExampleLevel
-from fedjax_llm.federated.private_aggregation import (
+from fedjax_llm.federated.network import Link, Network
+from fedjax_llm.federated.privacy.guarantees import ClientLevel, ExampleLevel
+from fedjax_llm.federated.privacy.mechanisms import (
   adaptive_private_mean,
   private_mean,
 )
-from fedjax_llm.federated.private_messages import gaussian_mechanism
+from fedjax_llm.federated.privacy.messages import gaussian_mechanism
 from fedjax_llm.federated.rounds import (
   FederatedAlgorithm,
   ServerState,

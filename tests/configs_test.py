@@ -6,10 +6,11 @@ import pathlib
 
 import pytest
 
-from fedjax_llm import cli, commands
+from fedjax_llm.cli import main
+from fedjax_llm.cli import run as commands
 from fedjax_llm.models import pretrained
 
-CONFIGS = sorted(path.stem for path in cli.config_folder().glob("*.py"))
+CONFIGS = sorted(path.stem for path in main.config_folder().glob("*.py"))
 FEDERATED = {
   "rounds": 2,
   "clients_per_round": 2,
@@ -55,7 +56,7 @@ DATA = {
 
 @pytest.fixture(params=CONFIGS)
 def config(request):
-  return cli.load_config(request.param)
+  return main.load_config(request.param)
 
 
 def test_it_runs_for_two_rounds(config, tmp_path, request):
@@ -73,7 +74,7 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
     toy = toy | TGAP
   if name == "cg_fedllm":
     # Two commands: the other one first.
-    made = cli.load_config("tgap").experiment
+    made = main.load_config("tgap").experiment
     out = tmp_path / "tgap"
     commands.run(made, out, name="toy", knobs=toy)
     toy = toy | {"codec": str(out / "codec")}
@@ -98,7 +99,7 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
         config.experiment(**toy | knobs)
     # Rounds with an autoencoder are made, not run.
     knobs = FEDERATED | {"codec": str(tmp_path / "codec"), "refit_every": 1}
-    assert "cg_fedllm" in cli.load_config("cg_fedllm").experiment(**knobs)
+    assert "cg_fedllm" in main.load_config("cg_fedllm").experiment(**knobs)
   records = [
     json.loads(path.read_text()) for path in tmp_path.rglob("run.json")
   ]
@@ -118,7 +119,7 @@ def test_its_docstrings_tell_the_command_and_every_knob(config):
 
 
 def test_dolly_is_divided_as_shepherd_does_too(data):
-  experiment = cli.load_config("flasc_dolly").experiment(
+  experiment = main.load_config("flasc_dolly").experiment(
     data=str(data / "dolly15k_fed10" / "local_training_*.json"),
     clients="shepherd",
     rounds=1,

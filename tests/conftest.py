@@ -75,7 +75,7 @@ def data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory) -> pathlib.Path:
   """A model folder of the same make as real ones: a tiny random Llama."""
-  from fedjax_llm import pretraining
+  from fedjax_llm.experiments import pretraining
   from fedjax_llm.models import decoder, pretrained
 
   folder = tmp_path_factory.mktemp("models") / "toy"

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from fedjax_llm import evaluation_commands, examination
+from fedjax_llm.cli import evaluate, examination
 from fedjax_llm.evaluation import ceval, mmlu
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -45,7 +45,7 @@ def test_the_table_is_of_the_exams(name):
 
 
 def test_options_and_tasks_are_those_of_the_command():
-  parameters = inspect.signature(evaluation_commands.evaluate).parameters
+  parameters = inspect.signature(evaluate.evaluate).parameters
   fields = dataclasses.fields(examination.Options)
   names = {*parameters, *(field.name for field in fields), "json"}
   options = {f"--{name.replace('_', '-')}" for name in names}

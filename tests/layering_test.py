@@ -15,7 +15,12 @@ ALLOWED = {
   "data": {"models", "federated", "compression"},
   "evaluation": {"models", "federated", "compression", "data"},
   # A fit that was stopped goes on.
-  "codecs": {"compression", "federated.partition", "checkpoints"},
+  "codecs": {
+    "compression",
+    "federated.draws",
+    "federated.parameters",
+    "experiments.checkpoints",
+  },
 }
 # What the parts that a reader starts with do without.
 PURE = ("models", "compression", "federated", "codecs")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks.cg_fedllm import analyses, distortion
-from fedjax_llm import report, studies, study_tables
+from fedjax_llm.reporting import runs, studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cg_fedllm"
@@ -43,7 +43,7 @@ def test_analyses(path):
 
 
 def test_the_two_commands():
-  assert report.table(report.load(RESULTS / "embedded")) in TEXT
+  assert runs.table(runs.load(RESULTS / "embedded")) in TEXT
 
 
 def test_there_is_something_to_check():

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from fedjax_llm import report, studies, study_tables
+from fedjax_llm.reporting import runs as report
+from fedjax_llm.reporting import studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

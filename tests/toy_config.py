@@ -6,9 +6,9 @@ import time
 
 import optax
 
-from fedjax_llm import experiment as experiments
-from fedjax_llm import finetuning, tasks
+import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
@@ -31,12 +31,12 @@ def experiment(
   seed: int = 0,
   rounds: int = 6,
   clients_per_round: int = 3,
-  clients_per_step: int = 1,
+  clients_per_step: int | None = None,
   download_density: float = 0.5,
   upload_density: float = 0.25,
   client_learning_rate: float = 0.1,
   sequence_length: int = 16,
-) -> experiments.Experiment:
+) -> runner.Experiment:
   """Fine-tune a tiny random Llama on counting.
 
   Args:
@@ -44,7 +44,8 @@ def experiment(
     seed: of everything random.
     rounds: how many rounds.
     clients_per_round: clients that train in a round, of 6.
-    clients_per_step: clients trained at once on a device.
+    clients_per_step: clients trained at once on a device; if not given, 1 on a
+      CPU and 4 elsewhere.
     download_density: share of the factors' entries that the server sends.
     upload_density: share of an update's entries that a client sends.
     client_learning_rate: of the clients' SGD.
@@ -55,6 +56,7 @@ def experiment(
     model=model,
     adapter=lora.LoRA(rank=2, alpha=4.0),
     sequence_length=sequence_length,
+    placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
   algorithm = flasc.flasc(
@@ -63,8 +65,7 @@ def experiment(
     flasc.server_adamw(1e-2),
     download_density=download_density,
     upload_density=upload_density,
-    clients_per_step=clients_per_step,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   made = finetuning.federated(
     task,

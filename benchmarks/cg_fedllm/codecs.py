@@ -15,12 +15,12 @@ import numpy as np
 from benchmarks.cg_fedllm import recordings
 from fedjax_llm import compression
 from fedjax_llm.codecs import (
-  arrangements,
   autoencoder,
   fitting,
+  layouts,
   networks,
   pca,
-  rows,
+  row_network,
   transforms,
 )
 from fedjax_llm.compression import base, wire
@@ -104,10 +104,8 @@ def _rows(bits, recorded, most):
   of_latent = max(1, round(bits))
   latents = round(_WIDTH * bits / of_latent)
   energies = np.mean(np.square(recorded.fitted), axis=0)
-  arrangement = arrangements.ranked(
-    recorded.task.trainable, energies, width=_WIDTH
-  )
-  network = rows.network(_WIDTH, latents=latents, bits=of_latent)
+  arrangement = layouts.ranked(recorded.task.trainable, energies, width=_WIDTH)
+  network = row_network.network(_WIDTH, latents=latents, bits=of_latent)
   return _fitted(f"rows_{bits:g}", recorded, arrangement, network, 2e-3)
 
 
@@ -115,7 +113,7 @@ def _paper(bits, recorded, most):
   """A 64th of the entries in float32: half a bit, if there is no padding."""
   if bits != 0.5:
     return None
-  arrangement = arrangements.flat(recorded.task.trainable)
+  arrangement = layouts.flat(recorded.task.trainable)
   return _fitted("resnet", recorded, arrangement, networks.resnet(), 2e-4)
 
 

@@ -11,14 +11,14 @@ import optax
 
 from benchmarks import problems, study
 from benchmarks.cg_fedllm import codecs, noise, recordings
-from fedjax_llm import compression, finetuning, tasks
-from fedjax_llm import experiment as experiments
+from fedjax_llm import compression
 from fedjax_llm.compression import base
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import channels
 from fedjax_llm.federated.algorithms import fed_avg
 
 
-def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
+def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
   """The task of a cell, and its codec in it."""
   knobs = dict(cell.knobs)
   upload = compression.identity()
@@ -38,8 +38,7 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
     optax.sgd(server_rate),
     channel=channels.Channel(upload=upload),
     population=len(task.population.names),
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return task, finetuning.federated(
     task, algorithm, rounds=cell.rounds, **problems.training(cell, knobs)

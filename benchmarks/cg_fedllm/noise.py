@@ -32,7 +32,7 @@ from benchmarks import problems
 from benchmarks.cg_fedllm import recordings
 from fedjax_llm import compression
 from fedjax_llm.compression import base
-from fedjax_llm.federated import gaussian_privacy, private_messages
+from fedjax_llm.federated.privacy import gaussian, messages
 
 DELTA = 1e-5
 # Methods whose messages are of real numbers.
@@ -104,13 +104,13 @@ def of(
     latents = jax.lax.map(lambda x: encode(x).values, jnp.asarray(vectors))
   clipped = vectors if place == "before" else latents
   norms = np.linalg.norm(np.asarray(clipped), axis=1)
-  one = gaussian_privacy.noise_multiplier_for(epsilon, DELTA, rounds)
+  one = gaussian.noise_multiplier_for(epsilon, DELTA, rounds)
   return Noise(float(np.median(norms)), 2 * one, latents.shape[1])
 
 
 def added(noise: Noise, codec: base.Compressor, place: str) -> base.Compressor:
   """The codec, with noise before or after it."""
-  mechanism = private_messages.gaussian_mechanism(
+  mechanism = messages.gaussian_mechanism(
     clip_norm=noise.clip_norm, noise_multiplier=noise.multiplier
   )
   order = (mechanism, codec) if place == "before" else (codec, mechanism)

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from benchmarks import problems
-from fedjax_llm import experiment, learned_compression, tasks
 from fedjax_llm.codecs import recording
+from fedjax_llm.experiments import runner, tasks
+from fedjax_llm.experiments import tgap as learned_compression
 from fedjax_llm.federated.algorithms import tgap
 
 SHARE = 0.3
@@ -63,7 +64,7 @@ def of(cell: Any) -> Recorded:
   folder = pathlib.Path(cache).expanduser() / "recordings" / name
   # Others may read it at the same time, and a run writes even if it is done.
   if not (folder / "adapter").exists():
-    experiment.run(_recording(first, cell), folder)
+    runner.run(_recording(first, cell), folder)
   return Recorded(second, recording.Store(folder / "recording"), folder)
 
 
@@ -78,8 +79,7 @@ def _recording(task, cell):
     client_optimizer(cell.client_rate),
     optax.sgd(1.0),
     population=len(task.population.names),
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
   )
   return learned_compression.recorded(
     task,

@@ -8,32 +8,31 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from benchmarks import problems, study
-from fedjax_llm import compression, finetuning, tasks
-from fedjax_llm import experiment as experiments
+from fedjax_llm import compression
 from fedjax_llm.compression import sparse
+from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.federated import (
   aggregators,
   channels,
   densities,
   network,
-  partition,
-  privacy,
-  private_aggregation,
+  parameters,
   rounds,
 )
 from fedjax_llm.federated.algorithms import (
+  delta_downloads,
   fed_avg,
   federated_select,
   flasc,
   flex_lora,
+  freezing,
   het_lora,
-  incremental,
-  partial,
   pruning,
 )
+from fedjax_llm.federated.privacy import guarantees, mechanisms
 
 
-def experiment(cell: study.Cell) -> tuple[tasks.Task, experiments.Experiment]:
+def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
   """The task of a cell, and its method run on it."""
   knobs = dict(cell.knobs)
   task = problems.make(cell, knobs)
@@ -52,8 +51,7 @@ def make(
 ) -> rounds.FederatedAlgorithm:
   """The algorithm of a cell."""
   parts = dict(
-    clients_per_step=1,
-    mesh=task.mesh,
+    placement=task.placement,
     population=len(task.population.names),
   )
   return METHODS[cell.method](
@@ -100,8 +98,8 @@ def _flasc(down=None, up=None, top_k=None):
 
 def _apart(task):
   """The largest of `a`, of `b` and of a head, each a Top-K of its own."""
-  owners = partition.owners(task.trainable)
-  return functools.partial(sparse.top_k_apart, owners)
+  owners = parameters.owners(task.trainable)
+  return functools.partial(sparse.top_k_per_group, owners)
 
 
 def _moved(task):
@@ -152,14 +150,14 @@ _COMPACT: dict[str, Any] = dict(
 
 def compact(cell, task, client, server, knobs, parts):
   parts = {**_COMPACT, **parts}
-  return incremental.incremental(task.loss_fn, client, server, **parts)
+  return delta_downloads.delta_downloads(task.loss_fn, client, server, **parts)
 
 
 def compact_b(cell, task, client, server, knobs, parts):
   """The same of `b` alone: `a` stays where the seed has it."""
   parts = {**_COMPACT, **parts}
-  make = incremental.incremental
-  return partial.ffa_lora(task.loss_fn, client, server, make=make, **parts)
+  make = delta_downloads.delta_downloads
+  return freezing.ffa_lora(task.loss_fn, client, server, make=make, **parts)
 
 
 def quantised(cell, task, client, server, knobs, parts):
@@ -197,9 +195,9 @@ def coarse(cell, task, client, server, knobs, parts):
 
 # Clients in turn: upload sixteen, eight and four times slower than download.
 TIERS = (
-  network.Tier(4, 0.25, 0.1, 0.2),
-  network.Tier(16, 2, 0.05, 0.1),
-  network.Tier(64, 16, 0.02, 0.05),
+  network.Link(4, 0.25, 0.1, 0.2),
+  network.Link(16, 2, 0.05, 0.1),
+  network.Link(64, 16, 0.02, 0.05),
 )
 RANKS = (1, 4, 16)
 
@@ -209,8 +207,8 @@ def flasc_tiers(cell, task, client, server, knobs, parts):
   return flasc.flasc_tiers(task.loss_fn, client, server, tiers=each, **parts)
 
 
-def zero_padded(cell, task, client, server, knobs, parts):
-  return het_lora.zero_padded(
+def zero_padded_lora(cell, task, client, server, knobs, parts):
+  return het_lora.zero_padded_lora(
     task.loss_fn, client, server, ranks=RANKS, **parts
   )
 
@@ -242,17 +240,17 @@ def _private(make):
 
   def fn(cell, task, client, server, knobs, parts):
     factor, cohort = knobs["cohort_factor"], knobs["clients_per_round"]
-    guarantee = privacy.ClientLevel(
+    guarantee = guarantees.ClientLevel(
       noise_multiplier=1.0,
       delta=knobs["delta"],
       sampling="poisson",
       population=factor * len(task.population.names),
       clients_per_round=factor * cohort,
     )
-    noise = privacy.noise_multiplier_for(
+    noise = guarantees.noise_multiplier_for(
       knobs["epsilon"], cell.rounds, guarantee
     )
-    aggregate = private_aggregation.adaptive_private_mean(
+    aggregate = mechanisms.adaptive_private_mean(
       initial_clip_norm=1.0,
       quantile=0.5,
       noise_multiplier=noise / factor,
@@ -267,7 +265,7 @@ def _private(make):
 
 
 def ffa(cell, task, client, server, knobs, parts):
-  return partial.ffa_lora(
+  return freezing.ffa_lora(
     task.loss_fn,
     client,
     server,
@@ -298,7 +296,7 @@ METHODS = {
   "compact, b alone": compact_b,
   "FFA-LoRA": ffa,
   "FLASC tiers": flasc_tiers,
-  "zero-padded ranks": zero_padded,
+  "zero-padded ranks": zero_padded_lora,
   "HetLoRA": het,
   "FlexLoRA": flex,
   "Federated Select, ranks": select_ranks,

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import compression
-from fedjax_llm.codecs import arrangements, networks, pca, rows
+from fedjax_llm.codecs import layouts, networks, pca, row_network
 from fedjax_llm.compression import base, wire
 
 # Entries of a latent that share a scale, in bfloat16.
@@ -32,7 +32,7 @@ _MODULES = {
   for module in (
     *(networks.ResNetEncoder, networks.ResNetDecoder),
     *(networks.ConvolutionalEncoder, networks.ConvolutionalDecoder),
-    *(rows.RowEncoder, rows.RowDecoder),
+    *(row_network.RowEncoder, row_network.RowDecoder),
   )
 }
 
@@ -51,7 +51,7 @@ class Codec:
     decoder: variables of its decoder.
   """
 
-  arrangement: arrangements.Arrangement = dataclasses.field(
+  arrangement: layouts.Arrangement = dataclasses.field(
     metadata=dict(static=True)
   )
   network: networks.Network = dataclasses.field(metadata=dict(static=True))
@@ -108,7 +108,7 @@ def latent_quantiser(network: networks.Network) -> base.Compressor | None:
 
 
 def latent_shape(
-  network: networks.Network, arrangement: arrangements.Arrangement
+  network: networks.Network, arrangement: layouts.Arrangement
 ) -> tuple[int, ...]:
   """The shape of one latent, from what is static alone."""
   image = jax.ShapeDtypeStruct((1, *arrangement.positions.shape, 1), "float32")
@@ -160,7 +160,7 @@ def save(folder: pathlib.Path, codec: Codec) -> None:
 
 
 def load(
-  folder: pathlib.Path, arrangement: arrangements.Arrangement | None = None
+  folder: pathlib.Path, arrangement: layouts.Arrangement | None = None
 ) -> Codec:
   """Reads a codec.
 
@@ -183,7 +183,7 @@ def load(
       f"the codec in {folder} has version {fields.get('version')}, this release"
       f" reads version {_VERSION}."
     )
-  found = arrangements.Arrangement(
+  found = layouts.Arrangement(
     tensors.pop("positions"),
     fields["size"],
     fields["arrangement"],

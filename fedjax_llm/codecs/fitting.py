@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_llm import checkpoints
 from fedjax_llm.codecs import (
-  arrangements,
   autoencoder,
+  layouts,
   networks,
   reports,
-  rows,
+  row_network,
   splits,
   training,
 )
+from fedjax_llm.experiments import checkpoints
 
 Normalise = Literal["columns", "one", "none"]
 
@@ -44,7 +44,7 @@ class _State(NamedTuple):
 
 def fit(
   snapshots: np.ndarray,
-  arrangement: arrangements.Arrangement,
+  arrangement: layouts.Arrangement,
   network: networks.Network | None = None,
   *,
   rounds: np.ndarray | None = None,
@@ -65,7 +65,7 @@ def fit(
     snapshots: float32 [count, n], recorded vectors in the order of time; may be
       memory-mapped.
     arrangement: of the adapter they are of.
-    network: what to fit; None for `rows.network` at half a bit an entry.
+    network: what to fit; None for `row_network.network` at half a bit an entry.
     rounds: int [count], the round of each snapshot; None if unknown.
     steps: at most.
     batch_size: snapshots a step.
@@ -99,7 +99,7 @@ def fit(
     patience=patience,
   )
   width = arrangement.positions.shape[1]
-  network = network or rows.network(width, latents=-(-width // 2))
+  network = network or row_network.network(width, latents=-(-width // 2))
   if snapshots.ndim != 2 or snapshots.shape[1] != arrangement.size:
     raise ValueError(
       f"fit expected snapshots [count, {arrangement.size}], as the arrangement"

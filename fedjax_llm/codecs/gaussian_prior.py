@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-_PRIOR = 6  # The purpose of a seed; those in `data` have 0 to 5.
+from fedjax_llm.federated import draws
 
 
 class Moments(NamedTuple):
@@ -80,7 +80,7 @@ def draw(
   mean, square = told.mean.mean(axis=0), told.square.mean(axis=0)
   # Rounding can leave a variance below zero.
   deviation = np.sqrt(np.maximum(square - mean**2, 0))
-  rng = np.random.default_rng([seed, _PRIOR, round_number])
+  rng = draws.generator(seed, draws.Purpose.GAUSSIAN_PRIOR, round_number)
   noise = rng.standard_normal((count, owners.size), np.float32)
   wide = lambda x: x.astype(np.float32)[owners][None]
   return wide(mean) + wide(deviation) * noise

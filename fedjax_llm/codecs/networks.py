@@ -96,7 +96,7 @@ class ResNetEncoder(nn.Module):
     if any(side % 64 or side < 128 for side in images.shape[1:3]):
       raise ValueError(
         "expected images whose sides are multiples of 64, 128 or more, got"
-        f" {images.shape[1:3]}. arrangements.flat makes such."
+        f" {images.shape[1:3]}. layouts.flat makes such."
       )
     x = _convolution(self.stem, 3)(_reflect(images, 1))
     x = nn.relu(_normalised(self, x))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_llm.federated import partition
+from fedjax_llm.federated import parameters
 
 _FLOAT = np.dtype("<f4")
 
@@ -24,7 +24,7 @@ _FLOAT = np.dtype("<f4")
 def layout(trainable: Any) -> str:
   """A hash of the names and shapes of the leaves of a tree."""
   leaves = zip(
-    partition.paths(trainable), jax.tree.leaves(trainable), strict=True
+    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
   )
   described = [f"{path} {tuple(leaf.shape)}" for path, leaf in leaves]
   return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]

@@ -67,9 +67,9 @@ class Report(NamedTuple):
     return (
       "this codec is no better than one that transmits nothing:"
       f" {'; '.join(self._problems())}. Fit another one, such as"
-      " transforms.fit, or a rows.network to arrangements.ranked; normalise its"
-      ' input (normalise="columns"), fit for more steps or to more updates; or'
-      " send by a compressor that is not learned, such as eden(0.5,"
+      " transforms.fit, or a row_network.network to layouts.ranked; normalise"
+      ' its input (normalise="columns"), fit for more steps or to more updates;'
+      " or send by a compressor that is not learned, such as eden(0.5,"
       " unbiased=False)."
     )
 

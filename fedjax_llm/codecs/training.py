@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from fedjax_llm.codecs import arrangements, autoencoder, networks
+from fedjax_llm.codecs import autoencoder, layouts, networks
 from fedjax_llm.compression import base, quantize
 
 
 def step(
   network: networks.Network,
-  arrangement: arrangements.Arrangement,
+  arrangement: layouts.Arrangement,
   optimizer: optax.GradientTransformation,
   scale: Float[Array, " columns"],
 ) -> Callable[..., tuple[dict[str, Any], Any, jax.Array]]:

@@ -8,8 +8,10 @@ from fedjax_llm.compression.base import relative_to as relative_to
 from fedjax_llm.compression.base import transmit as transmit
 from fedjax_llm.compression.levels import qsgd as qsgd
 from fedjax_llm.compression.levels import sign as sign
+from fedjax_llm.compression.levels import (
+  stochastic_uniform as stochastic_uniform,
+)
 from fedjax_llm.compression.levels import tern_grad as tern_grad
-from fedjax_llm.compression.levels import uniform as uniform
 from fedjax_llm.compression.lowrank import power_sgd as power_sgd
 from fedjax_llm.compression.published import (
   deep_gradient_compression as deep_gradient_compression,
@@ -26,5 +28,5 @@ from fedjax_llm.compression.sketch import count_sketch as count_sketch
 from fedjax_llm.compression.sparse import random_k as random_k
 from fedjax_llm.compression.sparse import select as select
 from fedjax_llm.compression.sparse import top_k as top_k
-from fedjax_llm.compression.sparse import top_k_apart as top_k_apart
+from fedjax_llm.compression.sparse import top_k_per_group as top_k_per_group
 from fedjax_llm.compression.trellises import trellis as trellis

@@ -111,7 +111,8 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
   """Compresses the values that `first` sends by the compressors after it.
 
   A payload that can be compressed further has a field `values`, in whose place
-  the next payload travels: `chain(top_k(1 / 16), uniform(4))` sends a support
+  the next payload travels. `chain(top_k(1 / 16), stochastic_uniform(4))` sends
+  a support
   and, of the values, codes and scales.
 
   Args:

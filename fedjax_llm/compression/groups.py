@@ -38,7 +38,7 @@ class Grouped:
       )
 
 
-def top_groups(
+def top_k_groups(
   owners: Int[np.ndarray, " n"], sizes: Sequence[int], counts: Sequence[int]
 ) -> base.Compressor:
   """Keeps the groups that are largest in norm, a number of each row of groups.
@@ -99,7 +99,7 @@ def top_groups(
 def support(
   payload: Grouped, owners: Int[np.ndarray, " n"]
 ) -> Bool[Array, " n"]:
-  """Which entries of the vector a payload of `top_groups` holds."""
+  """Which entries of the vector a payload of `top_k_groups` holds."""
   chosen = supports.unpack(payload.support, payload.groups, payload.chosen)
   kept = jnp.zeros(payload.groups, bool).at[chosen].set(True, mode="drop")
   return _members(kept, owners)

@@ -1,4 +1,4 @@
-"""Evenly spaced levels: `uniform`, QSGD, TernGrad and the scaled sign."""
+"""Evenly spaced levels: `stochastic_uniform`, QSGD, TernGrad, scaled sign."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ class Levels:
       raise ValueError(f"The message has codes beyond {self.levels} levels.")
 
 
-def uniform(bits: int, *, block: int = 256) -> base.Compressor:
+def stochastic_uniform(bits: int, *, block: int = 256) -> base.Compressor:
   """Rounds entries at random, so that the expectation is exact.
 
   The 2**bits levels are evenly spaced from -scale to scale, where scale is the
@@ -53,7 +53,8 @@ def uniform(bits: int, *, block: int = 256) -> base.Compressor:
   """
   if not (1 <= bits <= 8 and block > 0):
     raise ValueError(
-      f"uniform expected bits in [1, 8] and block > 0, got {bits=}, {block=}."
+      "stochastic_uniform expected bits in [1, 8] and block > 0, got"
+      f" {bits=}, {block=}."
     )
   return _at_random(2**bits, block, _largest)
 

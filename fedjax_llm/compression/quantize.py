@@ -77,7 +77,8 @@ def lloyd_max(
   The levels are Lloyd's and Max's ("Quantizing for minimum distortion", 1960;
   Lloyd, 1982), those of least squared error for a normal variable, in units of
   a block's root mean square; then each block is scaled so that its own squared
-  error is least. The error is far below that of `uniform`, above all at one and
+  error is least. The error is far below that of `stochastic_uniform`, above all
+  at one and
   two bits, but it is not zero on average: send updates by it under
   `error_feedback`, or unbiased after `rotate`.
 

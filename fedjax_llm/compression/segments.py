@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from fedjax_llm.compression import base, sparse, supports
 
 
-def top_k_of_each(
+def top_k_per_segment(
   sizes: Sequence[int], densities: Sequence[float]
 ) -> base.Compressor:
   """Keeps of each segment the entries that are largest in magnitude.
@@ -36,12 +36,12 @@ def top_k_of_each(
 
   def encode(vector, key):
     mask = largest_of_each(vector, sizes, counts)
-    return at(mask, sum(counts)).encode(vector, (), key)[0]
+    return send_mask(mask, sum(counts)).encode(vector, (), key)[0]
 
   return base.stateless(encode, sparse.top_k(1.0).decode)
 
 
-def at(mask: Bool[Array, " n"], count: int) -> base.Compressor:
+def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
   """Sends the entries in `mask`, and which they are.
 
   Args:
@@ -67,7 +67,7 @@ def counts_of_each(
   """How many entries of each segment are kept.
 
   Raises:
-    ValueError: as `top_k_of_each`.
+    ValueError: as `top_k_per_segment`.
   """
   if len(sizes) != len(densities) or not all(0 < x <= 1 for x in densities):
     raise ValueError(

@@ -78,7 +78,7 @@ def top_k(density: float) -> base.Compressor:
   return base.stateless(encode, decode)
 
 
-def top_k_apart(
+def top_k_per_group(
   owners: Int[np.ndarray, " n"], density: float
 ) -> base.Compressor:
   """Keeps the largest entries of every group, its own `int(density * size)`.
@@ -97,7 +97,7 @@ def top_k_apart(
   Raises:
     ValueError: if `density` is not in (0, 1].
   """
-  _require_density("top_k_apart", density)
+  _require_density("top_k_per_group", density)
   owners = np.asarray(owners)
   groups = [owners == group for group in np.unique(owners)]
   counts = [_count(density, int(group.sum())) for group in groups]

@@ -12,9 +12,7 @@ import numpy as np
 from scipy import special
 
 from fedjax_llm.data import batches
-from fedjax_llm.federated import clients
-
-_CLIENTS, _EXAMPLES = 0, 1  # The purposes.
+from fedjax_llm.federated import clients, draws
 
 
 def cohort_sampler(
@@ -88,11 +86,11 @@ def cohort_sampler(
   weights = np.ones_like(owned) if weighting == "uniform" else owned
 
   def sample(round_number: int) -> clients.Cohort:
-    rng = np.random.default_rng([seed, _CLIENTS, round_number])
+    rng = draws.generator(seed, draws.Purpose.COHORT, round_number)
     chosen, count = draw(rng)
     rows = np.full((chosen.size, steps * batch_size), -1, np.int32)
     for row, client in zip(rows[:count], chosen[:count], strict=True):
-      rng = np.random.default_rng([seed, _EXAMPLES, round_number, client])
+      rng = draws.generator(seed, draws.Purpose.EXAMPLES, round_number, client)
       for epoch in range(local_epochs):
         start = epoch * steps_of_epoch[client] * batch_size
         free = row[start : start + owned[client]]

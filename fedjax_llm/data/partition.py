@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_llm.data import draws
+from fedjax_llm.data import partition_draws
+from fedjax_llm.federated import draws
 
 # The purposes of a seed; those of `data.cohorts` are 0 and 1.
-_PARTITION, _MIX = 2, 3
 
 
 class Partition(NamedTuple):
@@ -51,7 +51,7 @@ def natural(*, minimum_examples: int = 1) -> Partitioner:
     values = _checked(values)
     clients = {
       str(values[examples[0]]): examples
-      for examples in draws.members_of(values)
+      for examples in partition_draws.members_of(values)
       if examples.size >= minimum_examples
     }
     if not clients:
@@ -106,8 +106,8 @@ def dirichlet_by_class(
   _expect(0 < alpha < np.inf, "in (0, inf)", alpha=alpha)
 
   def draw(values, rng):
-    return draws.dirichlet_by_class(
-      draws.members_of(values),
+    return partition_draws.dirichlet_by_class(
+      partition_draws.members_of(values),
       rng,
       clients=clients,
       alpha=alpha,
@@ -138,9 +138,11 @@ def dirichlet_by_client(
   _expect(0 < alpha < np.inf, "in (0, inf)", alpha=alpha)
 
   def draw(values, _):
-    rng = np.random.RandomState(seed)  # The stream that scipy draws from.
-    return draws.dirichlet_by_client(
-      draws.members_of(values), rng, clients=clients, alpha=alpha
+    rng = np.random.RandomState(
+      draws.check_seed(seed)
+    )  # The stream that scipy draws from.
+    return partition_draws.dirichlet_by_client(
+      partition_draws.members_of(values), rng, clients=clients, alpha=alpha
     )
 
   return _seeded(draw, clients, seed)
@@ -160,8 +162,10 @@ def shards(*, clients: int, shards_per_client: int, seed: int) -> Partitioner:
   _expect(shards_per_client >= 1, ">= 1", shards_per_client=shards_per_client)
 
   def draw(values, rng):
-    members = draws.members_of(values)
-    return draws.shards(members, rng, shape=(clients, shards_per_client))
+    members = partition_draws.members_of(values)
+    return partition_draws.shards(
+      members, rng, shape=(clients, shards_per_client)
+    )
 
   return _seeded(draw, clients, seed, each=shards_per_client)
 
@@ -182,7 +186,7 @@ def log_normal_sizes(*, clients: int, sigma: float, seed: int) -> Partitioner:
 
   def draw(values, rng):
     logarithms = sigma * rng.standard_normal(clients)
-    return draws.in_shares(logarithms, rng, examples=values.size)
+    return partition_draws.in_shares(logarithms, rng, examples=values.size)
 
   return _seeded(draw, clients, seed)
 
@@ -203,7 +207,7 @@ def zipf_sizes(*, clients: int, exponent: float, seed: int) -> Partitioner:
 
   def draw(values, rng):
     logarithms = -exponent * np.log(np.arange(1, clients + 1))
-    return draws.in_shares(logarithms, rng, examples=values.size)
+    return partition_draws.in_shares(logarithms, rng, examples=values.size)
 
   return _seeded(draw, clients, seed)
 
@@ -226,8 +230,10 @@ def iid_mix(partitioner: Partitioner, *, p: float, seed: int) -> Partitioner:
 
   def partition(values):
     names, indices, _ = partitioner(values)
-    rng = np.random.default_rng([seed, _MIX])
-    return _partition(draws.mix(indices, rng, p=p), len(values), names)
+    rng = draws.generator(seed, draws.Purpose.MIX)
+    return _partition(
+      partition_draws.mix(indices, rng, p=p), len(values), names
+    )
 
   return partition
 
@@ -255,10 +261,12 @@ def shepherd(*, clients: int, seed: int) -> Partitioner:
   """
 
   def draw(values, _):
-    rng = np.random.RandomState(seed)
-    return draws.shepherd(draws.members_of(values), rng, clients=clients)
+    rng = np.random.RandomState(draws.check_seed(seed))
+    return partition_draws.shepherd(
+      partition_draws.members_of(values), rng, clients=clients
+    )
 
-  return _seeded(draw, clients, seed, each=draws.SHEPHERD_MINIMUM)
+  return _seeded(draw, clients, seed, each=partition_draws.SHEPHERD_MINIMUM)
 
 
 def _seeded(
@@ -273,7 +281,7 @@ def _seeded(
 
   def partition(values):
     values = _checked(values, clients, each)
-    rng = np.random.default_rng([seed, _PARTITION])
+    rng = draws.generator(seed, draws.Purpose.PARTITION)
     return _partition(draw(values, rng), values.size)
 
   return partition

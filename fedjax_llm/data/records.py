@@ -24,7 +24,7 @@ import transformers
 from fedjax_llm.data import (
   batches,
   corpora,
-  ownership,
+  holdout,
   partition,
   sources,
   templates,
@@ -84,7 +84,7 @@ def instructions(
   *,
   client_column: str | None = None,
   label_column: str | None = None,
-  held_out: ownership.HeldOut = 0.1,
+  held_out: holdout.HeldOut = 0.1,
   held_out_rows: int | None = None,
   loss_on: batches.LossOn = "answers",
   packing: bool = False,
@@ -115,7 +115,7 @@ def instructions(
   Raises:
     ValueError: if a column is missing or a value not one of the above.
   """
-  train, rest, names = ownership.divide(
+  train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
   )
   if packing:
@@ -140,7 +140,7 @@ def classified(
   *,
   label_column: str = "label",
   client_column: str | None = None,
-  held_out: ownership.HeldOut = 0.1,
+  held_out: holdout.HeldOut = 0.1,
   held_out_rows: int | None = None,
   seed: int = 0,
 ) -> RowSource:
@@ -160,7 +160,7 @@ def classified(
     held_out_rows: of each client at most so many, the first; None for all.
     seed: of what is held out.
   """
-  train, rest, names = ownership.divide(
+  train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
   )
 
@@ -189,9 +189,9 @@ def _whole(text: templates.Text) -> templates.Text:
 
 
 def _split(
-  train: ownership.Side,
-  rest: ownership.Side,
-  make: Callable[[ownership.Side], _Make],
+  train: holdout.Side,
+  rest: holdout.Side,
+  make: Callable[[holdout.Side], _Make],
   names: tuple[str, ...],
   held_out_rows: int | None,
 ) -> Split:
@@ -223,7 +223,7 @@ def _split(
 
 
 def _population(
-  side: ownership.Side,
+  side: holdout.Side,
   made: Mapping[str, tuple[Any, np.ndarray]],
   names: tuple[str, ...],
   rows_per_client: int | None = None,

@@ -22,8 +22,8 @@ class Aggregator(NamedTuple):
     share: (update [n], weight, state) -> what one client adds, a tree.
     finish: (sum of the shares, state, key) -> one update [n], zeros if nobody
       was there, and the next state.
-    always: whether the server steps in a round of nobody too, as privacy asks:
-      that nobody was there must not show.
+    steps_when_empty: whether the server steps in a round of nobody too, as
+      privacy asks: that nobody was there must not show.
     noise_multiplier: standard deviation of the noise in the sum, in clip norms;
       None if updates are not clipped one by one, so that no privacy holds.
   """
@@ -31,7 +31,7 @@ class Aggregator(NamedTuple):
   init: Callable[[], State]
   share: Callable[[Float[Array, " n"], Float[Array, ""], State], Any]
   finish: Callable[[Any, State, PRNGKeyArray], tuple[Float[Array, " n"], State]]
-  always: bool = False
+  steps_when_empty: bool = False
   noise_multiplier: float | None = None
 
 
@@ -61,7 +61,7 @@ def uniform_mean() -> Aggregator:
   return Aggregator(mean.init, share, mean.finish)
 
 
-def total() -> Aggregator:
+def sum_updates() -> Aggregator:
   """The plain sum, K times the mean, as CG-FedLLM's Algorithm 1 has it."""
 
   def share(update, weight, state):
@@ -71,7 +71,7 @@ def total() -> Aggregator:
   return Aggregator(lambda: (), share, lambda total, state, key: (total, state))
 
 
-def mean_of_senders() -> Aggregator:
+def mean_over_senders() -> Aggregator:
   """The mean of each entry over the clients that sent it, by their weights.
 
   For uploads that are parts: what a client did not send arrives as zero, and

@@ -1,7 +1,8 @@
 """What happens at the clients: local training, mapped over the cohort."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,72 @@ import optax
 from jaxtyping import Array
 
 LossFn = Callable[..., tuple[Array, Array]]
+
+
+# Clients trained at once on an accelerator, unless `Placement` is told.
+_ON_ACCELERATOR = 4
+
+
+def device_mesh(
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """The devices, all if not given, on an axis "clients"."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+    (len(devices),),
+    ("clients",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=devices,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where clients train: on which devices, and how many at once on each.
+
+  Attributes:
+    mesh: its Auto axis "clients" shares the clients out over devices; all
+      devices if not given. The state of a round is replicated on it; place
+      `frozen` and `examples` alike, or every round copies them.
+    clients_per_step: how many clients at most are vmapped at once on a device,
+      at least 1; if not given, 1 on a CPU and 4 elsewhere. With 1 nothing is
+      vmapped and no padding is computed. What does not divide the clients is
+      filled up with clients computed twice.
+
+  Raises:
+    ValueError: if `clients_per_step` is below 1, or `mesh` has no axis
+      "clients" or one that is not Auto.
+  """
+
+  mesh: jax.sharding.Mesh = dataclasses.field(default_factory=device_mesh)
+  clients_per_step: int | None = None
+
+  def __post_init__(self):
+    if self.at_once < 1:
+      raise ValueError(
+        "Placement expected clients_per_step >= 1, got"
+        f" {self.clients_per_step}."
+      )
+    names, types = self.mesh.axis_names, self.mesh.axis_types
+    axes = dict(zip(names, types, strict=True))
+    if axes.get("clients") != jax.sharding.AxisType.Auto:
+      raise ValueError(
+        f'Placement expected a mesh with an Auto axis "clients", got {axes}.'
+        " Give jax.make_mesh `axis_types=(jax.sharding.AxisType.Auto,)`."
+      )
+
+  @property
+  def at_once(self) -> int:
+    """How many clients at most are vmapped at once on a device."""
+    if self.clients_per_step is not None:
+      return self.clients_per_step
+    is_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    return 1 if is_cpu else _ON_ACCELERATOR
+
+  @property
+  def everywhere(self) -> jax.sharding.NamedSharding:
+    """The sharding of an array that every device has whole."""
+    return jax.sharding.NamedSharding(self.mesh, jax.P())
 
 
 class Cohort(NamedTuple):
@@ -135,9 +202,7 @@ def only(trains: Any, tree: Any) -> Any:
 
 def map_clients(
   fn: Callable[[Any, Any], tuple[Any, Any]],
-  *,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: Placement | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
   """Maps `fn` over clients, adding up its first result, stacking its second.
 
@@ -146,29 +211,39 @@ def map_clients(
 
   Args:
     fn: `(shared, client) -> (summand, output)`.
-    clients_per_step: how many clients at most are vmapped at once on a device;
-      None for all. With 1 nothing is vmapped and no padding is computed. What
-      does not divide the clients is filled up with clients computed twice.
-    mesh: its axis "clients" shares the clients out over devices; None for one.
+    placement: where clients train; on all devices if not given.
 
   Returns:
     `fn(shared, clients) -> (sum, outputs)`; `clients` has a leading axis, and
     so have `outputs`.
-
-  Raises:
-    ValueError: if `clients_per_step` is below 1, or `mesh` has no such axis or
-      one that is not Auto.
   """
-  if clients_per_step is not None and clients_per_step < 1:
-    raise ValueError(f"expected {clients_per_step=} to be None or >= 1.")
-  on_devices, devices = functools.partial(_in_steps, fn), 1
-  if mesh is not None:
-    on_devices, devices = _over(mesh, on_devices), mesh.shape["clients"]
+  placement = placement or Placement()
+  on_device = functools.partial(_in_steps, fn)
+  devices = placement.mesh.shape["clients"]
+  if devices > 1:
+    on_device = _over(placement.mesh, on_device)
+  return _chunked(on_device, devices, placement.at_once)
+
+
+def map_in_steps(
+  fn: Callable[[Any, Any], tuple[Any, Any]], at_once: int | None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+  """`map_clients` of rows within one client: on the device where it runs.
+
+  Args:
+    fn: `(shared, row) -> (summand, output)`.
+    at_once: how many rows are vmapped at once; None for all.
+  """
+  return _chunked(functools.partial(_in_steps, fn), 1, at_once)
+
+
+def _chunked(on_devices, devices, at_once):
+  """Cuts what is mapped over into [devices * steps, at_once, ...]."""
 
   def mapped(shared, clients):
     count = jax.tree.leaves(clients)[0].shape[0]
     on_each = -(-count // devices)
-    steps = -(-on_each // (clients_per_step or on_each))
+    steps = -(-on_each // (at_once or on_each))
     size = -(-on_each // steps)
     # Chunks that would not be full repeat clients, which are not added.
     number = np.arange(devices * steps * size).reshape(-1, size)
@@ -182,12 +257,6 @@ def map_clients(
 
 def _over(mesh, fn):
   """Shares chunks out over the devices of `mesh`, and adds up their sums."""
-  axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  if axes.get("clients") != jax.sharding.AxisType.Auto:
-    raise ValueError(
-      f'expected a mesh with an Auto axis "clients", got {axes}. Give'
-      " jax.make_mesh `axis_types=(jax.sharding.AxisType.Auto,)`."
-    )
 
   def on_device(shared, chunks):
     total, outputs = fn(shared, chunks)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import channels, rounds
+from fedjax_llm.federated import channels, clients, rounds
 
 Representation = Literal["delta", "state"]
 
@@ -115,7 +115,7 @@ def with_codec(
   setup_bytes: int,
   population: int,
   volunteers: Any = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """An algorithm whose uploads a codec compresses; its state is `CodecState`.
 
@@ -133,7 +133,7 @@ def with_codec(
       beside its latent, entry by entry, for `known`; that is in their
       `upload_bytes`. None if the codec is never fitted anew: then the server
       keeps nothing of clients.
-    mesh: that of the algorithm.
+    placement: that of the algorithm.
 
   Raises:
     ValueError: if `volunteers` are not of the population, or `compose` does.
@@ -159,7 +159,9 @@ def with_codec(
     # Copied, so that donating the state leaves the caller's arrays alone.
     copy = jax.tree.map(jnp.array, codec)
     held = jnp.zeros(population, jnp.int32)
-    return rounds.replicate(CodecState(state, copy, jnp.int32(1), held), mesh)
+    return rounds.replicate(
+      CodecState(state, copy, jnp.int32(1), held), placement
+    )
 
   def round_fn(state, frozen, examples, cohort, key):
     after, metrics = inner(state.codec).round(
@@ -178,7 +180,7 @@ def with_codec(
       metrics |= {"upload_bytes": metrics["upload_bytes"] + raw}
     held = state.held.at[cohort.clients].set(new)
     after = state._replace(inner=after, held=held)
-    return rounds.replicate(after, mesh), metrics
+    return rounds.replicate(after, placement), metrics
 
   def received(state, key):
     return first.received(state.inner, key)

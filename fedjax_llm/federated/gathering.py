@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from fedjax_llm.federated import channels, clients, fidelity, rounds
+from fedjax_llm.federated import channels, clients, draws, fidelity, rounds
 
 
 class Answers(NamedTuple):
@@ -34,8 +34,7 @@ def gather(
   local_update: Callable[..., clients.Training],
   answer: Callable[..., tuple[Any, clients.Training, channels.Message]],
   *,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> Callable[..., Answers]:
   """Makes the part of a round that happens at the clients.
 
@@ -46,8 +45,7 @@ def gather(
     answer: `(shared, train, client, memory, key) -> (start, Training,
       Message)`, of one client: its start as a vector, what `train(start,
       frozen)` returns, and the message with the update.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     `fn(trainable, round, shared, memory, examples, cohort, key) -> Answers`,
@@ -66,10 +64,10 @@ def gather(
         examples,
         cohort.indices,
         cohort.mask,
-        rounds.stream(key, rounds.TRAIN, number, cohort.clients),
+        draws.stream(key, draws.Purpose.TRAIN, number, cohort.clients),
       )
 
-    upload_key = rounds.stream(key, rounds.UPLOAD, number, cohort.clients)
+    upload_key = draws.stream(key, draws.Purpose.UPLOAD, number, cohort.clients)
     start, training, message = answer(
       inner, train, cohort.clients, memory, upload_key
     )
@@ -91,9 +89,7 @@ def gather(
       },
     )
 
-  answers = clients.map_clients(
-    at_client, clients_per_step=clients_per_step, mesh=mesh
-  )
+  answers = clients.map_clients(at_client, placement=placement)
 
   def fn(trainable, number, shared, memory, examples, cohort, key):
     (loss, count, sums), outputs = answers(
@@ -101,7 +97,7 @@ def gather(
     )
     # All devices get all answers at once, and the server's part is the same
     # on each. Else it would be cut in pieces that wait for each other.
-    arrived, weights, memory, metrics = rounds.replicate(outputs, mesh)
+    arrived, weights, memory, metrics = rounds.replicate(outputs, placement)
     _, unravel = ravel_pytree(trainable)
     metrics |= {"train_loss": loss / jnp.maximum(count, 1), "tokens": count}
     metrics |= fidelity.cosines(sums)

@@ -25,14 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedjax_llm.federated import clients
+from fedjax_llm.federated import clients, draws
 
 _MEGA = 1e6
-# The purpose of the draws; those of `data` are smaller.
-_DROPOUTS = 6
 
 
-class Tier(NamedTuple):
+class Link(NamedTuple):
   """The link and the speed of a client.
 
   Attributes:
@@ -114,7 +112,7 @@ class Network:
     seed: of the dropouts, each drawn from (seed, round, client).
   """
 
-  tiers: Sequence[Tier]
+  tiers: Sequence[Link]
   of_client: Callable[[Any], Any] | None = None
   dropout_before: float = 0.0
   dropout_during: float = 0.0
@@ -261,13 +259,13 @@ class Network:
     self, round_number: int, numbers: Int[np.ndarray, " cohort"]
   ) -> Bool[np.ndarray, "cohort 2"]:
     """Whether each client is there, before the round and during it."""
-    draws = [
-      np.random.default_rng([self.seed, _DROPOUTS, round_number, client])
+    streams = [
+      draws.generator(self.seed, draws.Purpose.DROPOUT, round_number, client)
       for client in numbers
     ]
     chances = np.array([self.dropout_before, self.dropout_during])[None]
-    return np.array([rng.random(2) for rng in draws]) >= chances
+    return np.array([rng.random(2) for rng in streams]) >= chances
 
 
 # Everybody answers, at once.
-IDEAL = Network(tiers=(Tier(math.inf, math.inf),), seed=0)
+IDEAL = Network(tiers=(Link(math.inf, math.inf),), seed=0)

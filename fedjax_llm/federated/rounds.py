@@ -13,10 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, fidelity
-
-# Purposes of the random streams: a draw is of (key, purpose, round, client).
-DOWNLOAD, TRAIN, UPLOAD, AGGREGATE, SERVER = range(5)
+from fedjax_llm.federated import aggregators, channels, clients, draws, fidelity
 
 
 class ServerState(NamedTuple):
@@ -79,8 +76,7 @@ def federated_round(
   channel: channels.Channel | channels.Tiers | None = None,
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its parts.
 
@@ -92,9 +88,7 @@ def federated_round(
       for nothing.
     aggregate: from updates to one; None for the weighted mean.
     population: number of clients; needed if the upload keeps a state for each.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`. The state is replicated on it; place
-      `frozen` and `examples` alike, or every round copies them.
+    placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
@@ -104,8 +98,7 @@ def federated_round(
   tiers = channels.tiers_of(channel)
   answers = clients.map_clients(
     _answer(local_update, tiers, aggregate),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -123,7 +116,7 @@ def federated_round(
     upload = tuple(
       channels.upload_states(x, vector, population) for x in tiers.channels
     )
-    return replicate(state._replace(upload=upload), mesh)
+    return replicate(state._replace(upload=upload), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     messages = [
@@ -144,12 +137,12 @@ def federated_round(
       download=tuple(x.state for x in messages),
       upload=jax.tree.map(put, state.upload, memory),
     )
-    if not aggregate.always:
+    if not aggregate.steps_when_empty:
       after = unless_nobody(present > 0, after, state)
     tier = tiers.of_client(cohort.clients)
     sizes = [(wire.nbytes(x), wire.entries(x)) for x in payloads]
     nbytes, entries = jnp.array(sizes, jnp.int32).T
-    return replicate(after, mesh), {
+    return replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       **fidelity.cosines(arrived),
@@ -171,9 +164,9 @@ def federated_round(
 def _broadcast(download, state, tier, key):
   """The message to all clients of a tier."""
   vector, _ = ravel_pytree(state.trainable)
-  key = stream(key, DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   # Tiers of one random compressor get messages of their own.
-  key = stream(key, tier) if tier else key
+  key = draws.stream(key, tier) if tier else key
   return base.transmit(download, vector, state.download[tier], key)
 
 
@@ -193,7 +186,7 @@ def _answer(local_update, tiers, aggregate):
       examples,
       cohort.indices,
       cohort.mask,
-      stream(key, TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
       # Numbers, because what is unravelled gets the parameters' own types.
       masks and jax.tree.map(jnp.bool, unravel(own(masks).astype(start.dtype))),
     )
@@ -204,7 +197,7 @@ def _answer(local_update, tiers, aggregate):
       tier,
       update,
       memory,
-      stream(key, UPLOAD, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients),
     )
     # Of both: a compressor may lose what is not finite, or overflow.
     finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
@@ -245,7 +238,9 @@ def server_step(
   """
   _, unravel = ravel_pytree(state.trainable)
   update, memory = aggregate.finish(
-    shares, state.aggregate, stream(key, AGGREGATE, state.round)
+    shares,
+    state.aggregate,
+    draws.stream(key, draws.Purpose.AGGREGATE, state.round),
   )
   updates, optimizer = server_optimizer.update(
     unravel(update), state.optimizer, state.trainable
@@ -264,16 +259,9 @@ def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
   return jax.tree.map(keep, after, before)._replace(round=after.round)
 
 
-def replicate(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def replicate(state: Any, placement: clients.Placement | None) -> Any:
   """Fixes where the state lives, so that every round finds it there."""
-  if mesh is None:
+  placement = placement or clients.Placement()
+  if placement.mesh.size == 1:
     return state
-  everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-  return jax.lax.with_sharding_constraint(state, everywhere)
-
-
-def stream(key: Any, *numbers: Any) -> Any:
-  """The key of the draws named by `numbers`: purpose, round, client."""
-  for number in numbers:
-    key = jax.random.fold_in(key, number)
-  return key
+  return jax.lax.with_sharding_constraint(state, placement.everywhere)

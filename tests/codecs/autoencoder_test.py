@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.codecs import (
-  arrangements,
-  autoencoder,
-  networks,
-  pca,
-  rows,
-)
+from fedjax_llm.codecs import autoencoder, layouts, networks, pca, row_network
 from fedjax_llm.compression import base, wire
 
 KEY = jax.random.key(0)
@@ -36,17 +30,17 @@ def made(network, arrangement, scale=1.0):
 
 @pytest.fixture(scope="module")
 def resnet():
-  return made(networks.resnet(), arrangements.flat(TREE), 0.1)
+  return made(networks.resnet(), layouts.flat(TREE), 0.1)
 
 
 NETWORKS = {
   "one-dimensional": lambda: (
     networks.convolutional(),
-    arrangements.columns(TREE, width=32),
+    layouts.columns(TREE, width=32),
   ),
   "rows": lambda: (
-    rows.network(64, latents=32, hidden=16, bits=1),
-    arrangements.ranked(TREE, np.arange(SIZE) % 7, width=64),
+    row_network.network(64, latents=32, hidden=16, bits=1),
+    layouts.ranked(TREE, np.arange(SIZE) % 7, width=64),
   ),
 }
 
@@ -126,7 +120,7 @@ def test_llama_7b_sends_half_a_megabyte():
   of = lambda *shape: jax.ShapeDtypeStruct((32, *shape), np.float32)
   module = {"a": of(4096, 8), "b": of(8, 4096)}
   names = ("q_proj", "k_proj", "v_proj", "o_proj")
-  arrangement = arrangements.square(dict.fromkeys(names, module))
+  arrangement = layouts.square(dict.fromkeys(names, module))
   network = networks.resnet()
   shape = autoencoder.latent_shape(network, arrangement)
   assert shape == (64, 32, 64)
@@ -157,9 +151,9 @@ def test_the_encoder_is_sent_once_and_is_all_of_it(resnet):
 
 
 def test_of_a_learned_arrangement_the_columns_are_sent_too():
-  network = rows.network(64, latents=32)
-  plain = arrangements.columns(TREE, width=64)
-  ranked = arrangements.ranked(TREE, np.ones(SIZE), width=64)
+  network = row_network.network(64, latents=32)
+  plain = layouts.columns(TREE, width=64)
+  ranked = layouts.ranked(TREE, np.ones(SIZE), width=64)
   extra = autoencoder.setup_bytes(made(network, ranked))
   extra -= autoencoder.setup_bytes(made(network, plain))
   message = wire.dumps(base.Dense(np.zeros(SIZE, np.uint8)))
@@ -184,7 +178,7 @@ def test_a_codec_of_another_adapter_is_refused(resnet, tmp_path):
   with pytest.raises(ValueError, match="cannot read a codec"):
     autoencoder.load(tmp_path)
   autoencoder.save(tmp_path, resnet)
-  other = arrangements.flat({"v": np.zeros((120, 131), np.float32)})
+  other = layouts.flat({"v": np.zeros((120, 131), np.float32)})
   with pytest.raises(ValueError, match="the adapter that it was fitted on"):
     autoencoder.load(tmp_path, other)
   path = tmp_path / "codec.json"
@@ -203,10 +197,10 @@ def test_vectors_and_latents_of_another_codec_are_refused(resnet):
 
 
 def test_a_codec_serves_chains_and_error_feedback(vector):
-  network = rows.network(64, latents=20, bits=None)
-  codec = made(network, arrangements.columns(TREE, width=64), 0.1)
+  network = row_network.network(64, latents=20, bits=None)
+  codec = made(network, layouts.columns(TREE, width=64), 0.1)
   short = compression.chain(
-    autoencoder.autoencoder(codec), compression.uniform(4)
+    autoencoder.autoencoder(codec), compression.stochastic_uniform(4)
   )
   compressor = compression.error_feedback(short)
   transmit = jax.jit(

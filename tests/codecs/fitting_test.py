@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from fedjax_llm.codecs import (
-  arrangements,
   autoencoder,
   fitting,
+  layouts,
   networks,
-  rows,
+  row_network,
 )
 from fedjax_llm.compression import base
 
@@ -17,11 +17,11 @@ CLIENTS, ROUNDS = 4, 12
 NUMBERS = np.repeat(np.arange(ROUNDS), CLIENTS)
 SIDE = 128
 TREE = {"w": np.zeros((SIDE, SIDE), np.float32)}
-IMAGE = arrangements.flat(TREE)
+IMAGE = layouts.flat(TREE)
 # Rows of 64 entries: a signal along them is one of few directions.
 SHORT = {"w": np.zeros(64 * 20, np.float32)}
-ROWS = arrangements.columns(SHORT, width=64)
-NETWORK = rows.network(64, latents=8, bits=2)
+ROWS = layouts.columns(SHORT, width=64)
+NETWORK = row_network.network(64, latents=8, bits=2)
 OPTIONS = dict(steps=300, rounds=NUMBERS, learning_rate=1e-2, held_out=0.25)
 
 
@@ -110,7 +110,7 @@ def test_normalised_networks_of_images_begin_to_learn(network, steps):
   images = smooth(64, 64, 1e-4).reshape(len(NUMBERS), -1).astype(np.float32)
   _, report = fitting.fit(
     images,
-    arrangements.flat({"w": np.zeros((64, 64), np.float32)}),
+    layouts.flat({"w": np.zeros((64, 64), np.float32)}),
     network,
     normalise="one",
     steps=steps,

@@ -68,7 +68,7 @@ def test_the_latent_alone_travels():
   assert len(message) == wire.nbytes(payload) < 16 + 10
   arrived = pca.pca(basis).decode(wire.loads(message))
   np.testing.assert_array_equal(arrived, received(basis, vector))
-  chained = compression.chain(pca.pca(basis), compression.uniform(8))
+  chained = compression.chain(pca.pca(basis), compression.stochastic_uniform(8))
   state = chained.init(vector)
   short = compression.transmit(chained, vector, state, KEY)
   assert short.payload.values.codes.nbytes == 4

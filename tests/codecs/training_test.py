@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.codecs import arrangements, autoencoder, rows, training
+from fedjax_llm.codecs import autoencoder, layouts, row_network, training
 from fedjax_llm.compression import base, quantize
 
 SIZE, WIDTH = 75, 8
-ARRANGEMENT = arrangements.columns({"w": np.zeros(SIZE)}, width=WIDTH)
+ARRANGEMENT = layouts.columns({"w": np.zeros(SIZE)}, width=WIDTH)
 RANDOM = np.random.default_rng(0)
 VECTORS = RANDOM.normal(size=(3, SIZE)).astype(np.float32)
 SCALE = jnp.linspace(0.5, 2, WIDTH)
@@ -25,7 +25,10 @@ def start(network):
 
 @pytest.mark.parametrize("bits", [None, 1, 2])
 def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
-  network, optimizer = rows.network(WIDTH, latents=5, bits=bits), optax.sgd(0.1)
+  network, optimizer = (
+    row_network.network(WIDTH, latents=5, bits=bits),
+    optax.sgd(0.1),
+  )
   variables = start(network)
   step = jax.jit(training.step(network, ARRANGEMENT, optimizer, SCALE))
   memory = optimizer.init(training.parameters_of(variables))
@@ -44,7 +47,10 @@ def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
 
 def test_the_gradient_passes_the_quantiser_as_if_it_were_not_there():
   """By hand, for the decoder's kernel and the encoder's behind it."""
-  network, optimizer = rows.network(WIDTH, latents=3, bits=1), optax.sgd(1.0)
+  network, optimizer = (
+    row_network.network(WIDTH, latents=3, bits=1),
+    optax.sgd(1.0),
+  )
   variables = start(network)
   ones = jnp.ones(1)
   step = jax.jit(training.step(network, ARRANGEMENT, optimizer, ones))

@@ -41,7 +41,9 @@ def test_transmit_returns_the_payload_of_what_arrives():
 
 def test_a_compressor_is_stateless_if_its_state_has_no_leaves():
   vector = jnp.ones(8)
-  chained = compression.chain(compression.top_k(0.5), compression.uniform(4))
+  chained = compression.chain(
+    compression.top_k(0.5), compression.stochastic_uniform(4)
+  )
   assert not jax.tree.leaves(chained.init(vector))
   assert jax.tree.leaves(compression.error_feedback(chained).init(vector))
 
@@ -52,7 +54,9 @@ def test_a_chain_of_one_is_that_one():
 
 
 def test_a_chain_sends_the_support_and_the_compressed_values():
-  chained = compression.chain(compression.top_k(0.5), compression.uniform(4))
+  chained = compression.chain(
+    compression.top_k(0.5), compression.stochastic_uniform(4)
+  )
   vector = jnp.arange(8.0)
   received, _, payload = transmit(chained, vector, chained.init(vector), KEY)
   assert payload.values.codes.nbytes == 2  # Four codes of four bits.
@@ -64,7 +68,9 @@ def test_a_chain_sends_the_support_and_the_compressed_values():
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_chain_in_the_wrong_order_is_an_error_that_names_the_offender(jit):
   chained = compression.chain(
-    compression.top_k(0.5), compression.uniform(4), compression.top_k(0.5)
+    compression.top_k(0.5),
+    compression.stochastic_uniform(4),
+    compression.top_k(0.5),
   )
   init = jax.jit(chained.init) if jit else chained.init
   with pytest.raises(ValueError, match="cannot compress a Levels further"):
@@ -77,7 +83,9 @@ def test_a_chain_in_the_wrong_order_is_an_error_that_names_the_offender(jit):
     compression.top_k(0.1),
     compression.random_k(0.3, unbiased=False),
     compression.cast(jnp.bfloat16),
-    compression.chain(compression.top_k(0.5), compression.uniform(4)),
+    compression.chain(
+      compression.top_k(0.5), compression.stochastic_uniform(4)
+    ),
   ],
 )
 def test_error_feedback_loses_nothing_in_the_long_run(compressor):

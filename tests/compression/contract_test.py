@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from fedjax_llm import compression
-from fedjax_llm.codecs import arrangements, autoencoder, pca, rows
+from fedjax_llm.codecs import autoencoder, layouts, pca, row_network
 from fedjax_llm.compression import groups, segments, wire
 
 chain, error_feedback = compression.chain, compression.error_feedback
 top_k, random_k = compression.top_k, compression.random_k
-cast, uniform = compression.cast, compression.uniform
+cast, stochastic_uniform = compression.cast, compression.stochastic_uniform
 
 
 def thirds(n):
@@ -31,8 +31,8 @@ def principal(n):
 
 @functools.cache
 def variables(n):
-  arrangement = arrangements.columns({"w": np.zeros(n)}, width=16)
-  network = rows.network(16, latents=5, hidden=7)
+  arrangement = layouts.columns({"w": np.zeros(n)}, width=16)
+  network = row_network.network(16, latents=5, hidden=7)
   image = jnp.zeros((1, *arrangement.positions.shape, 1))
   latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
   decoder = network.decoder.init(jax.random.key(1), latents)
@@ -52,12 +52,17 @@ COMPRESSORS = {
   "top_k(1)": lambda n: top_k(1.0),
   "top_k(1/4)": lambda n: top_k(1 / 4),
   "top_k(1/64)": lambda n: top_k(1 / 64),
-  "top_k_apart": lambda n: compression.top_k_apart(np.arange(n) % 3, 0.3),
+  "top_k_per_group": lambda n: compression.top_k_per_group(
+    np.arange(n) % 3, 0.3
+  ),
   "random_k": lambda n: random_k(0.3),
   "select": thirds,
   "cast(bfloat16)": lambda n: cast(jnp.bfloat16),
   "cast(float16)": lambda n: cast(jnp.float16),
-  **{f"uniform({b})": lambda n, b=b: uniform(b) for b in range(1, 9)},
+  **{
+    f"stochastic_uniform({b})": lambda n, b=b: stochastic_uniform(b)
+    for b in range(1, 9)
+  },
   **{
     f"lloyd_max({b})": lambda n, b=b: compression.lloyd_max(b, block=50)
     for b in range(1, 5)
@@ -72,7 +77,9 @@ COMPRESSORS = {
   "stc": lambda n: compression.stc(1 / 8),
   "ef_sign_sgd": lambda n: compression.ef_sign_sgd(),
   "rotate": lambda n: compression.rotate(block=64),
-  "rotate + uniform": lambda n: chain(compression.rotate(), uniform(3)),
+  "rotate + stochastic_uniform": lambda n: chain(
+    compression.rotate(), stochastic_uniform(3)
+  ),
   "drive": lambda n: compression.drive(block=64),
   "eden(0.5)": lambda n: compression.eden(0.5, block=64),
   "eden(2)": lambda n: compression.eden(2, block=64),
@@ -82,8 +89,8 @@ COMPRESSORS = {
   "count_sketch + top_k": lambda n: compression.count_sketch(
     4, 64, density=1 / 8
   ),
-  "count_sketch + uniform": lambda n: chain(
-    compression.count_sketch(3, 50), uniform(8)
+  "count_sketch + stochastic_uniform": lambda n: chain(
+    compression.count_sketch(3, 50), stochastic_uniform(8)
   ),
   "trellis(1/2)": lambda n: compression.trellis(1 / 2, memory=5, block=100),
   "rotate + trellis": lambda n: chain(
@@ -99,42 +106,60 @@ COMPRESSORS = {
   "relative_to": lambda n: compression.relative_to(
     jnp.linspace(-1, 1, n), compression.identity()
   ),
-  "uniform, block of 5": lambda n: uniform(4, block=5),
-  "top_k + uniform": lambda n: chain(top_k(1 / 4), uniform(4)),
+  "stochastic_uniform, block of 5": lambda n: stochastic_uniform(4, block=5),
+  "top_k + stochastic_uniform": lambda n: chain(
+    top_k(1 / 4), stochastic_uniform(4)
+  ),
   "top_k + cast": lambda n: chain(top_k(1 / 4), cast(jnp.bfloat16)),
-  "random_k + uniform": lambda n: chain(random_k(0.3), uniform(3)),
+  "random_k + stochastic_uniform": lambda n: chain(
+    random_k(0.3), stochastic_uniform(3)
+  ),
   "select + top_k + cast": lambda n: chain(
     thirds(n), top_k(1 / 4), cast(jnp.float16)
   ),
-  "top_k_of_each + uniform": lambda n: chain(
-    segments.top_k_of_each(
+  "top_k_per_segment + stochastic_uniform": lambda n: chain(
+    segments.top_k_per_segment(
       (n // 3, n // 3, n - 2 * (n // 3)), (1 / 4, 1 / 4, 1.0)
     ),
-    uniform(4),
+    stochastic_uniform(4),
   ),
-  "top_groups + uniform": lambda n: chain(
+  "top_k_groups + stochastic_uniform": lambda n: chain(
     # Sixty-four groups of four entries, and one of none.
-    groups.top_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
-    uniform(4),
+    groups.top_k_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
+    stochastic_uniform(4),
   ),
-  "at": lambda n: segments.at(np.arange(n) % 3 == 0, -(-n // 3)),
+  "at": lambda n: segments.send_mask(np.arange(n) % 3 == 0, -(-n // 3)),
   "pca": lambda n: pca.pca(principal(n)),
   "autoencoder": lambda n: codec(n, None),
   "autoencoder, quantised": lambda n: codec(n, 2),
-  "autoencoder + uniform": lambda n: chain(codec(n, None), uniform(4)),
+  "autoencoder + stochastic_uniform": lambda n: chain(
+    codec(n, None), stochastic_uniform(4)
+  ),
   "feedback of cast": lambda n: error_feedback(cast(jnp.bfloat16)),
   "feedback of a chain": lambda n: error_feedback(
-    chain(top_k(1 / 4), uniform(2))
+    chain(top_k(1 / 4), stochastic_uniform(2))
   ),
   "a chain with feedback": lambda n: chain(
-    top_k(1 / 4), error_feedback(uniform(2))
+    top_k(1 / 4), error_feedback(stochastic_uniform(2))
   ),
 }
 # Their products of matrices add up in another order under vmap.
 PRODUCTS = {name for name in COMPRESSORS if "autoencoder" in name} | {"pca"}
 MANY_LENGTHS = (
-  *("identity", "top_k + uniform", "uniform(3)", "natural", "tern_grad"),
-  *("stc", "rotate + uniform", "eden(0.5)", "power_sgd", "count_sketch"),
+  *(
+    "identity",
+    "top_k + stochastic_uniform",
+    "stochastic_uniform(3)",
+    "natural",
+    "tern_grad",
+  ),
+  *(
+    "stc",
+    "rotate + stochastic_uniform",
+    "eden(0.5)",
+    "power_sgd",
+    "count_sketch",
+  ),
   "trellis(1/2)",
 )
 ROWS = [(name, 257) for name in COMPRESSORS]

@@ -17,7 +17,7 @@ def vector():
 
 
 def send(sent, owners=OWNERS, sizes=SIZES, counts=COUNTS):
-  compressor = groups.top_groups(owners, sizes, counts)
+  compressor = groups.top_k_groups(owners, sizes, counts)
   transmit = jax.jit(lambda x: compression.transmit(compressor, x, (), KEY))
   return transmit(sent)
 
@@ -44,7 +44,7 @@ def test_a_choice_of_groups_takes_a_byte_not_one_an_entry():
   assert 4 * 9 + 1 < len(message) < 4 * 9 + 1 + 16
   arrived = wire.loads(message)
   assert wire.dumps(arrived) == message
-  got = groups.top_groups(OWNERS, SIZES, COUNTS).decode(arrived)
+  got = groups.top_k_groups(OWNERS, SIZES, COUNTS).decode(arrived)
   np.testing.assert_array_equal(got, send(vector()).received)
 
 
@@ -56,7 +56,8 @@ def test_all_groups_are_the_vector_and_need_no_names():
 
 def test_the_values_of_groups_can_be_compressed_further():
   compressor = compression.chain(
-    groups.top_groups(OWNERS, SIZES, COUNTS), compression.uniform(8)
+    groups.top_k_groups(OWNERS, SIZES, COUNTS),
+    compression.stochastic_uniform(8),
   )
   sent = jnp.asarray(vector())
   state = compressor.init(sent)

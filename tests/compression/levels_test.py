@@ -17,7 +17,7 @@ each_bits = pytest.mark.parametrize("bits", range(1, 9))
 
 def draw(bits, vector, draws):
   """What arrives of `vector` in each of many draws, and the step by entry."""
-  compressor = compression.uniform(bits, block=BLOCK)
+  compressor = compression.stochastic_uniform(bits, block=BLOCK)
   many = jax.vmap(lambda key: transmit(compressor, vector, (), key).received)
   received = np.asarray(many(jax.random.split(KEY, draws)))
   blocks = [vector[i : i + BLOCK] for i in range(0, vector.size, BLOCK)]
@@ -163,9 +163,9 @@ def test_zero_is_a_level_of_qsgd(levels):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: compression.uniform(0), "bits=0"),
-    (lambda: compression.uniform(9), "bits=9"),
-    (lambda: compression.uniform(4, block=0), "block=0"),
+    (lambda: compression.stochastic_uniform(0), "bits=0"),
+    (lambda: compression.stochastic_uniform(9), "bits=9"),
+    (lambda: compression.stochastic_uniform(4, block=0), "block=0"),
     (lambda: compression.qsgd(0), "qsgd expected levels in .*levels=0"),
     (lambda: compression.qsgd(128), "levels=128"),
     (lambda: compression.tern_grad(clip=0), "tern_grad expected clip > 0"),

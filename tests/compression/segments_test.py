@@ -29,14 +29,14 @@ def test_each_segment_keeps_its_own_largest_entries():
     kept = start + np.argsort(-abs(part), kind="stable")[:count]
     expected[kept] = vector[kept]
     start += size
-  message = send(segments.top_k_of_each(sizes, densities), vector)
+  message = send(segments.top_k_per_segment(sizes, densities), vector)
   np.testing.assert_array_equal(message.received, expected)
   assert wire.entries(message.payload) == 14
 
 
 def test_one_segment_is_top_k_to_the_byte():
   vector = np.random.default_rng(1).normal(size=100).astype(np.float32)
-  got = send(segments.top_k_of_each([100], [0.29]), vector).payload
+  got = send(segments.top_k_per_segment([100], [0.29]), vector).payload
   expected = send(sparse.top_k(0.29), vector).payload
   assert wire.dumps(got) == wire.dumps(expected)
 
@@ -44,7 +44,7 @@ def test_one_segment_is_top_k_to_the_byte():
 def test_a_support_that_only_the_sender_knows_travels():
   vector = np.arange(1, 65, dtype=np.float32)
   mask = np.arange(64) % 16 == 3
-  message = send(segments.at(mask, 4), vector)
+  message = send(segments.send_mask(mask, 4), vector)
   np.testing.assert_array_equal(message.received, np.where(mask, vector, 0))
   assert message.payload.support.size == supports.nbytes(64, 4)
 
@@ -59,9 +59,11 @@ def test_what_is_kept_is_scaled_to_the_magnitudes_of_the_whole():
 @pytest.mark.parametrize("densities", [(0.5,), (0.5, 0.0), (0.5, 1.5)])
 def test_densities_that_do_not_fit_are_refused(densities):
   with pytest.raises(ValueError, match="for each segment"):
-    segments.top_k_of_each((4, 4), densities)
+    segments.top_k_per_segment((4, 4), densities)
 
 
 def test_a_vector_of_another_length_is_refused():
   with pytest.raises(ValueError, match="expected 8 scores"):
-    send(segments.top_k_of_each((4, 4), (0.5, 0.5)), np.zeros(9, np.float32))
+    send(
+      segments.top_k_per_segment((4, 4), (0.5, 0.5)), np.zeros(9, np.float32)
+    )

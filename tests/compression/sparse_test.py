@@ -220,7 +220,7 @@ def test_top_k_apart_is_a_top_k_of_every_group():
   owners = rng.integers(0, 3, 100)
   vector = np.where(owners == 1, 1e-6, 1.0) * rng.normal(size=100)
   vector = np.where(owners == 2, 0, vector).astype(np.float32)
-  compressor = compression.top_k_apart(owners, 0.25)
+  compressor = compression.top_k_per_group(owners, 0.25)
   payload, _ = jax.jit(compressor.encode)(vector, (), KEY)
   held = np.asarray(sparse.support(payload))
   for group in range(3):

@@ -97,7 +97,7 @@ def test_a_header_has_few_bytes():
     (compression.identity(), 4 * n),
     (compression.top_k(1 / 16), 4 * k + support),
     (compression.random_k(1 / 16), 4 * k + 8),
-    (compression.uniform(4), n // 2 + 4 * -(-n // 256)),
+    (compression.stochastic_uniform(4), n // 2 + 4 * -(-n // 256)),
   ]:
     payload, _ = jax.eval_shape(compressor.encode, vector, (), KEY)
     assert 0 < wire.nbytes(payload) - data <= 20
@@ -139,8 +139,10 @@ def messages():
     compression.top_k(1 / 2),
     compression.top_k(1 / 20),
     compression.random_k(0.1),
-    compression.uniform(3),
-    compression.chain(compression.top_k(1 / 4), compression.uniform(4)),
+    compression.stochastic_uniform(3),
+    compression.chain(
+      compression.top_k(1 / 4), compression.stochastic_uniform(4)
+    ),
   ]
   return [
     wire.dumps(transmit(c, VECTOR, c.init(VECTOR), KEY).payload)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import evaluation_commands
+from fedjax_llm.cli import evaluate as commands
 from fedjax_llm.data import batches
 from fedjax_llm.evaluation import likelihood
 from fedjax_llm.models import adapters, decoder, language, lora, pretrained
@@ -89,7 +89,7 @@ def test_a_hopeless_loss_has_an_infinite_perplexity():
 def command(**arguments):
   text = io.StringIO()
   with contextlib.redirect_stdout(text):
-    evaluation_commands.evaluate(as_json=True, **arguments)
+    commands.evaluate(as_json=True, **arguments)
   return json.loads(text.getvalue())
 
 

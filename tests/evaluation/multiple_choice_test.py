@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import evaluation_commands, examination, tasks
+from fedjax_llm.cli import evaluate, examination
 from fedjax_llm.evaluation import ceval, mmlu, multiple_choice
+from fedjax_llm.experiments import tasks
 from fedjax_llm.models import decoder, gpt2, lora
 
 BASE = decoder.DecoderConfig(
@@ -293,7 +294,7 @@ def test_every_answer_is_that_of_transformers(
     subject: official(data, exam, subject, model, tokenizer, limit, most)
     for subject in subjects
   }
-  evaluation_commands.evaluate(
+  evaluate.evaluate(
     str(folder),
     task=exam,
     data=str(data / exam),

@@ -12,8 +12,8 @@ EACH = pytest.mark.parametrize(
   [
     aggregators.weighted_mean(),
     aggregators.uniform_mean(),
-    aggregators.mean_of_senders(),
-    aggregators.total(),
+    aggregators.mean_over_senders(),
+    aggregators.sum_updates(),
   ],
 )
 
@@ -40,13 +40,13 @@ def test_the_uniform_mean_counts_clients():
 
 
 def test_the_mean_of_senders_counts_those_who_sent_an_entry():
-  got = aggregate(aggregators.mean_of_senders(), UPDATES, WEIGHTS)
+  got = aggregate(aggregators.mean_over_senders(), UPDATES, WEIGHTS)
   expected = [(1 + 5 * 5) / 6, (-2 + 2 * 4 + 5 * 6) / 8, 0]
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_the_total_is_as_many_uniform_means_as_there_are_clients():
-  got = aggregate(aggregators.total(), UPDATES, WEIGHTS)
+  got = aggregate(aggregators.sum_updates(), UPDATES, WEIGHTS)
   mean = aggregate(aggregators.uniform_mean(), UPDATES, WEIGHTS)
   np.testing.assert_allclose(got, 3 * mean, rtol=1e-6)
 

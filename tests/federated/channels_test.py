@@ -11,6 +11,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import aggregators, channels
 from fedjax_llm.federated.algorithms import fed_avg
+from tests import placements
 
 KEY = jax.random.key(7)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -20,8 +21,8 @@ DOUBLE = optax.stateless(lambda updates, params: params)
 FEEDBACK = compression.error_feedback(sparse.top_k(0.25))
 # Both ways at random and with memory.
 CHANNEL = channels.Channel(
-  download=compression.error_feedback(compression.uniform(8)),
-  upload=compression.error_feedback(compression.uniform(4)),
+  download=compression.error_feedback(compression.stochastic_uniform(8)),
+  upload=compression.error_feedback(compression.stochastic_uniform(4)),
 )
 ODD = lambda client: client % 2
 # Of even clients, which have no memory, and of odd ones.
@@ -37,7 +38,13 @@ HALF = channels.Channel(download=sparse.top_k(0.5), trains=sparse.support)
 
 @functools.cache
 def compose(
-  loss_fn, channel, server=None, client=SGD, *, clients_per_step=1, **parts
+  loss_fn,
+  channel,
+  server=None,
+  client=SGD,
+  *,
+  placement=placements.ALONE,
+  **parts,
 ):
   """An algorithm, and its round compiled once for all tests."""
   algorithm = fed_avg.fed_avg(
@@ -46,7 +53,7 @@ def compose(
     server or optax.sgd(1.0),
     channel=channel,
     population=7,
-    clients_per_step=clients_per_step,
+    placement=placement,
     **parts,
   )
   algorithm = algorithm._replace(received=jax.jit(algorithm.received))
@@ -162,10 +169,11 @@ def test_tiers_at_random_draw_each_for_itself(problem, recorder):
 
 
 @pytest.mark.parametrize("is_on_mesh", [False, True])
-def test_placements_of_tiers_agree(problem, mesh, is_on_mesh):
+def test_placements_of_tiers_agree(problem, is_on_mesh):
   # Vmapped, both branches of every client are computed and one is taken.
   cohorts = problem.cohorts(2)
-  parts = {"mesh": mesh} if is_on_mesh else {"clients_per_step": None}
+  where = placements.on(2 if is_on_mesh else 1, placements.EVERYBODY)
+  parts = {"placement": where}
   got = run(problem, cohorts, TIERS, **parts)
   expected = run(problem, cohorts, TIERS)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -231,7 +239,7 @@ def test_a_round_of_nobody_changes_nothing_but_its_number(problem):
 
 def test_an_aggregator_may_step_without_anybody(problem):
   # As privacy asks: that nobody was there must not show.
-  aggregate = aggregators.weighted_mean()._replace(always=True)
+  aggregate = aggregators.weighted_mean()._replace(steps_when_empty=True)
   nobody = problem.cohort(2, 5, 4)
   nobody = nobody._replace(weights=np.zeros(3, np.float32))
   (before, after), _ = run(problem, [nobody], None, ADAMW, aggregate=aggregate)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from fedjax_llm.federated import clients
+from tests import placements
 
 KEY = jax.random.key(3)
 OPTIMIZERS = {
@@ -192,11 +193,11 @@ def test_proximal_refuses_to_push():
     clients.proximal(-0.1)
 
 
-@pytest.mark.parametrize("clients_per_step", [None, 1, 2])
+@pytest.mark.parametrize("clients_per_step", [1, 2, 5])
 @pytest.mark.parametrize(
   ("cohort", "on_mesh"), [(5, False), (5, True), (1, True)]
 )
-def test_all_placements_agree(mesh, cohort, on_mesh, clients_per_step):
+def test_all_placements_agree(cohort, on_mesh, clients_per_step):
   # Two devices or steps of two do not divide five clients. Whole numbers, so
   # that the order of additions does not matter.
   def fn(shared, client):
@@ -207,8 +208,7 @@ def test_all_placements_agree(mesh, cohort, on_mesh, clients_per_step):
   mapped = jax.jit(
     clients.map_clients(
       fn,
-      clients_per_step=clients_per_step,
-      mesh=mesh if on_mesh else None,
+      placements.on(2 if on_mesh else 1, clients_per_step),
     )
   )
   values = np.arange(3 * cohort, dtype=np.float32).reshape(cohort, 3)
@@ -220,14 +220,22 @@ def test_all_placements_agree(mesh, cohort, on_mesh, clients_per_step):
   assert drawn.tolist() == [int(jax.random.bits(key)) for key in keys]
 
 
-def test_map_clients_refuses_what_it_cannot_place():
-  fn = lambda shared, client: (client, ())
-  with pytest.raises(ValueError, match="clients_per_step=0"):
-    clients.map_clients(fn, clients_per_step=0)
+def test_a_placement_that_is_not_told_is_all_devices_one_client_at_a_time():
+  placement = clients.Placement()
+  assert placement.mesh.size == jax.device_count() == 2
+  assert placement.at_once == 1  # Of a CPU.
+  fn = lambda shared, client: (client, jax.lax.axis_index("clients"))
+  _, devices = jax.jit(clients.map_clients(fn))((), jnp.zeros(4))
+  assert devices.tolist() == [0, 0, 1, 1]
+
+
+def test_a_placement_refuses_what_it_cannot_place():
+  with pytest.raises(ValueError, match="clients_per_step >= 1, got 0"):
+    clients.Placement(clients_per_step=0)
   kinds = jax.sharding.AxisType
   other = jax.make_mesh((2,), ("batch",), axis_types=(kinds.Auto,))
   with pytest.raises(ValueError, match='an Auto axis "clients", got'):
-    clients.map_clients(fn, mesh=other)
+    clients.Placement(other)
   explicit = jax.make_mesh((2,), ("clients",), axis_types=(kinds.Explicit,))
   with pytest.raises(ValueError, match="jax.make_mesh `axis_types"):
-    clients.map_clients(fn, mesh=explicit)
+    clients.Placement(explicit)

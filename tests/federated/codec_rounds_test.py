@@ -11,7 +11,8 @@ from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import codec_rounds
-from fedjax_llm.federated.algorithms import cg_fed_llm, fed_ex
+from fedjax_llm.federated.algorithms import cg_fed_llm, fed_ex_lora
+from tests import placements
 
 KEY = jax.random.key(4)
 DEVICE = jax.devices()[0]
@@ -44,7 +45,7 @@ def compose(
     population=7,
     representation=representation,
     volunteers=volunteers,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -150,7 +151,7 @@ def test_the_codec_is_no_constant_of_the_program(problem):
 def test_a_codec_serves_under_error_feedback_and_before_a_quantiser(problem):
   def compressor_of(codec):
     return base.error_feedback(
-      base.chain(pca.pca(codec), compression.uniform(8))
+      base.chain(pca.pca(codec), compression.stochastic_uniform(8))
     )
 
   cohort = problem.cohort(2, 5)
@@ -169,9 +170,9 @@ def test_a_codec_of_another_shape_is_refused(problem):
 
 def test_what_a_method_adds_to_the_base_model_is_not_lost(problem):
   parts = dict(scale=1.5, population=7)
-  alone = fed_ex.fed_ex_lora(problem.scaled_loss_fn, SGD, **parts)
+  alone = fed_ex_lora.fed_ex_lora(problem.scaled_loss_fn, SGD, **parts)
   coded = codec_rounds.with_codec(
-    lambda upload: fed_ex.fed_ex_lora(
+    lambda upload: fed_ex_lora.fed_ex_lora(
       problem.scaled_loss_fn, SGD, upload=upload, **parts
     ),
     codec=(),

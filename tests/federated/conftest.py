@@ -98,12 +98,6 @@ def problem():
 
 
 @pytest.fixture(scope="session")
-def mesh():
-  auto = (jax.sharding.AxisType.Auto,)
-  return jax.make_mesh((2,), ("clients",), axis_types=auto)
-
-
-@pytest.fixture(scope="session")
 def recorder():
   """A server optimizer that moves nothing and keeps the update it was given."""
   zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)

@@ -9,6 +9,7 @@ from fedjax_llm.codecs import measures
 from fedjax_llm.compression import base
 from fedjax_llm.federated import channels, fidelity
 from fedjax_llm.federated.algorithms import fed_avg
+from tests import placements
 
 KEY = jax.random.key(1)
 RNG = np.random.default_rng(0)
@@ -84,7 +85,7 @@ def test_tiny_updates_have_cosines_too():
   assert got == pytest.approx(expected, abs=1e-5)
 
 
-UPLOAD = channels.Channel(upload=compression.uniform(2))
+UPLOAD = channels.Channel(upload=compression.stochastic_uniform(2))
 
 
 def play(problem, keep_metrics, **parts):
@@ -107,14 +108,15 @@ def play(problem, keep_metrics, **parts):
 
 def test_the_cosines_change_no_bit_of_the_parameters(problem):
   # Without metrics the compiler leaves out what only they need.
-  with_them, _ = play(problem, True, clients_per_step=1)
-  without, _ = play(problem, False, clients_per_step=1)
+  with_them, _ = play(problem, True, placement=placements.ALONE)
+  without, _ = play(problem, False, placement=placements.ALONE)
   jax.tree.map(np.testing.assert_array_equal, with_them, without)
 
 
-def test_the_placement_of_clients_changes_only_rounding(problem, mesh):
-  _, expected = play(problem, True, clients_per_step=1)
-  for parts in ({}, {"clients_per_step": 2, "mesh": mesh}):
+def test_the_placement_of_clients_changes_only_rounding(problem):
+  _, expected = play(problem, True, placement=placements.ALONE)
+  for where in ((1, placements.EVERYBODY), (2, 2)):
+    parts = {"placement": placements.on(*where)}
     _, metrics = play(problem, True, **parts)
     for got, line in zip(metrics, expected, strict=True):
       for name in ("update_cosine", "innovation_cosine"):
@@ -124,7 +126,7 @@ def test_the_placement_of_clients_changes_only_rounding(problem, mesh):
 
 def test_a_client_that_is_left_out_is_in_no_cosine(problem):
   algorithm = fed_avg.fed_avg(
-    problem.loss_fn, optax.sgd(0.05), optax.sgd(1.0), clients_per_step=1
+    problem.loss_fn, optax.sgd(0.05), optax.sgd(1.0), placement=placements.ALONE
   )
   step = jax.jit(algorithm.round)
   cohort = problem.cohort(3, 4)
@@ -148,7 +150,7 @@ def test_a_codec_that_loses_what_is_a_client_s_own_is_seen(problem):
       optax.sgd(0.05),
       optax.sgd(1.0),
       channel=channels.Channel(upload=codec),
-      clients_per_step=1,
+      placement=placements.ALONE,
     )
     _, metrics = jax.jit(algorithm.round)(
       algorithm.init(problem.trainable),

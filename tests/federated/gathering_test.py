@@ -7,6 +7,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.federated import channels, clients, gathering
+from tests import placements
 
 KEY = jax.random.key(2)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -27,7 +28,9 @@ def answer(shared, train, client, memory, key):
 @functools.cache
 def compiled(loss_fn):
   local_update = clients.local_update(loss_fn, SGD)
-  return jax.jit(gathering.gather(local_update, answer, clients_per_step=1))
+  return jax.jit(
+    gathering.gather(local_update, answer, placement=placements.ALONE)
+  )
 
 
 def gather(problem, cohort, examples):

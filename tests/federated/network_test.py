@@ -7,8 +7,8 @@ from hypothesis import strategies
 
 from fedjax_llm.federated import clients, network
 
-HOME = network.Tier(20, 5, 0.05, 0.1)  # Sends 4 times more slowly.
-PHONE = network.Tier(16, 1, 0.2, 0.5)  # 16 times.
+HOME = network.Link(20, 5, 0.05, 0.1)  # Sends 4 times more slowly.
+PHONE = network.Link(16, 1, 0.2, 0.5)  # 16 times.
 
 
 def cohort(*numbers, steps=None, weights=None):
@@ -238,8 +238,8 @@ def test_rounds_and_seeds_drop_others():
   "options, message",
   [
     ({"tiers": ()}, "at least one tier"),
-    ({"tiers": (network.Tier(1, 0),)}, "positive Mbit/s"),
-    ({"tiers": (network.Tier(1, 1, -1.0),)}, "seconds >= 0"),
+    ({"tiers": (network.Link(1, 0),)}, "positive Mbit/s"),
+    ({"tiers": (network.Link(1, 1, -1.0),)}, "seconds >= 0"),
     ({"dropout_before": 1.5}, r"dropout_before in \[0, 1\], got 1.5"),
     ({"dropout_during": -0.1}, r"dropout_during in \[0, 1\]"),
     ({"deadline_seconds": 0.0}, "None or > 0, got 0.0"),

@@ -11,6 +11,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg
+from tests import placements
 
 KEY = jax.random.key(11)
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -28,11 +29,11 @@ FEEDBACK = channels.Channel(
 
 @functools.cache
 def compose(
-  loss_fn, server=REPLACE, client=SGD, *, clients_per_step=1, **parts
+  loss_fn, server=REPLACE, client=SGD, *, placement=placements.ALONE, **parts
 ):
   """An algorithm, and its round compiled once for all tests."""
   algorithm = fed_avg.fed_avg(
-    loss_fn, client, server, clients_per_step=clients_per_step, **parts
+    loss_fn, client, server, placement=placement, **parts
   )
   algorithm = algorithm._replace(received=jax.jit(algorithm.received))
   return algorithm, jax.jit(algorithm.round, donate_argnums=0)
@@ -88,7 +89,9 @@ def test_the_metrics_count_the_bytes_of_the_messages(problem, recorder):
 
 
 def test_received_is_what_clients_train_on(problem, recorder):
-  channel = channels.Channel(download=compression.uniform(2))  # At random.
+  channel = channels.Channel(
+    download=compression.stochastic_uniform(2)
+  )  # At random.
   algorithm, step = compose(
     problem.loss_fn, recorder, client=DOUBLE, channel=channel
   )
@@ -305,7 +308,9 @@ def test_one_tier_of_full_rank_is_the_homogeneous_round(problem):
 
 
 def test_frozen_weights_are_neither_constants_nor_batched(problem):
-  algorithm, _ = compose(problem.loss_fn, clients_per_step=None)
+  algorithm, _ = compose(
+    problem.loss_fn, placement=placements.on(1, placements.EVERYBODY)
+  )
   jaxpr = jax.make_jaxpr(algorithm.round)(
     algorithm.init(problem.trainable),
     problem.frozen,
@@ -326,7 +331,10 @@ def temporary_bytes(cohort, clients_per_step):
     return ((trainable[None] * examples) ** 2).sum() + frozen, mask.sum()
 
   algorithm = fed_avg.fed_avg(
-    loss_fn, SGD, optax.sgd(1.0), clients_per_step=clients_per_step
+    loss_fn,
+    SGD,
+    optax.sgd(1.0),
+    placement=placements.on(1, clients_per_step),
   )
   arguments = (
     algorithm.init(jnp.zeros(n)),
@@ -352,10 +360,14 @@ def test_clients_per_step_bounds_the_memory_of_a_round():
   assert temporary_bytes(32, None) - in_steps > 30 * 4 * 4096
 
 
-def test_an_experiment_on_a_mesh_is_compiled_once(problem, mesh):
+def test_an_experiment_on_a_mesh_is_compiled_once(problem):
   # A state that the first round moves would make the second compile again.
   algorithm, step = compose(
-    problem.loss_fn, optax.adam(0.1), channel=FEEDBACK, population=7, mesh=mesh
+    problem.loss_fn,
+    optax.adam(0.1),
+    channel=FEEDBACK,
+    population=7,
+    placement=placements.on(2, 1),
   )
   state = algorithm.init(problem.trainable)
   advance(step, state, problem, *problem.cohorts(3))

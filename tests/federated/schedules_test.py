@@ -9,6 +9,7 @@ import pytest
 from fedjax_llm.compression import sparse
 from fedjax_llm.federated import channels, rounds, schedules
 from fedjax_llm.federated.algorithms import fed_avg
+from tests import placements
 
 KEY = jax.random.key(8)
 
@@ -109,7 +110,7 @@ def test_stages_of_one_algorithm_are_that_algorithm(problem):
     optax.sgd(0.05, momentum=0.9),
     optax.adam(0.05),
     channel=channels.Channel(upload=sparse.top_k(0.5)),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   states = []
   for algorithm in (make(), schedules.staged({0: make(), 2: make()})):

@@ -4,7 +4,7 @@ Wu et al., "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
 Large Language Models", 2024 (arXiv 2405.13746). Its fine-tuning stage, FAF:
 
   FAF            `cg_fed_llm(..., codec=codec, compressor_of=autoencoder)`
-  sum            the same with `aggregate=aggregators.total()`: Algorithm 1 has
+  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has
                  a sum where the code it builds on, Shepherd, has a mean. It is
                  of updates: K whole adapters would grow K times a round
   product space  `cg_fed_llm_products`: Algorithm 1 names the products B A
@@ -16,7 +16,6 @@ downloaded once by every client.
 
 from typing import Any
 
-import jax
 import optax
 
 from fedjax_llm.federated import (
@@ -24,7 +23,7 @@ from fedjax_llm.federated import (
   channels,
   clients,
   codec_rounds,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 from fedjax_llm.federated.algorithms import flex_lora
@@ -38,8 +37,7 @@ def cg_fed_llm(
   population: int,
   representation: codec_rounds.Representation = "delta",
   aggregate: aggregators.Aggregator | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
   **coding: Any,
 ) -> rounds.FederatedAlgorithm:
   """FAF: what arrives is averaged, `a` and `b` each by itself.
@@ -55,8 +53,7 @@ def cg_fed_llm(
       adds up updates in either case: the sum of K whole adapters would grow K
       times a round even if nobody trained.
     aggregate: None for the weighted mean.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `rounds.federated_round`.
+    placement: see `clients.Placement`; all devices if not given.
     **coding: `codec`, `compressor_of`, `setup_bytes`, `volunteers` of
       `codec_rounds.with_codec`.
 
@@ -73,12 +70,11 @@ def cg_fed_llm(
       channel=codec_rounds.channel(compressor, representation),
       aggregate=aggregate,
       population=population,
-      clients_per_step=clients_per_step,
-      mesh=mesh,
+      placement=placement,
     )
 
   return codec_rounds.with_codec(
-    compose, population=population, mesh=mesh, **coding
+    compose, population=population, placement=placement, **coding
   )
 
 
@@ -88,8 +84,7 @@ def cg_fed_llm_products(
   *,
   population: int,
   representation: codec_rounds.Representation = "delta",
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
   **coding: Any,
 ) -> rounds.FederatedAlgorithm:
   """FAF whose server averages the products of what it decodes.
@@ -102,15 +97,14 @@ def cg_fed_llm_products(
 
   def compose(compressor):
     channel = codec_rounds.channel(compressor, representation)
-    return product_rounds.product_round(
+    return product_aggregation.product_round(
       local_update,
       flex_lora.nearest_products,
       lambda trainable: channels.tiers_of(channel),
       population=population,
-      clients_per_step=clients_per_step,
-      mesh=mesh,
+      placement=placement,
     )
 
   return codec_rounds.with_codec(
-    compose, population=population, mesh=mesh, **coding
+    compose, population=population, placement=placement, **coding
   )

@@ -27,7 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, segments, wire
-from fedjax_llm.federated import channels, clients, partition, rounds
+from fedjax_llm.federated import channels, clients, draws, parameters, rounds
 
 
 class EcoState(NamedTuple):
@@ -78,8 +78,7 @@ def eco_lora(
   decay: float = 1.0,
   levels: int = 4,
   download: base.Compressor | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """EcoLoRA, with what its abstract leaves open chosen as said above.
 
@@ -99,8 +98,7 @@ def eco_lora(
     levels: how many densities there are in the range, in [2, 256]; each is a
       compiled branch.
     download: of the parameters; None for nothing.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a number is out of range.
@@ -116,8 +114,7 @@ def eco_lora(
   ]
   answers = clients.map_clients(
     _answer(loss_fn, client_optimizer, segment_count, choices),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -132,7 +129,7 @@ def eco_lora(
       residuals=jnp.zeros((population, *shape)),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     message = _broadcast(channel, state, key)
@@ -162,7 +159,7 @@ def eco_lora(
     after = rounds.unless_nobody(present > 0, after, state)
     sent = message.payload, base.Dense(level[None].astype(jnp.uint8))
     each = lambda total: jnp.full(cohort.clients.shape, total, jnp.int32)
-    return rounds.replicate(after, mesh), {
+    return rounds.replicate(after, placement), {
       "train_loss": everybody[0] / jnp.maximum(everybody[1], 1),
       "tokens": everybody[1],
       "download_bytes": each(sum(map(wire.nbytes, sent))),
@@ -179,8 +176,8 @@ def eco_lora(
 
 def layout(trainable: Any, segment_count: int) -> Layout:
   """How `trainable` is split in equal segments, the last filled with zeros."""
-  split = lambda tree: partition.split(
-    tree, lambda path: partition.factor(path) == "a"
+  split = lambda tree: parameters.split(
+    tree, lambda path: parameters.factor(path) == "a"
   )
   flat = [ravel_pytree(part) for part in split(trainable)]
   sizes = tuple(-(-vector.size // segment_count) for vector, _ in flat)
@@ -196,7 +193,7 @@ def layout(trainable: Any, segment_count: int) -> Layout:
 
   def tree(rows):
     grids = jnp.split(rows, sizes[:1], axis=1)
-    return partition.combine(
+    return parameters.combine(
       *(
         unravel(part.ravel()[: vector.size])
         for (vector, unravel), part in zip(flat, grids, strict=True)
@@ -208,7 +205,7 @@ def layout(trainable: Any, segment_count: int) -> Layout:
 
 def _broadcast(channel, state, key):
   vector, _ = ravel_pytree(state.trainable)
-  key = rounds.stream(key, rounds.DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   return base.transmit(channel.download, vector, state.download, key)
 
 
@@ -228,7 +225,7 @@ def _answer(loss_fn, optimizer, segment_count, choices):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
     )
     update = split.rows(jax.tree.map(jnp.subtract, start, training.trainable))
     number = (cohort.clients + state.round) % segment_count
@@ -266,7 +263,7 @@ def _send(sizes, densities):
   """Sends a segment with these densities of `a` and of the rest."""
 
   def fn(target):
-    compressor = segments.top_k_of_each(sizes, densities)
+    compressor = segments.top_k_per_segment(sizes, densities)
     message = base.transmit(compressor, target, (), jax.random.key(0))
     numbers = wire.nbytes(message.payload), wire.entries(message.payload)
     return message.received, *map(jnp.int32, numbers)

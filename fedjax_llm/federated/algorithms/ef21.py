@@ -9,7 +9,6 @@ mean of all g_i, also of those who are not there; on this mean it steps. If
 updates settle, the g_i settle at the updates: nothing is lost.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -24,8 +23,7 @@ def ef21(
   *,
   population: int,
   upload: base.Compressor,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated averaging of the updates that the server knows of all clients.
 
@@ -41,8 +39,7 @@ def ef21(
     population: number of clients.
     upload: C of the paper, a contraction such as `top_k`: what is unbiased only
       may let the g_i grow.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     The algorithm, whose upload state is (g_i, state of `upload`). Its rounds
@@ -55,8 +52,7 @@ def ef21(
     channel=channels.Channel(upload=increments(upload)),
     aggregate=_share_of_all(population),
     population=population,
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def round_fn(*arguments):

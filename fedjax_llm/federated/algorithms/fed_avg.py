@@ -41,7 +41,7 @@ def fed_avg(
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update.
-    **parts: `channel`, `aggregate`, `population`, `clients_per_step`, `mesh` of
+    **parts: `channel`, `aggregate`, `population`, `placement` of
       `rounds.federated_round`.
   """
   local_update = clients.local_update(loss_fn, client_optimizer)

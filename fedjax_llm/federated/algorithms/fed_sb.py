@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
-from fedjax_llm.federated import clients, partition, rounds
+from fedjax_llm.federated import clients, parameters, rounds
 from fedjax_llm.federated.algorithms import fed_avg
 
 Bases = Callable[[Any], Any]
@@ -52,10 +52,10 @@ def fed_sb(
   """
 
   def divide(trainable):
-    is_trained = lambda path: partition.factor(path) is None
-    return partition.split(bases(trainable), is_trained)
+    is_trained = lambda path: parameters.factor(path) is None
+    return parameters.split(bases(trainable), is_trained)
 
-  return partition.parametrised(
+  return parameters.parametrised(
     make,
     loss_fn,
     client_optimizer,
@@ -69,7 +69,7 @@ def fed_sb(
 def _factors(cores, bases):
   """The LoRA factors as the model takes them."""
   multiply = lambda path, x: {"a": x["a"] @ x["core"], "b": x["b"]}
-  return _map_pairs(multiply, partition.combine(cores, bases))
+  return _map_pairs(multiply, parameters.combine(cores, bases))
 
 
 def random_bases(key: PRNGKeyArray) -> Bases:

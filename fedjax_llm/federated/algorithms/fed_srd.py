@@ -37,9 +37,10 @@ from fedjax_llm.compression import base, segments, sparse, wire
 from fedjax_llm.federated import (
   channels,
   clients,
+  draws,
   factors,
   gathering,
-  partition,
+  parameters,
   rounds,
 )
 
@@ -68,8 +69,7 @@ def fed_srd(
   download_density: float,
   truncated: bool = True,
   a_first: bool = False,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FedSRD; clients are weighted by the cohort's weights.
 
@@ -85,8 +85,7 @@ def fed_srd(
       a factor moves towards it; False for FedSRD-e.
     a_first: whether `a` moves in even rounds and `b` in odd ones, as in the
       authors' code; else the other way round.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density is out of range; from `init`, if there are no
@@ -97,8 +96,7 @@ def fed_srd(
   at_clients = gathering.gather(
     clients.local_update(loss_fn, client_optimizer),
     _answer(upload_density),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -106,7 +104,7 @@ def fed_srd(
     dense = jnp.broadcast_to(_dense(trainable), (population, 2))
     # Copied, so that donating the state leaves the caller's arrays alone.
     copy = jax.tree.map(jnp.array, trainable)
-    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), mesh)
+    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     answers = at_clients(
@@ -130,14 +128,14 @@ def fed_srd(
         for path, pair in pairs.items()
       }
       other = {"a": "b", "b": "a"}[name]
-      travels = lambda path: partition.factor(path) != other
-      aim, _ = partition.split(factors.put(mean, moved), travels)
-      old, fixed = partition.split(state.trainable, travels)
+      travels = lambda path: parameters.factor(path) != other
+      aim, _ = parameters.split(factors.put(mean, moved), travels)
+      old, fixed = parameters.split(state.trainable, travels)
       start, unravel = ravel_pytree(old)
       change = ravel_pytree(aim)[0] - start
-      server_key = rounds.stream(key, rounds.SERVER, state.round)
+      server_key = draws.stream(key, draws.Purpose.SERVER, state.round)
       message = base.transmit(download, change, (), server_key)
-      new = partition.combine(unravel(start + message.received), fixed)
+      new = parameters.combine(unravel(start + message.received), fixed)
       return new, _size(message.payload)
 
     is_a = (state.round % 2 == 0) == a_first
@@ -149,7 +147,7 @@ def fed_srd(
     after = FedSRDState(state.round + 1, trainable, missed)
     after = rounds.unless_nobody(came.any(), after, state)
     metrics = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
-    return rounds.replicate(after, mesh), answers.metrics | metrics
+    return rounds.replicate(after, placement), answers.metrics | metrics
 
   def received_fn(state, key):
     del key  # Every client is brought up to date.
@@ -193,7 +191,7 @@ def _answer(density):
     mask = segments.largest_of_each(scores, sizes, counts)
     kept = jnp.where(mask, update, 0)
     scaled = segments.rescale_each(kept, update, sizes)
-    sender = segments.at(mask, sum(counts))
+    sender = segments.send_mask(mask, sum(counts))
     message = base.transmit(sender, scaled, (), key)
     nbytes, entries = _size(message.payload)
     return (
@@ -224,9 +222,9 @@ def _matrices(trainable):
   """The sizes of all matrices in the flat vector; of a head, all of a leaf."""
   sizes = []
   for path, leaf in zip(
-    partition.paths(trainable), jax.tree.leaves(trainable), strict=True
+    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
   ):
-    shape = leaf.shape[-2:] if partition.factor(path) else leaf.shape
+    shape = leaf.shape[-2:] if parameters.factor(path) else leaf.shape
     size = math.prod(shape)
     sizes += [size] * (leaf.size // size)
   return sizes

@@ -46,7 +46,7 @@ def federated_select(
   the default, which SparseAdapter has as well, sets `b` free if it leaves some
   of it among the largest parameters: `b` must have moved far enough. Else take
   the largest of `a` and of `b` apart:
-  `top_k=functools.partial(sparse.top_k_apart, partition.owners(trainable))`.
+  `top_k=partial(sparse.top_k_per_group, parameters.owners(trainable))`.
 
   The support travels down; what comes back is of the same support, so values
   alone travel up.
@@ -61,7 +61,7 @@ def federated_select(
     warm_up_rounds: how many rounds are dense at first; 0 for the authors' code.
     top_k: from a density to what sends the largest parameters.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density or `warm_up_rounds` is out of range.
@@ -154,7 +154,9 @@ def federated_select_ranks(
     owners, rows = _rank_owners(trainable)
     support = functools.partial(groups.support, owners=owners)
     each = [
-      received_alone(groups.top_groups(owners, rows, [x] * len(rows)), support)
+      received_alone(
+        groups.top_k_groups(owners, rows, [x] * len(rows)), support
+      )
       for x in ranks
     ]
     return fed_avg.fed_avg(

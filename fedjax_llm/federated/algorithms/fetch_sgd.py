@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from fedjax_llm.compression import base, sketch, sparse, wire
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import aggregators, clients, draws, rounds
 
 Table = Float[Array, " cells"]
 
@@ -75,8 +75,7 @@ def fetch_sgd(
   momentum: float = 0.9,
   settle: Callable[[Table, Table, Table], tuple[Table, Table]] = subtract,
   seed: int = 0,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FetchSGD (algorithm 1), with a client's update in the place of a gradient.
 
@@ -95,8 +94,7 @@ def fetch_sgd(
     settle: `(momentum, error, sketch of the move) -> (momentum, error)`, what
       is left of both once the parameters have moved: `subtract` or `clear`.
     seed: of the hashes, which everybody knows.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a number is out of range.
@@ -111,8 +109,7 @@ def fetch_sgd(
   mean = aggregators.uniform_mean()
   answers = clients.map_clients(
     _answer(clients.local_update(loss_fn, client_optimizer), to_server, mean),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -126,7 +123,7 @@ def fetch_sgd(
       missed=jnp.zeros(population, jnp.int32),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def move(state, table, key):
     """The server's part: from the mean sketch to the next state."""
@@ -156,7 +153,7 @@ def fetch_sgd(
     missed = state.missed.at[cohort.clients].set(missed)
     after = after._replace(missed=jnp.minimum(missed + 1, most))
     after = rounds.unless_nobody(present.any(), after, state)
-    return rounds.replicate(after, mesh), {
+    return rounds.replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       "download_bytes": fetched[:, 0],
@@ -179,7 +176,7 @@ def _answer(local_update, to_server, mean):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, number, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, number, cohort.clients),
     )
     start, _ = ravel_pytree(trainable)
     update = start - ravel_pytree(training.trainable)[0]

@@ -44,10 +44,10 @@ def flasc(
     upload_density: share of an update that is sent, likewise.
     top_k: from a density to what downloads the largest parameters. The paper's
       is one Top-K of all, which leaves out `b` while it is smaller than `a`;
-      see `sparse.top_k_apart`, and `compression.relative_to` for the Top-K of
-      what has moved.
+      see `sparse.top_k_per_group`, and `compression.relative_to` for the Top-K
+      of what has moved.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density is out of range.

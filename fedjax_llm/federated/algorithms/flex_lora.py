@@ -17,7 +17,7 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 
@@ -53,12 +53,12 @@ def flex_lora(
       value is zero is zero in both factors, and never trained again.
     upload: what compresses the updates; None for nothing.
     **placement: `population` (if the upload keeps a state for each client),
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
   """
-  return product_rounds.product_round(
+  return product_aggregation.product_round(
     clients.local_update(loss_fn, client_optimizer),
     functools.partial(nearest_products, balanced=balanced),
     lambda trainable: factors.tiers(trainable, ranks, of_client, upload),
@@ -73,10 +73,10 @@ def nearest_products(
   key: Any,
   *,
   balanced: bool = False,
-) -> product_rounds.Combined:
+) -> product_aggregation.Combined:
   """The factors whose products are nearest to the mean products.
 
-  Arguments are as of `combine` of `product_rounds.product_round`, and
+  Arguments are as of `combine` of `product_aggregation.product_round`, and
   `balanced` as in `flex_lora`.
   """
   del key  # Deterministic.
@@ -88,4 +88,4 @@ def nearest_products(
     for path, pair in stacks.items()
   }
   mean = gathering.mean(trained, weights)
-  return product_rounds.Combined(factors.put(mean, nearest))
+  return product_aggregation.Combined(factors.put(mean, nearest))

@@ -17,7 +17,7 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 
@@ -54,7 +54,7 @@ def flora(
     of_client: numbers of clients -> numbers of their tiers.
     upload: what compresses the updates; None for nothing.
     population: number of clients.
-    **placement: `clients_per_step`, `mesh` of `rounds.federated_round`.
+    **placement: `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -78,13 +78,13 @@ def flora(
     pairs = factors.pairs(trainable)
     keys = dict(zip(pairs, jax.random.split(key, len(pairs)), strict=True))
     anew = {path: factors.redraw(x, keys[path]) for path, x in pairs.items()}
-    return product_rounds.Combined(
+    return product_aggregation.Combined(
       trainable=factors.put(gathering.mean(trained, weights), anew),
       added=factors.stacks(trained, weights),
       forwarded=present,
     )
 
-  return product_rounds.product_round(
+  return product_aggregation.product_round(
     clients.local_update(loss_fn, client_optimizer),
     combine,
     tiers_of,

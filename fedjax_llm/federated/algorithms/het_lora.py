@@ -21,13 +21,13 @@ from fedjax_llm.federated import (
   clients,
   factors,
   gathering,
-  product_rounds,
+  product_aggregation,
   rounds,
 )
 from fedjax_llm.federated.algorithms import fed_avg
 
 
-def zero_padded(
+def zero_padded_lora(
   loss_fn: clients.LossFn,
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
@@ -51,7 +51,7 @@ def zero_padded(
     of_client: numbers of clients -> numbers of their tiers.
     upload: what compresses the updates; None for nothing.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -98,8 +98,7 @@ def het_lora(
   decay: float = 0.99,
   penalty: float = 0.01,
   population: int,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """HetLoRA: truncation, rank self-pruning, weights by norms.
 
@@ -128,8 +127,7 @@ def het_lora(
       pruning and no penalty.
     penalty: weight of the penalty in the loss, at least 0.
     population: number of clients.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `rounds.federated_round`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `decay` or `penalty` is out of range; from `init`, if a rank
@@ -166,8 +164,7 @@ def het_lora(
   at_clients = gathering.gather(
     clients.local_update(penalised, client_optimizer),
     answer,
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -180,7 +177,7 @@ def het_lora(
       ranks=jnp.array(ranks, jnp.int32)[tier],
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     own = state.ranks[cohort.clients]
@@ -208,7 +205,7 @@ def het_lora(
     after = rounds.unless_nobody(answers.weights.any(), after, state)
     down = _sizes(state.trainable)[own]
     metrics = {"download_bytes": down[:, 0], "download_entries": down[:, 1]}
-    return rounds.replicate(after, mesh), answers.metrics | metrics
+    return rounds.replicate(after, placement), answers.metrics | metrics
 
   return rounds.FederatedAlgorithm(
     init, round_fn, received=lambda state, key: state.trainable
@@ -246,5 +243,5 @@ def _sizes(trainable):
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   counts = [int(np.sum(owners < x)) for x in range(factors.rank(trainable) + 1)]
-  sizes = [product_rounds.size(x, vector.dtype) for x in counts]
+  sizes = [product_aggregation.size(x, vector.dtype) for x in counts]
   return jnp.array(sizes, jnp.int32)

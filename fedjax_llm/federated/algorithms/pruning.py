@@ -51,7 +51,7 @@ def sparse_adapter(
     top_k: from a density to what sends the largest parameters; see
       `federated_select`.
     **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `clients_per_step`, `mesh` of `rounds.federated_round`.
+      `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if `density` is out of range.
@@ -102,8 +102,7 @@ def adapter_lth(
     density: shares of the parameters that are sent, in (0, 1], by the round
       they begin with.
     **parts: `top_k` of `federated_select`; `aggregate` (the uniform mean unless
-      told otherwise), `population`, `clients_per_step`, `mesh` of
-      `rounds.federated_round`.
+      told otherwise), `population`, `placement` of `rounds.federated_round`.
 
   Raises:
     ValueError: if a density is out of range.
@@ -134,7 +133,9 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     mask = jax.lax.cond(
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
-    send = lambda values: segments.at(mask, count).encode(values, (), key)[0]
+    send = lambda values: segments.send_mask(mask, count).encode(
+      values, (), key
+    )[0]
     # What arrives of zeros: `top_k` may send how much has moved since the seed.
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)

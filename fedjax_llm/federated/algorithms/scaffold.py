@@ -17,7 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, rounds
+from fedjax_llm.federated import aggregators, channels, clients, draws, rounds
 
 
 class ScaffoldState(NamedTuple):
@@ -50,8 +50,7 @@ def scaffold(
   *,
   population: int,
   channel: channels.Channel | None = None,
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """SCAFFOLD (Algorithm 1, option II).
 
@@ -67,8 +66,7 @@ def scaffold(
       `optax.sgd(eta_g)`.
     population: number of clients.
     channel: what compresses the messages of both kinds; None for nothing.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if the learning rate is not positive, or the channel says what
@@ -84,8 +82,7 @@ def scaffold(
   mean = aggregators.uniform_mean()
   answers = clients.map_clients(
     _answer(loss_fn, client_learning_rate, channel, mean),
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -101,7 +98,7 @@ def scaffold(
       upload=(uploads(), uploads()),
     )
     # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), mesh)
+    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     _, unravel = ravel_pytree(state.trainable)
@@ -134,7 +131,7 @@ def scaffold(
     )
     after = rounds.unless_nobody(present > 0, after, state)
     each = lambda total: jnp.full(cohort.clients.shape, total, jnp.int32)
-    return rounds.replicate(after, mesh), {
+    return rounds.replicate(after, placement), {
       "train_loss": loss / jnp.maximum(count, 1),
       "tokens": count,
       "download_bytes": each(sum(wire.nbytes(x) for x in payloads)),
@@ -151,10 +148,10 @@ def scaffold(
 
 def _broadcast(channel, state, key):
   """The messages to all clients: of the parameters, and of c."""
-  key = rounds.stream(key, rounds.DOWNLOAD, state.round)
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
   vectors = ravel_pytree(state.trainable)[0], state.control
   return tuple(
-    base.transmit(channel.download, vector, memory, rounds.stream(key, i))
+    base.transmit(channel.download, vector, memory, draws.stream(key, i))
     for i, (vector, memory) in enumerate(
       zip(vectors, state.download, strict=True)
     )
@@ -181,17 +178,17 @@ def _answer(loss_fn, learning_rate, channel, mean):
       examples,
       cohort.indices,
       cohort.mask,
-      rounds.stream(key, rounds.TRAIN, state.round, cohort.clients),
+      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
     )
     update = start - ravel_pytree(training.trainable)[0]
     steps = cohort.mask.any(axis=1).sum()
     along = update / (learning_rate * jnp.maximum(steps, 1))
     # Who took no step has learned nothing of its gradient.
     change = jnp.where(steps > 0, along - control, 0)
-    key = rounds.stream(key, rounds.UPLOAD, state.round, cohort.clients)
+    key = draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients)
     parts = zip(payloads, (update, change), memory, strict=True)
     sent = [
-      base.transmit(channel.uplink(payload), vector, x, rounds.stream(key, i))
+      base.transmit(channel.uplink(payload), vector, x, draws.stream(key, i))
       for i, (payload, vector, x) in enumerate(parts)
     ]
     vectors = [update, change, *(x.received for x in sent)]

@@ -1,7 +1,7 @@
 """TGAP, first half: training whose updates are recorded, to fit a codec on.
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
-client's data, `data.division.divide`, and fits its autoencoder on what was
+client's data, `data.split_rows.divide`, and fits its autoencoder on what was
 recorded over clients and rounds ("temporal ensemble"). Its first version does
 so without federated learning, each client alone, its last by federated
 pre-training: here are both.
@@ -45,8 +45,7 @@ def federated_pretraining(
     server_optimizer: steps on the mean update.
     population: number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
-    **parts: `aggregate`, `clients_per_step`, `mesh` of
-      `rounds.federated_round`.
+    **parts: `aggregate`, `placement` of `rounds.federated_round`.
   """
   upload = codec_rounds.remembered(base.identity())
   inner = rounds.federated_round(
@@ -91,8 +90,7 @@ def local_pretraining(
   *,
   population: int,
   representation: codec_rounds.Representation = "delta",
-  clients_per_step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Each client goes on from its own parameters; nothing comes down.
 
@@ -104,8 +102,7 @@ def local_pretraining(
     client_optimizer: starts afresh in every round.
     population: number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
-    clients_per_step: see `clients.map_clients`.
-    mesh: see `clients.map_clients`.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `representation` is neither "delta" nor "state".
@@ -128,8 +125,7 @@ def local_pretraining(
   at_clients = gathering.gather(
     clients.local_update(loss_fn, client_optimizer),
     answer,
-    clients_per_step=clients_per_step,
-    mesh=mesh,
+    placement=placement,
   )
 
   def init(trainable):
@@ -137,7 +133,7 @@ def local_pretraining(
     # Copied, so that donating the state leaves the caller's arrays alone.
     start = jax.tree.map(jnp.array, trainable)
     own = jnp.tile(vector[None], (population, 1))
-    return rounds.replicate(LocalState(jnp.int32(0), start, own), mesh)
+    return rounds.replicate(LocalState(jnp.int32(0), start, own), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
     before = state.own[cohort.clients]
@@ -153,7 +149,7 @@ def local_pretraining(
     }
     own = state.own.at[cohort.clients].set(after)
     state = state._replace(round=state.round + 1, own=own)
-    return rounds.replicate(state, mesh), metrics
+    return rounds.replicate(state, placement), metrics
 
   return rounds.FederatedAlgorithm(
     init, round_fn, received=lambda state, key: state.trainable

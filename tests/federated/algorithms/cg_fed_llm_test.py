@@ -9,6 +9,7 @@ from fedjax_llm.codecs import pca
 from fedjax_llm.compression import base
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import cg_fed_llm, fed_avg
+from tests import placements
 
 KEY = jax.random.key(4)
 RATE = 0.05
@@ -23,7 +24,7 @@ def basis():
 
 
 MEAN, PRODUCT = cg_fed_llm.cg_fed_llm, cg_fed_llm.cg_fed_llm_products
-SUM = functools.partial(MEAN, aggregate=aggregators.total())
+SUM = functools.partial(MEAN, aggregate=aggregators.sum_updates())
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def compose(make, loss_fn, representation="delta", lossless=False):
     setup_bytes=1000,
     population=7,
     representation=representation,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return jax.jit(algorithm.init), jax.jit(algorithm.round)
 
@@ -106,7 +107,7 @@ def test_faf_is_its_oracle_in_float64(
 
 def fed_avg_states(problem, cohorts):
   algorithm = fed_avg.fed_avg(
-    problem.loss_fn, SGD, optax.sgd(1.0), clients_per_step=1
+    problem.loss_fn, SGD, optax.sgd(1.0), placement=placements.ALONE
   )
   step, states = jax.jit(algorithm.round), []
   state = algorithm.init(problem.trainable)

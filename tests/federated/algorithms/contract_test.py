@@ -12,14 +12,15 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.codecs import pca
 from fedjax_llm.compression import sparse
-from fedjax_llm.federated import channels, clients, private_aggregation
+from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import (
   cg_fed_llm,
+  delta_downloads,
   eco_lora,
   ef21,
   fed_avg,
-  fed_ex,
-  fed_sa,
+  fed_ex_lora,
+  fed_sa_lora,
   fed_sb,
   fed_srd,
   federated_select,
@@ -27,12 +28,13 @@ from fedjax_llm.federated.algorithms import (
   flasc,
   flex_lora,
   flora,
+  freezing,
   het_lora,
-  incremental,
-  partial,
   pruning,
   scaffold,
 )
+from fedjax_llm.federated.privacy import mechanisms
+from tests import placements
 
 KEY = jax.random.key(9)
 CLIENT = optax.sgd(0.05, momentum=0.9)
@@ -61,7 +63,7 @@ def averaging(make, **knobs):
   )
 
 
-EIGHT_BITS = compression.error_feedback(compression.uniform(8))
+EIGHT_BITS = compression.error_feedback(compression.stochastic_uniform(8))
 
 
 def rank_method(make, *server, **knobs):
@@ -98,16 +100,16 @@ def residual_method(make, **knobs):
 
 # Random messages, with a memory of both kinds of senders.
 FEEDBACK = channels.Channel(
-  compression.error_feedback(compression.uniform(8)),
+  compression.error_feedback(compression.stochastic_uniform(8)),
   compression.error_feedback(
-    compression.chain(sparse.top_k(0.25), compression.uniform(4))
+    compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(4))
   ),
 )
 
-PRIVATE = private_aggregation.private_mean(
+PRIVATE = mechanisms.private_mean(
   clip_norm=1.0, noise_multiplier=0.05, clients=3
 )
-ADAPTIVE = private_aggregation.adaptive_private_mean(
+ADAPTIVE = mechanisms.adaptive_private_mean(
   initial_clip_norm=1.0,
   quantile=0.5,
   noise_multiplier=0.05,
@@ -161,11 +163,11 @@ ALGORITHMS = {
   ),
   "SparseAdapter": sparse_method(pruning.sparse_adapter, density=0.5),
   "Adapter-LTH": sparse_method(pruning.adapter_lth, density=FALLING),
-  "zero-padded HetLoRA": rank_method(het_lora.zero_padded, REPLACE),
+  "zero-padded HetLoRA": rank_method(het_lora.zero_padded_lora, REPLACE),
   "HetLoRA": rank_method(het_lora.het_lora, REPLACE, decay=0.5, population=7),
   "FlexLoRA": rank_method(flex_lora.flex_lora),
   "FLoRA": residual_method(flora.flora, ranks=(1, 2)),
-  "FedEx-LoRA": residual_method(fed_ex.fed_ex_lora),
+  "FedEx-LoRA": residual_method(fed_ex_lora.fed_ex_lora),
   "EcoLoRA": averaging(
     eco_lora.eco_lora,
     segment_count=2,
@@ -195,10 +197,10 @@ ALGORITHMS = {
   ),
   "private mean": avg(aggregate=PRIVATE),
   "adaptive private mean": avg(aggregate=ADAPTIVE),
-  "FFA-LoRA": averaging(partial.ffa_lora),
-  "linear probe": averaging(partial.linear_probe),
-  "RoLoRA": averaging(partial.ro_lora),
-  "FedSA-LoRA": averaging(fed_sa.fed_sa_lora, population=7),
+  "FFA-LoRA": averaging(freezing.ffa_lora),
+  "linear probe": averaging(freezing.linear_probe),
+  "RoLoRA": averaging(freezing.ro_lora),
+  "FedSA-LoRA": averaging(fed_sa_lora.fed_sa_lora, population=7),
   "Fed-SB": averaging(fed_sb.fed_sb, bases=fed_sb.random_bases(KEY)),
   "CG-FedLLM": codec_method(cg_fed_llm.cg_fed_llm, REPLACE),
   "CG-FedLLM, refitted": codec_method(
@@ -208,14 +210,16 @@ ALGORITHMS = {
     volunteers=[True, False] * 3 + [True],
   ),
   "CG-FedLLM, products": codec_method(cg_fed_llm.cg_fed_llm_products),
-  "incremental downloads": lambda loss_fn, **parts: incremental.incremental(
-    loss_fn,
-    CLIENT,
-    flasc.server_adamw(0.05),
-    download=compression.lloyd_max(3, block=8),
-    upload=compression.error_feedback(sparse.top_k(0.5)),
-    population=7,
-    **parts,
+  "incremental downloads": lambda loss_fn, **parts: (
+    delta_downloads.delta_downloads(
+      loss_fn,
+      CLIENT,
+      flasc.server_adamw(0.05),
+      download=compression.lloyd_max(3, block=8),
+      upload=compression.error_feedback(sparse.top_k(0.5)),
+      population=7,
+      **parts,
+    )
   ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -224,7 +228,7 @@ each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 @functools.cache
 def program(name, loss_fn, **placement):
   """An algorithm and its round, compiled once for all tests."""
-  placement = placement or {"clients_per_step": 1}
+  placement = placement or {"placement": placements.ALONE}
   algorithm = ALGORITHMS[name](loss_fn, **placement)
   return algorithm, jax.jit(algorithm.round, donate_argnums=0)
 
@@ -367,31 +371,30 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
 
 
 @pytest.mark.parametrize(
-  ("name", "clients_per_step", "on_mesh"),
+  ("name", "devices", "clients_per_step"),
   [
-    ("FLASC", None, False),
-    ("FLASC", 2, True),
-    ("error feedback", 2, False),
-    ("error feedback", 1, True),
-    ("SCAFFOLD", 2, True),
-    ("EcoLoRA", 2, False),
-    ("FedSRD", 2, True),
-    ("FLoRA", 2, True),
-    ("CG-FedLLM", 2, True),
-    ("CG-FedLLM, refitted", 2, True),
-    ("FlexLoRA", 2, True),
-    ("HetLoRA", None, False),
-    ("FedSA-LoRA", 2, True),
-    ("FFA-LoRA", 1, True),
-    ("EF21", 1, True),
-    ("FetchSGD", 2, True),
+    ("FLASC", 1, placements.EVERYBODY),
+    ("FLASC", 2, 2),
+    ("error feedback", 1, 2),
+    ("error feedback", 2, 1),
+    ("SCAFFOLD", 2, 2),
+    ("EcoLoRA", 1, 2),
+    ("FedSRD", 2, 2),
+    ("FLoRA", 2, 2),
+    ("CG-FedLLM", 2, 2),
+    ("CG-FedLLM, refitted", 2, 2),
+    ("FlexLoRA", 2, 2),
+    ("HetLoRA", 1, placements.EVERYBODY),
+    ("FedSA-LoRA", 2, 2),
+    ("FFA-LoRA", 2, 1),
+    ("EF21", 2, 1),
+    ("FetchSGD", 2, 2),
   ],
 )
-def test_placements_agree(problem, mesh, name, clients_per_step, on_mesh):
+def test_placements_agree(problem, name, devices, clients_per_step):
   # Law 21: three clients one by one, which is the reference, in steps of two,
   # all at once, and on two devices.
-  placement = dict(clients_per_step=clients_per_step)
-  placement |= dict(mesh=mesh) if on_mesh else {}
+  placement = dict(placement=placements.on(devices, clients_per_step))
   cohorts = problem.cohorts(2)
   got = play(problem, name, cohorts, **placement)
   expected = play(problem, name, cohorts)

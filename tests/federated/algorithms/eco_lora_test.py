@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated.algorithms import eco_lora, fed_avg
+from tests import placements
 
 KEY = jax.random.key(6)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -26,7 +27,12 @@ KNOBS = dict(
 @functools.cache
 def compose(loss_fn, server=REPLACE, client=SGD, **knobs):
   algorithm = eco_lora.eco_lora(
-    loss_fn, client, server, population=7, clients_per_step=1, **KNOBS | knobs
+    loss_fn,
+    client,
+    server,
+    population=7,
+    placement=placements.ALONE,
+    **KNOBS | knobs,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -124,7 +130,9 @@ def test_one_dense_segment_is_fed_avg(problem):
   whole = dict(segment_count=1, a_densities=(1.0, 1.0), b_densities=(1.0, 1.0))
   cohorts = problem.cohorts(3)
   (*_, state), _ = run(problem, cohorts, **whole)
-  dense = fed_avg.fed_avg(problem.loss_fn, SGD, REPLACE, clients_per_step=1)
+  dense = fed_avg.fed_avg(
+    problem.loss_fn, SGD, REPLACE, placement=placements.ALONE
+  )
   step, expected = jax.jit(dense.round), dense.init(problem.trainable)
   for cohort in cohorts:
     arguments = (problem.frozen, problem.examples, cohort, KEY)
@@ -198,7 +206,9 @@ def test_a_lower_loss_sends_fewer_bytes(problem):
 
 def test_the_download_may_be_compressed(problem):
   # With a memory of the server's.
-  lossy = compression.error_feedback(compression.uniform(8, block=24))
+  lossy = compression.error_feedback(
+    compression.stochastic_uniform(8, block=24)
+  )
   states, metrics = run(problem, problem.cohorts(2), download=lossy)
   algorithm, _ = compose(problem.loss_fn, download=lossy)
   received = ravel_pytree(algorithm.received(states[1], KEY))[0]

@@ -10,6 +10,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import ef21, fed_avg
+from tests import placements
 
 KEY = jax.random.key(6)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -20,7 +21,12 @@ THIRD, DENSE = sparse.top_k(0.3), compression.identity()
 @functools.cache
 def compose(loss_fn, upload):
   algorithm = ef21.ef21(
-    loss_fn, SGD, SERVER, population=7, upload=upload, clients_per_step=1
+    loss_fn,
+    SGD,
+    SERVER,
+    population=7,
+    upload=upload,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -114,7 +120,7 @@ def test_uncompressed_and_with_everybody_it_is_fed_avg(problem):
     SGD,
     SERVER,
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   step, expected = jax.jit(dense.round), dense.init(problem.trainable)
   for cohort in cohorts:

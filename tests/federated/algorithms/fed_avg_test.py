@@ -8,6 +8,7 @@ import pytest
 from fedjax_llm import compression
 from fedjax_llm.federated import channels, clients
 from fedjax_llm.federated.algorithms import fed_avg
+from tests import placements
 
 KEY = jax.random.key(2)
 RATE = 0.05
@@ -16,7 +17,7 @@ RATE = 0.05
 @functools.cache
 def compose(loss_fn, client, server, **parts):
   algorithm = fed_avg.fed_avg(
-    loss_fn, client, server, clients_per_step=1, **parts
+    loss_fn, client, server, placement=placements.ALONE, **parts
   )
   return algorithm, jax.jit(algorithm.round)
 

@@ -10,6 +10,7 @@ from fedjax_llm.compression import base, wire
 from fedjax_llm.data import batches
 from fedjax_llm.federated.algorithms import fed_sb
 from fedjax_llm.models import decoder, language, lora
+from tests import placements
 
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -18,7 +19,7 @@ SGD = optax.sgd(0.05, momentum=0.9)
 @functools.cache
 def compose(loss_fn, bases):
   algorithm = fed_sb.fed_sb(
-    loss_fn, SGD, optax.sgd(1.0), bases=bases, clients_per_step=1
+    loss_fn, SGD, optax.sgd(1.0), bases=bases, placement=placements.ALONE
   )
   return algorithm, jax.jit(algorithm.round)
 

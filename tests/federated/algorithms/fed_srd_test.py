@@ -8,8 +8,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
-from fedjax_llm.federated import clients, factors, rounds
+from fedjax_llm.federated import clients, draws, factors
 from fedjax_llm.federated.algorithms import fed_avg, fed_srd
+from tests import placements
 
 KEY = jax.random.key(8)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -19,7 +20,7 @@ KNOBS = dict(upload_density=0.5, download_density=0.75)
 @functools.cache
 def compose(loss_fn, **knobs):
   algorithm = fed_srd.fed_srd(
-    loss_fn, SGD, population=7, clients_per_step=1, **KNOBS | knobs
+    loss_fn, SGD, population=7, placement=placements.ALONE, **KNOBS | knobs
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -86,7 +87,7 @@ def drawn(number, name, density):
   """Which entries travel down, by the draw that the message's seed makes."""
   of_part = np.r_[0:12, 20:24] if name == "a" else np.r_[12:24]
   ones = jnp.ones(of_part.size)
-  key = rounds.stream(KEY, rounds.SERVER, number)
+  key = draws.stream(KEY, draws.Purpose.SERVER, number)
   compressor = sparse.random_k(density, unbiased=False)
   received = base.transmit(compressor, ones, (), key).received
   return of_part[np.asarray(received) > 0], of_part.size

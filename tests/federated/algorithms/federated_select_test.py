@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
 from fedjax_llm.federated.algorithms import fed_avg, federated_select, flasc
+from tests import placements
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -26,7 +27,7 @@ def compose(loss_fn, density, warm_up_rounds, client=SGD, server=ADAMW):
     server,
     density=density,
     warm_up_rounds=warm_up_rounds,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -143,7 +144,9 @@ def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
   cohorts = problem.cohorts(2)
   cohorts = [x._replace(weights=np.ones(3, np.float32)) for x in cohorts]
   got, _ = run(problem, cohorts, 1.0, 0)[-1]
-  dense = fed_avg.fed_avg(problem.loss_fn, SGD, ADAMW, clients_per_step=1)
+  dense = fed_avg.fed_avg(
+    problem.loss_fn, SGD, ADAMW, placement=placements.ALONE
+  )
   step, expected = jax.jit(dense.round), dense.init(problem.trainable)
   for cohort in cohorts:
     arguments = (problem.frozen, problem.examples, cohort, KEY)
@@ -159,7 +162,7 @@ def test_a_warm_up_of_less_than_nothing_is_refused(problem):
 @functools.cache
 def compose_ranks(loss_fn, ranks, client=SGD, server=ADAMW):
   algorithm = federated_select.federated_select_ranks(
-    loss_fn, client, server, ranks=ranks, clients_per_step=1
+    loss_fn, client, server, ranks=ranks, placement=placements.ALONE
   )
   return algorithm, jax.jit(algorithm.round)
 

@@ -9,6 +9,7 @@ import pytest
 from fedjax_llm.compression import base, sketch, sparse, wire
 from fedjax_llm.federated import aggregators
 from fedjax_llm.federated.algorithms import fed_avg, fetch_sgd
+from tests import placements
 
 KEY = jax.random.key(7)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -20,7 +21,7 @@ N = 6 * 2 + 2 * 4 + 4
 def compose(loss_fn, **knobs):
   knobs = dict(rows=ROWS, columns=COLUMNS, density=0.25, seed=SEED) | knobs
   algorithm = fetch_sgd.fetch_sgd(
-    loss_fn, SGD, population=7, clients_per_step=1, **knobs
+    loss_fn, SGD, population=7, placement=placements.ALONE, **knobs
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -104,7 +105,7 @@ def test_a_sketch_that_loses_nothing_makes_it_fed_avg_m(problem):
     SGD,
     optax.sgd(1.0, momentum=0.6),
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   step, expected = jax.jit(dense.round), dense.init(problem.trainable)
   for cohort in cohorts:

@@ -4,6 +4,7 @@ import optax
 import pytest
 
 from fedjax_llm.federated.algorithms import flasc, flasc_search
+from tests import placements
 
 KEY = jax.random.key(6)
 
@@ -97,7 +98,7 @@ def test_a_search_measures_real_runs(problem):
       flasc.server_adamw(0.05),
       download_density=density,
       upload_density=density,
-      clients_per_step=1,
+      placement=placements.ALONE,
     )
     step = jax.jit(algorithm.round)
     state, nbytes = algorithm.init(trainable), 0

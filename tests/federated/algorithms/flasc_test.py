@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_llm.compression import sparse, supports, wire
 from fedjax_llm.federated import aggregators, densities
 from fedjax_llm.federated.algorithms import fed_avg, flasc
+from tests import placements
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -31,7 +32,7 @@ def compose(loss_fn, client, server, download, upload):
 
 
 def compile_round(make, *arguments, **knobs):
-  algorithm = make(*arguments, clients_per_step=1, **knobs)
+  algorithm = make(*arguments, placement=placements.ALONE, **knobs)
   return algorithm, jax.jit(algorithm.round)
 
 
@@ -182,7 +183,7 @@ def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
     SGD,
     ADAMW,
     aggregate=aggregators.uniform_mean(),
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   step = jax.jit(dense.round)
   expected = dense.init(problem.trainable)

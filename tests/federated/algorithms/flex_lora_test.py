@@ -4,6 +4,7 @@ import optax
 import pytest
 
 from fedjax_llm.federated.algorithms import flex_lora
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE = 0.05
@@ -13,7 +14,7 @@ RANKS = (1, 2)
 
 def play(problem, cohorts, **knobs):
   algorithm = flex_lora.flex_lora(
-    problem.loss_fn, SGD, ranks=RANKS, clients_per_step=1, **knobs
+    problem.loss_fn, SGD, ranks=RANKS, placement=placements.ALONE, **knobs
   )
   step = jax.jit(algorithm.round)
   state = algorithm.init(problem.trainable)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from fedjax_llm.federated.algorithms import flora
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE = 0.05
@@ -16,7 +17,12 @@ RANKS = (1, 2)
 @functools.cache
 def compose(loss_fn, scale):
   algorithm = flora.flora(
-    loss_fn, SGD, scale=scale, ranks=RANKS, population=7, clients_per_step=1
+    loss_fn,
+    SGD,
+    scale=scale,
+    ranks=RANKS,
+    population=7,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 

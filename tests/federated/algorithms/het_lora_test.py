@@ -9,6 +9,7 @@ import pytest
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import clients
 from fedjax_llm.federated.algorithms import fed_avg, flasc, het_lora
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE, PENALTY = 0.05, 0.5
@@ -20,7 +21,11 @@ RANKS = (1, 2)
 
 @functools.cache
 def compose(make, loss_fn, server, **knobs):
-  knobs = {"ranks": RANKS, "population": 7, "clients_per_step": 1} | knobs
+  knobs = {
+    "ranks": RANKS,
+    "population": 7,
+    "placement": placements.ALONE,
+  } | knobs
   algorithm = make(loss_fn, SGD, server, **knobs)
   return algorithm, jax.jit(algorithm.round)
 
@@ -121,7 +126,7 @@ def test_zero_padded_is_its_oracle_in_float64(problem, oracle):
       update += (start - trained) / len(cohort.clients)
     flat = server(flat, update)
   with jax.enable_x64(True):
-    state, _ = play(problem, het_lora.zero_padded, ADAMW, cohorts)
+    state, _ = play(problem, het_lora.zero_padded_lora, ADAMW, cohorts)
   got = oracle.flatten(state.trainable)
   np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
 
@@ -150,7 +155,7 @@ def test_ranks_that_were_not_received_are_not_trained(problem, optimizer):
   assert (trained["a"][:, 0] != start["a"][:, 0]).all()
 
 
-@pytest.mark.parametrize("name", ["zero_padded", "het_lora"])
+@pytest.mark.parametrize("name", ["zero_padded_lora", "het_lora"])
 def test_one_tier_is_training_at_that_rank(problem, name):
   # Law 13, up to rounding; the server's other ranks stay what they were, or
   # are replaced by the zeros of the paper's padding. All weights are one's.
@@ -192,7 +197,7 @@ def test_messages_are_as_long_as_ranks_are_high(problem):
   cohort = problem.cohort(0, 1, 2)
   of_rank = [message(4 + 10), message(4 + 20)]
   expected = [of_rank[0], of_rank[1], of_rank[0]]
-  for make in (het_lora.zero_padded, het_lora.het_lora):
+  for make in (het_lora.zero_padded_lora, het_lora.het_lora):
     _, (metrics,) = play(problem, make, REPLACE, [cohort])
     assert metrics["download_bytes"].tolist() == expected
     assert metrics["upload_bytes"].tolist() == expected

@@ -7,8 +7,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse, supports, wire
-from fedjax_llm.federated import densities, partition
+from fedjax_llm.federated import densities, parameters
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
+from tests import placements
 
 KEY = jax.random.key(4)
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -26,7 +27,9 @@ def compose(name, loss_fn, server):
       densities.decaying(1.0, 0.6, every=2, rounds=5),
     ),
   }[name]
-  algorithm = make(loss_fn, SGD, server, density=density, clients_per_step=1)
+  algorithm = make(
+    loss_fn, SGD, server, density=density, placement=placements.ALONE
+  )
   algorithm = algorithm._replace(received=jax.jit(algorithm.received))
   return algorithm, jax.jit(algorithm.round)
 
@@ -167,7 +170,7 @@ def test_a_lottery_without_decay_is_federated_select(problem):
   density = densities.decaying(0.5, 1.0, every=1, rounds=9)
   for algorithm in (
     pruning.adapter_lth(
-      problem.loss_fn, SGD, ADAMW, density=density, clients_per_step=1
+      problem.loss_fn, SGD, ADAMW, density=density, placement=placements.ALONE
     ),
     federated_select.federated_select(
       problem.loss_fn,
@@ -175,7 +178,7 @@ def test_a_lottery_without_decay_is_federated_select(problem):
       ADAMW,
       density=0.5,
       warm_up_rounds=0,
-      clients_per_step=1,
+      placement=placements.ALONE,
     ),
   ):
     step, state = jax.jit(algorithm.round), algorithm.init(problem.trainable)
@@ -205,7 +208,7 @@ def test_factors_are_received_apart_on_request(problem, make, knobs):
   # A Top-K of a sixth is filled by `a`, a hundred times larger, unless apart.
   scaled = {**problem.trainable, "a": 100 * problem.trainable["a"]}
   apart = functools.partial(
-    sparse.top_k_apart, partition.owners(problem.trainable)
+    sparse.top_k_per_group, parameters.owners(problem.trainable)
   )
   received = {}
   for name, top_k in {"global": sparse.top_k, "apart": apart}.items():

@@ -11,6 +11,7 @@ from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import aggregators, channels, clients
 from fedjax_llm.federated.algorithms import fed_avg, scaffold
+from tests import placements
 
 KEY = jax.random.key(3)
 RATE = 0.05
@@ -25,7 +26,7 @@ def compose(loss_fn, server, population, channel=None, rate=RATE):
     server,
     population=population,
     channel=channel,
-    clients_per_step=1,
+    placement=placements.ALONE,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -105,7 +106,7 @@ def test_who_is_the_only_client_runs_fed_avg_bit_for_bit(problem):
 LOSSY = channels.Channel(
   sparse.top_k(0.5),
   compression.error_feedback(
-    compression.chain(sparse.top_k(0.25), compression.uniform(8))
+    compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(8))
   ),
 )
 

@@ -8,6 +8,7 @@ import pytest
 from fedjax_llm.codecs import recording
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated.algorithms import fed_avg, tgap
+from tests import placements
 
 KEY = jax.random.key(8)
 RATE = 0.05
@@ -26,7 +27,10 @@ def local(loss_fn, **knobs):
 @functools.cache
 def compose(make, loss_fn, representation):
   algorithm = make(
-    loss_fn, population=7, clients_per_step=1, representation=representation
+    loss_fn,
+    population=7,
+    placement=placements.ALONE,
+    representation=representation,
   )
   return algorithm, jax.jit(algorithm.round)
 
@@ -81,7 +85,7 @@ def test_federated_pretraining_is_fed_avg_bit_for_bit(problem):
   cohorts = problem.cohorts(3)
   state, _ = play(problem, federated, cohorts)
   algorithm = fed_avg.fed_avg(
-    problem.loss_fn, SGD, optax.sgd(1.0), clients_per_step=1
+    problem.loss_fn, SGD, optax.sgd(1.0), placement=placements.ALONE
   )
   step = jax.jit(algorithm.round)
   expected = algorithm.init(problem.trainable)

@@ -1,0 +1,139 @@
+"""A model sits an exam, alone or against another."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import tqdm
+
+from fedjax_llm.evaluation import exam_results, exams, multiple_choice
+from fedjax_llm.experiments import loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What an exam is sat with.
+
+  Attributes:
+    split: "val" or "test"; by default val of C-Eval, test of MMLU.
+    shots: solved examples before a question, fewer where there is no room.
+    subjects: names of subjects; all if there are none.
+    limit: the first so many questions of each subject.
+    chinese_names: name C-Eval's subjects in Chinese, not by their handles.
+    against: another run, adapter or model that answers too: McNemar's test.
+    predictions: where to write the chosen letters, as C-Eval's site takes them.
+  """
+
+  split: exams.Split | None = None
+  shots: int = 5
+  subjects: tuple[str, ...] = ()
+  limit: int | None = None
+  chinese_names: bool = False
+  against: str | None = None
+  predictions: pathlib.Path | None = None
+
+
+def sit(
+  exam: exams.Exam,
+  options: Options,
+  data: str | None,
+  model: str | None,
+  adapter: str | None,
+  settings: loading.Settings,
+) -> tuple[dict[str, Any], str]:
+  """What an exam comes to, and how people are told.
+
+  Args:
+    exam: which.
+    options: how it is sat.
+    data: where the questions are; None for the exam's place on the hub.
+    model: as in `loading.load`.
+    adapter: as in `loading.load`.
+    settings: what to compute with.
+
+  Raises:
+    ValueError: if there are no such questions, or answers to compare with.
+  """
+  split = options.split or exam.split
+  papers = exams.papers(
+    exam,
+    data,
+    split=split,
+    shots=options.shots,
+    subjects=options.subjects,
+    limit=options.limit,
+  )
+  told = all(letter for paper in papers for letter in paper.answers)
+  if not told and (options.predictions is None or options.against is not None):
+    raise ValueError(
+      f"{data or exam.hub} does not tell the answers of {split}: expected"
+      " --predictions FILE and no --against, or --split val."
+    )
+  # Answering takes long, so what would end it comes before.
+  other, other_adapter = None, None
+  if options.against is not None:
+    other, other_adapter = loading.of_run(options.against)
+  if options.predictions and not options.predictions.parent.is_dir():
+    raise ValueError(
+      f"--predictions expected a file in a folder, got {options.predictions},"
+      " whose folder does not exist."
+    )
+  results = _answer(exam, papers, model, adapter, settings)
+  result: dict[str, Any] = {"split": split, "shots": options.shots}
+  shown = []
+  if options.predictions is not None:
+    letters = exam_results.predictions(results)
+    options.predictions.write_text(json.dumps(letters, indent=2) + "\n")
+    result["predictions"] = sum(map(len, letters.values()))
+    shown.append(f"Predictions: {options.predictions}")
+  if told:
+    summary = exam_results.summary(exam, results)
+    result |= summary
+    shown.insert(0, exam_results.table(exam, summary))
+  if unanswered := sum(not x for y in results for x in y.chosen):
+    shown.append(f"{unanswered} questions have no room in the context.")
+  if options.against is not None:
+    # The first model is not kept in memory.
+    others = _answer(exam, papers, other or model, other_adapter, settings)
+    result["against"] = exam_results.comparison(exam, results, others)
+    shown.append(_compared(options.against, result["against"]))
+  return result, "\n\n".join(shown)
+
+
+def _compared(name: str, test: Mapping[str, Any]) -> str:
+  return (
+    f"Against {name}, {100 * test['accuracy']:.1f}: {test['only_first']}"
+    f" questions are right only here, {test['only_second']} only there;"
+    f" McNemar's exact p = {test['p_value']:.3g}."
+  )
+
+
+def _answer(
+  exam: exams.Exam,
+  papers: list[multiple_choice.Paper],
+  model: str | None,
+  adapter: str | None,
+  settings: loading.Settings,
+) -> list[exam_results.Result]:
+  """A model's answers to an exam."""
+  loaded = loading.load(model, adapter, settings.dtype)
+  tokenizer = loading.tokenizer_of(loaded)
+  context = settings.length(loaded.config, exam.context)
+  choices = multiple_choice.choice_tokens(
+    [exam.answer(letter) for letter in exams.LETTERS], tokenizer
+  )
+  network, results = loaded.network(settings.dtype), []
+  for paper in tqdm.tqdm(papers, desc=exam.name, unit="subject", disable=None):
+    groups = multiple_choice.tokenise(paper, tokenizer, context=context)
+    scores = multiple_choice.scores(
+      network,
+      loaded.params,
+      loaded.trained,
+      groups,
+      choices,
+      batch_size=settings.batch_size,
+    )
+    results.append(exam_results.result(paper, groups, scores))
+  return results

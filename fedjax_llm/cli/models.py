@@ -1,0 +1,157 @@
+"""What the commands on models and adapters do, once arguments are parsed."""
+
+import pathlib
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import transformers
+
+from fedjax_llm.data import templates
+from fedjax_llm.experiments import loading, tasks
+from fedjax_llm.models import (
+  adapters,
+  families,
+  generation,
+  hub_config,
+  lora,
+  pretrained,
+)
+
+
+def merge(
+  *,
+  adapter: str,
+  out: pathlib.Path,
+  model: str | None = None,
+  dtype: tasks.Dtype | None = None,
+) -> None:
+  """Write a model folder with an adapter merged into the weights.
+
+  The folder is one that transformers loads: weights, config, tokenizer.
+
+  Args:
+    adapter: PEFT folder or hub name of a LoRA adapter.
+    out: where to write the model.
+    model: Hugging Face folder or hub name of the base model; by default the
+      one that the adapter names.
+    dtype: of the weights; by default that of the base model.
+  """
+  if out.exists() and any(out.iterdir()):
+    raise ValueError(
+      f"--out expected a new folder, got {out}, which has files."
+    )
+  model = model or adapters.base_model(pretrained.resolve(adapter))
+  folder = pretrained.resolve(model)
+  kept = jnp.dtype(dtype or hub_config.stored_dtype(folder))
+  loaded = loading.load(str(folder), adapter, kept)
+  assert loaded.adapter is not None
+  merged = lora.merge(loaded.params, loaded.trained, loaded.adapter.scale)
+  pretrained.save(
+    out, loaded.config, merged, head=loaded.head, dtype=kept, like=loaded.folder
+  )
+  print(f"Model: {out}")
+
+
+def chat(
+  *,
+  model: str | None = None,
+  adapter: str | None = None,
+  prompt: str | None = None,
+  system: str | None = None,
+  template: Literal["auto", "plain", "alpaca", "question"] = "auto",
+  max_new_tokens: int = 64,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  dtype: tasks.Dtype = "float32",
+) -> None:
+  """Talk to a model, and see what an adapter changes.
+
+  With an adapter, both the base model and the adapted one answer. Without
+  --prompt, every line of the standard input is a prompt of its own.
+
+  Args:
+    model: Hugging Face folder or hub name of the base model; by default the
+      one that the adapter names.
+    adapter: PEFT folder or hub name of a LoRA adapter for it.
+    prompt: what is to be answered or continued.
+    system: the system message, where the tokenizer's chat template has one.
+    template: what the prompt is put into: "auto" for the tokenizer's chat
+      template if it has one; "plain" to continue the text as it is; "alpaca" or
+      "question" for what the configs on Dolly and GSM8K train with.
+    max_new_tokens: tokens of an answer at most.
+    temperature: 0 for the most likely token, else what logits are divided by.
+    top_p: draws are from the tokens that have this much probability together.
+    seed: of the draws.
+    dtype: what to compute in.
+  """
+  loaded = loading.load(model, adapter, jnp.dtype(dtype))
+  families.check_predicts(loaded.config)
+  if loaded.head is not None:
+    raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")
+  tokenizer = tasks.load_tokenizer(loaded.folder)
+  voices: dict[str, tuple[nn.Module, Any]] = {
+    "base": (families.model(loaded.config, dtype=jnp.dtype(dtype)), None)
+  }
+  if adapter is not None:
+    voices["adapter"] = loaded.network(jnp.dtype(dtype)), loaded.trained
+  ends = {*hub_config.end_tokens(loaded.folder), tokenizer.eos_token_id}
+  if system and not (template == "auto" and tokenizer.chat_template):
+    raise ValueError(
+      "--system expected a chat template of the tokenizer to put it into, got"
+      " none."
+    )
+  for number, text in enumerate([prompt] if prompt else _lines()):
+    ids = _prompt(tokenizer, text, system, template)
+    for name, (network, factors) in voices.items():
+      (answer,) = generation.generate(
+        network,
+        loaded.params,
+        factors,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_ids=sorted(ends - {None}),
+        key=jax.random.fold_in(jax.random.key(seed), number),
+      )
+      said = tokenizer.decode(answer, skip_special_tokens=True)
+      print(f"{name}: {said}" if adapter else said, flush=True)
+
+
+def _lines():
+  """Prompts that the user types, until the end of the input."""
+  while True:
+    try:
+      line = input("> ")
+    except EOFError:
+      return
+    if line:
+      yield line
+
+
+def _prompt(
+  tokenizer: transformers.PreTrainedTokenizerBase,
+  text: str,
+  system: str | None,
+  template: str,
+) -> list[int]:
+  if template == "alpaca":
+    row = {"instruction": text, "input": "", "output": ""}
+    text = templates.alpaca()(row).prompt
+  elif template == "question":
+    row = {"question": text, "answer": ""}
+    text = templates.question_answer()(row).prompt
+  if template != "auto" or not tokenizer.chat_template:
+    ids = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids[:-1] if ids and ids[-1] == end else ids
+  messages = [{"role": "user", "content": text}]
+  if system is not None:
+    messages = [{"role": "system", "content": system}, *messages]
+  encoded: Any = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True
+  )
+  return encoded["input_ids"]

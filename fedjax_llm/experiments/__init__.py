@@ -1,0 +1,1 @@
+"""Tasks, federated fine-tuning of them, and runs that resume."""

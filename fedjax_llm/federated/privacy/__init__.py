@@ -1,0 +1,1 @@
+"""What is promised, how it is accounted for, and what adds the noise."""

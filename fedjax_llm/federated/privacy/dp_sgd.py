@@ -1,0 +1,85 @@
+"""Private local training: DP-SGD at the client.
+
+Abadi et al., "Deep Learning with Differential Privacy", 2016. The gradient of
+each example is clipped, and their sum gets Gaussian noise, so that the update
+says little about any one example, to the server too. What that is worth is
+accounted by `privacy.ExampleLevel`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.federated import clients
+from fedjax_llm.federated.privacy import mechanisms
+
+
+def local_update(
+  loss_fn: clients.LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  clip_norm: float,
+  noise_multiplier: float,
+  microbatch: int | None = None,
+) -> Callable[..., clients.Training]:
+  """Makes the private training that one client does in one round.
+
+  A step's gradient is the noisy sum of the clipped gradients of its examples,
+  each of its own total / count, over the size of the batch. That is the size
+  of its shape: the number of examples in it would change with one of them.
+
+  An example whose gradient is not finite adds nothing, lest it show. Metrics,
+  such as the loss, are as private as they are without noise: not at all.
+
+  Args:
+    loss_fn: see `clients.local_update`; it is called on single examples.
+    optimizer: steps on the noisy gradient.
+    clip_norm: bound S of the L2 norm of an example's gradient, > 0; infinite
+      for none. Only what is trained counts.
+    noise_multiplier: z >= 0; the noise in a sum has a standard deviation of
+      z S in every entry that is trained.
+    microbatch: how many examples at most are differentiated at once, which
+      bounds the memory; None for the whole batch.
+
+  Returns:
+    As `clients.local_update`: a step without examples changes nothing.
+
+  Raises:
+    ValueError: if a number is out of range, or there is noise without a bound.
+  """
+  mechanisms.check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
+  if microbatch is not None and microbatch < 1:
+    raise ValueError(f"expected {microbatch=} to be None or >= 1.")
+
+  def gradient_fn(trainable, frozen, examples, mask, key, trains):
+    flat, unravel = ravel_pytree(trainable)
+    precise = jnp.promote_types(flat.dtype, jnp.float32)
+
+    def mean_loss(trainable, batch):
+      total, count = loss_fn(trainable, frozen, *batch)
+      return total / jnp.maximum(count, 1), (total, count)
+
+    def of_example(shared, row):
+      del shared
+      example, is_real, key = row
+      batch = jax.tree.map(lambda x: x[None], (example, is_real))
+      gradient, sums = jax.grad(mean_loss, has_aux=True)(
+        trainable, (*batch, key)
+      )
+      gradient, _ = ravel_pytree(clients.only(trains, gradient))
+      gradient = mechanisms.clip(gradient.astype(precise), clip_norm)
+      return (jnp.where(is_real, gradient, 0), sums), ()
+
+    noise_key, loss_key = jax.random.split(key)
+    rows = (examples, mask, jax.random.split(loss_key, mask.size))
+    # What maps over clients and adds up serves as well for examples.
+    over_rows = clients.map_in_steps(of_example, microbatch)
+    (total, sums), _ = over_rows((), rows)
+    total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)
+    gradient = unravel((total / mask.size).astype(flat.dtype))
+    return clients.only(trains, gradient), sums
+
+  return clients.local_steps(gradient_fn, optimizer)

@@ -1,0 +1,264 @@
+"""What a private run guarantees: epsilon, and all that it rests on.
+
+A guarantee says what is protected, how cohorts are sampled and how much noise
+is added. It refuses runs that sample otherwise, and describes itself.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from fedjax_llm.federated.privacy import accounting
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientLevel:
+  """Central differential privacy of whole clients, by a private mean.
+
+  With "poisson" sampling, two populations are neighbours if one has one client
+  more. With "fixed", a cohort of `clients_per_round` drawn without replacement,
+  they are if one client of as many has other data: two clipped updates
+  are up to two clip norms apart, so that the same noise is worth half.
+
+  A sampled client that does not answer is covered, as it adds nothing. Not
+  covered are cohorts in which the answer of one keeps out that of another, such
+  as the first ones of an over-selected cohort.
+
+  Attributes:
+    noise_multiplier: of the private mean, >= 0.
+    delta: in (0, 1 / population).
+    sampling: of the cohorts, see `data.cohorts.cohort_sampler`.
+    population: how many clients there are.
+    clients_per_round: how many are expected in a round.
+  """
+
+  noise_multiplier: float
+  delta: float
+  sampling: Literal["poisson", "fixed"]
+  population: int
+  clients_per_round: int
+
+  def __post_init__(self):
+    """Refuses values out of range, or a missing dp-accounting."""
+    accounting.library()
+    _check_noise(self.noise_multiplier)
+    if self.sampling not in ("poisson", "fixed"):
+      raise ValueError(
+        f"expected sampling 'poisson' or 'fixed', got {self.sampling!r}."
+      )
+    if not 1 <= self.clients_per_round <= self.population:
+      raise ValueError(
+        "expected 1 <= clients_per_round <= population, got"
+        f" {self.clients_per_round} of {self.population}."
+      )
+    if not 0 < self.delta < 1 / self.population:
+      raise ValueError(
+        f"expected delta in (0, 1 / {self.population}), got {self.delta}: to"
+        " publish all data of one client at random has a delta of 1 /"
+        " population."
+      )
+
+  def epsilon(
+    self, rounds: int, accountant: accounting.Accountant = "pld"
+  ) -> float:
+    """Epsilon at `delta` of all that `rounds` rounds release; may be infinite.
+
+    Raises:
+      ValueError: if `rounds` is below 1 or the accountant unknown.
+      ImportError: if dp-accounting is not installed.
+    """
+    if self.sampling == "poisson":
+      epsilon = accounting.poisson_epsilon
+    else:
+      epsilon = accounting.fixed_size_epsilon
+    return epsilon(
+      self.population,
+      self.clients_per_round,
+      self.noise_multiplier,
+      rounds,
+      self.delta,
+      accountant,
+    )
+
+  def check(
+    self,
+    sampling: str,
+    clients_per_round: int,
+    population: int,
+    local_epochs: int | None = None,
+  ) -> None:
+    """Refuses a run that samples otherwise than accounted.
+
+    Raises:
+      ValueError: if anything differs.
+    """
+    del local_epochs  # All that a client does is one update.
+    expected = (self.sampling, self.clients_per_round, self.population)
+    got = (sampling, clients_per_round, population)
+    if expected != got:
+      raise ValueError(
+        "expected a run with the (sampling, clients_per_round, population) that"
+        f" its privacy is accounted for, {expected}, got {got}. Sample so, or"
+        " account for what is run."
+      )
+
+  def describe(self, rounds: int) -> str:
+    """Epsilon with all its assumptions, in a paragraph."""
+    chosen, everyone = self.clients_per_round, self.population
+    if self.sampling == "poisson":
+      neighbours = "that differ by one client more or less"
+      cohort = (
+        "every client by itself with probability"
+        f" {chosen}/{everyone} = {chosen / everyone:.3g} (Poisson)"
+      )
+    else:
+      neighbours = f"of {everyone} clients, one of which has other data"
+      cohort = f"{chosen} of {everyone} without replacement (fixed size)"
+    return (
+      f"Client-level differential privacy, {_bounds(self, rounds)}."
+      f" Neighbouring: two populations {neighbours}. Each of {rounds} rounds"
+      f" samples {cohort}. Updates are clipped, and their sum gets Gaussian"
+      f" noise of standard deviation {self.noise_multiplier:.4g} clip norms."
+      " Central: the server is trusted, which sees the updates and adds the"
+      f" noise. Protected are the released models only, {_NOT_COVERED}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleLevel:
+  """Differential privacy of a client's examples, by `private_training`.
+
+  Two data sets of a client are neighbours if an example of one is replaced by
+  nothing, a gradient of zero, in the other: how many there are is public.
+  In an epoch each example is in one batch, whose order does not matter. So an
+  epoch costs one Gaussian mechanism, however many steps it has. No
+  amplification is claimed for the shuffling: that of Poisson batches does not
+  hold for it (Chua et al., "How Private are DP-SGD Implementations?", 2024).
+
+  Attributes:
+    noise_multiplier: of the private training, >= 0.
+    delta: in (0, 1); well below 1 / the examples of a client.
+    local_epochs: passes of a client over its examples in a round.
+  """
+
+  noise_multiplier: float
+  delta: float
+  local_epochs: int = 1
+
+  def __post_init__(self):
+    """Refuses values out of range, or a missing dp-accounting."""
+    accounting.library()
+    _check_noise(self.noise_multiplier)
+    if not 0 < self.delta < 1:
+      raise ValueError(f"expected delta in (0, 1), got {self.delta}.")
+    if self.local_epochs < 1:
+      raise ValueError(f"expected local_epochs >= 1, got {self.local_epochs}.")
+
+  def epsilon(
+    self, rounds: int, accountant: accounting.Accountant = "pld"
+  ) -> float:
+    """Epsilon at `delta` of a client that takes part in `rounds` rounds.
+
+    Raises:
+      ValueError: if `rounds` is below 1 or the accountant unknown.
+      ImportError: if dp-accounting is not installed.
+    """
+    passes = rounds * self.local_epochs
+    return accounting.gaussian_epsilon(
+      self.noise_multiplier, passes, self.delta, accountant
+    )
+
+  def check(
+    self,
+    sampling: str,
+    clients_per_round: int,
+    population: int,
+    local_epochs: int | None = None,
+  ) -> None:
+    """Refuses a run with other passes; any sampling of clients is covered.
+
+    Raises:
+      ValueError: if `local_epochs` differs, or is not said.
+    """
+    del sampling, clients_per_round, population
+    if local_epochs != self.local_epochs:
+      raise ValueError(
+        f"expected a run with local_epochs={self.local_epochs}, for which its"
+        f" privacy is accounted, got {local_epochs=}."
+      )
+
+  def describe(self, rounds: int) -> str:
+    """Epsilon with all its assumptions, in a paragraph."""
+    return (
+      f"Example-level differential privacy, {_bounds(self, rounds)}, for a"
+      f" client in all of {rounds} rounds. Neighbouring: two data sets of a"
+      " client, in one of which an example (a row) is replaced by nothing; how"
+      f" many it has is public. It takes each {self.local_epochs} times a"
+      " round, in shuffled batches, for which no amplification is claimed."
+      " Gradients of examples are clipped, and the sum of a batch gets Gaussian"
+      f" noise of standard deviation {self.noise_multiplier:.4g} clip norms."
+      " Local: nobody but the client is trusted. Protected are its updates"
+      f" only, {_NOT_COVERED}."
+    )
+
+
+Guarantee = ClientLevel | ExampleLevel
+
+_NOT_COVERED = (
+  "not metrics such as the training loss, not what choosing hyperparameters or"
+  " stopping a run says, and nothing from those who know the seed of the noise"
+)
+
+
+def noise_multiplier_for(
+  target_epsilon: float,
+  rounds: int,
+  guarantee: Guarantee,
+  accountant: accounting.Accountant = "pld",
+) -> float:
+  """The least noise multiplier that keeps a guarantee within a budget.
+
+  Args:
+    target_epsilon: > 0 and finite.
+    rounds: as of `epsilon`.
+    guarantee: says all but the noise multiplier; its own is not read.
+    accountant: which keeps the account.
+
+  Returns:
+    A multiplier whose epsilon is at most the target, and which is at most a
+    thousandth larger than it need be.
+
+  Raises:
+    ValueError: if the target is out of range.
+  """
+  if not 0 < target_epsilon < math.inf:
+    raise ValueError(f"expected {target_epsilon=} to be > 0 and finite.")
+
+  def is_enough(multiplier):
+    noisy = dataclasses.replace(guarantee, noise_multiplier=multiplier)
+    return noisy.epsilon(rounds, accountant) <= target_epsilon
+
+  high = 1.0
+  while not is_enough(high):
+    high *= 2
+  low = high / 2
+  while is_enough(low):
+    low, high = low / 2, low
+  while high > 1.001 * low:
+    middle = math.sqrt(low * high)
+    low, high = (low, middle) if is_enough(middle) else (middle, high)
+  return high
+
+
+def _bounds(guarantee, rounds):
+  """Epsilon by both accountants, and delta."""
+  pld, rdp = (guarantee.epsilon(rounds, name) for name in ("pld", "rdp"))
+  return (
+    f"epsilon = {pld:.4g} by PLD ({rdp:.4g} by RDP) at delta ="
+    f" {guarantee.delta:.3g}"
+  )
+
+
+def _check_noise(noise_multiplier):
+  if not 0 <= noise_multiplier < math.inf:
+    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")

@@ -1,0 +1,298 @@
+"""Tables and plots of finished runs: utility against bytes and time.
+
+Bytes are those of the real messages. Papers count numbers instead, and what
+their positions take by a formula: `conventions` does so, to compare with them.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+import tabulate
+
+from fedjax_llm.experiments import runner
+
+_MEGA = 1e6
+_HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run folder tells.
+
+  Attributes:
+    name: of the experiment.
+    folder: where it is.
+    record: its `run.json`.
+    lines: its `metrics.jsonl`; the first is of the model before training.
+  """
+
+  name: str
+  folder: pathlib.Path
+  record: dict[str, Any]
+  lines: list[dict[str, Any]]
+
+  @property
+  def evaluated(self) -> list[dict[str, Any]]:
+    """The lines that hold an evaluation."""
+    return [line for line in self.lines if "loss" in line]
+
+  def total(self, name: str, rounds: int | None = None) -> float:
+    """The sum of a metric over the first `rounds` rounds, or all."""
+    return sum(
+      line.get(name, 0)
+      for line in self.lines
+      if rounds is None or line["round"] <= rounds
+    )
+
+  def megabytes(self, rounds: int | None = None) -> float:
+    """Megabytes sent in both directions by all clients."""
+    sent = self.total("download_bytes", rounds) / _MEGA
+    return sent + self.megabytes_up(rounds)
+
+  def megabytes_up(self, rounds: int | None = None) -> float:
+    """Megabytes that all clients sent."""
+    return self.total("upload_bytes", rounds) / _MEGA
+
+
+def load(folder: str | os.PathLike) -> list[Run]:
+  """The run in `folder`, or the runs in its subfolders.
+
+  Raises:
+    ValueError: if there is none, or one has no finished round.
+  """
+  folder = pathlib.Path(folder)
+  folders = [folder, *sorted(x for x in folder.glob("*") if x.is_dir())]
+  found = [x for x in folders if (x / "run.json").is_file()]
+  if not found:
+    raise ValueError(
+      f"expected a run folder, with a run.json, at {folder} or in it; got none."
+    )
+  runs = []
+  for path in found:
+    record = json.loads((path / "run.json").read_text())
+    lines = runner.read_metrics(path / "metrics.jsonl")
+    if len(lines) < 2:
+      raise ValueError(f"the run in {path} has no finished round yet.")
+    runs.append(Run(record["experiment"], path.resolve(), record, lines))
+  return runs
+
+
+def conventions(run: Run) -> dict[str, float]:
+  """Bytes of both directions of a run as papers count them.
+
+  A message of fewer numbers than are trainable is taken for a sparse one, even
+  where both ends know the positions and the real message holds none.
+
+  Returns:
+    `values`, 4 bytes a number; `bitmap`, with a bit for each trainable entry in
+    a sparse message; `COO`, with 4 bytes for the position of each number in a
+    sparse message. Empty if the run has not recorded its numbers.
+  """
+  if not any("trainable" in line for line in run.lines):
+    return {}
+  values = 4 * (run.total("download_entries") + run.total("upload_entries"))
+  bits = sum(
+    line["sparse_messages"] * line["trainable"]
+    for line in run.lines
+    if "trainable" in line
+  )
+  return {
+    "values": values,
+    "bitmap": values + bits / 8,
+    "COO": values + 4 * run.total("sparse_entries"),
+  }
+
+
+def bytes_to(run: Run, target: float, metric: str = "loss") -> int | None:
+  """Bytes of both directions that all clients sent until a target was met.
+
+  Args:
+    run: whose evaluations are searched for the first one at or beyond the
+      target. Nothing is interpolated, so runs that are compared should be
+      evaluated equally often.
+    target: of the metric on held-out rows.
+    metric: "loss" or "perplexity", of which less is better, or "accuracy".
+
+  Returns:
+    The bytes, or None if the target was never met.
+
+  Raises:
+    ValueError: if the metric is another.
+  """
+  rounds = _rounds_to(run, target, metric)
+  if rounds is None:
+    return None
+  sent = (run.total(f"{x}_bytes", rounds) for x in ("download", "upload"))
+  return int(sum(sent))
+
+
+def seconds_to(run: Run, target: float, metric: str = "loss") -> float | None:
+  """Simulated seconds until a target was met.
+
+  Arguments and errors are those of `bytes_to`.
+
+  Returns:
+    The seconds, or None if the target was never met or the run had no network.
+  """
+  rounds = _rounds_to(run, target, metric)
+  if rounds is None or not any("simulated_seconds" in x for x in run.lines):
+    return None
+  return run.total("simulated_seconds", rounds)
+
+
+def _rounds_to(run: Run, target: float, metric: str) -> int | None:
+  """The round after which a target was first seen to be met."""
+  if metric not in _HIGHER_IS_BETTER:
+    raise ValueError(
+      f"expected a metric of {', '.join(_HIGHER_IS_BETTER)}, got {metric=}."
+    )
+  sign = 1 if _HIGHER_IS_BETTER[metric] else -1
+  for line in run.evaluated:
+    if metric in line and sign * line[metric] >= sign * target:
+      return line["round"]
+  return None
+
+
+def table(
+  runs: Sequence[Run],
+  *,
+  targets: Mapping[str, float] | None = None,
+  papers: bool = False,
+) -> str:
+  """A Markdown table: utility before and after, bytes, seconds.
+
+  Args:
+    runs: a row each.
+    targets: by metric; adds what each run took to meet them.
+    papers: adds bytes by the `conventions` of papers.
+  """
+  rows = [
+    {
+      "run": label,
+      "rounds": run.lines[-1]["round"],
+      "held-out loss": _change(run, "loss", ".3f"),
+      "perplexity": _change(run, "perplexity", ".2f"),
+      "accuracy": _change(run, "accuracy", ".1%"),
+      "MB down": run.total("download_bytes") / _MEGA,
+      "MB up": run.total("upload_bytes") / _MEGA,
+      "MB total": run.megabytes(),
+      **(_of_papers(run) if papers else {}),
+      "seconds": run.total("seconds"),
+      **_availability(run),
+      **_until(run, targets or {}),
+    }
+    for label, run in zip(_labels(runs), runs, strict=True)
+  ]
+  # Classifiers have no perplexity, most runs no network.
+  empty = {x for x in rows[0] if all(row[x] == "" for row in rows)}
+  rows = [{x: row[x] for x in row if x not in empty} for row in rows]
+  return tabulate.tabulate(
+    rows, headers="keys", tablefmt="github", floatfmt=".1f"
+  )
+
+
+def _change(run: Run, name: str, form: str) -> str:
+  before, after = run.evaluated[0].get(name), run.evaluated[-1].get(name)
+  return "" if after is None else f"{before:{form}} → {after:{form}}"
+
+
+def _of_papers(run: Run) -> dict[str, Any]:
+  counted = conventions(run)
+  return {
+    "MB, values only": _mega(counted.get("values")),
+    "MB, + bitmap": _mega(counted.get("bitmap")),
+    "MB, + COO": _mega(counted.get("COO")),
+  }
+
+
+def _availability(run: Run) -> dict[str, Any]:
+  """What a network and privacy add to a run's row."""
+  selected = run.total("selected")
+  answered = run.total("answered") / selected if selected else None
+  is_simulated = any("simulated_seconds" in line for line in run.lines)
+  return {
+    "answered": "" if answered is None else f"{answered:.1%}",
+    "simulated seconds": (
+      run.total("simulated_seconds") if is_simulated else ""
+    ),
+    "epsilon": run.evaluated[-1].get("epsilon", ""),
+  }
+
+
+def _until(run: Run, targets: Mapping[str, float]) -> dict[str, Any]:
+  columns: dict[str, Any] = {}
+  for metric, target in targets.items():
+    goal = f"to {metric} {target:g}"
+    sent, seconds = (
+      bytes_to(run, target, metric),
+      seconds_to(run, target, metric),
+    )
+    columns[f"MB {goal}"] = "not met" if sent is None else _mega(sent)
+    columns[f"simulated seconds {goal}"] = "" if seconds is None else seconds
+  return columns
+
+
+def _mega(count: float | None) -> str:
+  return "" if count is None else f"{count / _MEGA:.1f}"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+  """The runs' names; for a name that comes twice, the end of the folder."""
+  times = collections.Counter(run.name for run in runs)
+  alike = [run.folder.parts for run in runs if times[run.name] > 1]
+  parts = 1
+  while len({x[-parts:] for x in alike}) < len(set(alike)):
+    parts += 1
+  return [
+    "/".join(run.folder.parts[-parts:]) if times[run.name] > 1 else run.name
+    for run in runs
+  ]
+
+
+def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
+  """Draws held-out loss against megabytes sent, a curve a run.
+
+  Where nobody sent anything, as in pre-training, it is drawn against rounds.
+  """
+  figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+  axes = figure.subplots()
+  sent = any(run.megabytes() for run in runs)
+  for label, run in zip(_labels(runs), runs, strict=True):
+    # The first point has sent nothing; a logarithmic axis has no place for it.
+    points = [line for line in run.evaluated if line["round"] > 0]
+    rounds = [line["round"] for line in points]
+    axes.plot(
+      [run.megabytes(x) for x in rounds] if sent else rounds,
+      [line["loss"] for line in points],
+      marker="o",
+      markersize=4,
+      label=label,
+    )
+  starts = {run.evaluated[0]["loss"] for run in runs}
+  for loss in sorted(starts):
+    axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
+    axes.annotate(
+      "before fine-tuning",
+      (0.01, loss),
+      xycoords=("axes fraction", "data"),
+      va="bottom",
+      fontsize="small",
+      color="gray",
+    )
+  axes.margins(y=0.1)
+  axes.set_xscale("log")
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.set_xlabel(
+    "megabytes sent, both directions, all clients" if sent else "round"
+  )
+  per = any("perplexity" in line for run in runs for line in run.evaluated)
+  axes.set_ylabel(f"held-out loss (nats{' per token' if per else ''})")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=150)
