@@ -43,6 +43,11 @@ class FedSAState(NamedTuple):
     return self.inner.round
 
   @property
+  def own(self) -> Any:
+    """Every client's personal part, [population, ...]."""
+    return self.inner.upload[0]
+
+  @property
   def trainable(self) -> Any:
     """The shared part and the mean personal part, see `fed_sa_lora`."""
     return parameters.combine(self.inner.trainable, _mean(self))
@@ -56,7 +61,7 @@ def personal(state: FedSAState, client: int) -> Any:
     client: the client's number; one that never took part has the initial
       personal part.
   """
-  own = jax.tree.map(lambda x: x[client], state.inner.upload[0])
+  own = jax.tree.map(lambda x: x[client], state.own)
   return parameters.combine(state.inner.trainable, own)
 
 
@@ -136,7 +141,7 @@ def fed_sa_lora(
 
 def _mean(state):
   """The mean personal part of the clients that have taken part."""
-  own, has_trained, _ = state.inner.upload
+  _, has_trained, _ = state.inner.upload
   count = has_trained.sum()
 
   def mean(x):
@@ -145,7 +150,7 @@ def _mean(state):
     # Before the first round all personal parts are the same.
     return jnp.where(count > 0, total / jnp.maximum(count, 1), x[0])
 
-  return jax.tree.map(mean, own)
+  return jax.tree.map(mean, state.own)
 
 
 def _answer(tiers, is_shared, shared, client):
