@@ -22,8 +22,8 @@ def compare(
   Args:
     runs: run folders, or folders of run folders; or a study, a file of JSON
       lines, whose runs are summed up by mean and deviation over seeds.
-    out: where to draw the plot. A study is also drawn, with `_ratios` after
-      the name, by how many times fewer bytes than dense LoRA each method needed.
+    out: where to draw the plot. A study gets a second one, with `_ratios` after
+      the name: how many times fewer bytes than dense LoRA each method needed.
     target_loss: adds the bytes and simulated seconds until it was first seen
       that the held-out loss was at most so much; not of a study.
     target_accuracy: the same for an accuracy of at least so much, in [0, 1].
