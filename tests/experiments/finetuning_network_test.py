@@ -1,7 +1,6 @@
 """Federated experiments over a network and under privacy, at no cost."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -360,13 +359,18 @@ def private(toy, make, noise_multiplier, **knobs):
   return toy._replace(algorithm=algorithm)
 
 
+def fed_avg_of_w(loss_fn, *optimizers, aggregate):
+  return parameters.partial(
+    lambda of_w: fed_avg.fed_avg(of_w, *optimizers, aggregate=aggregate),
+    loss_fn,
+    is_trained=lambda path: path == "w",
+  )
+
+
 PRIVATE = (
   (fed_avg.fed_avg, {}),
   (flasc.flasc, {"download_density": {0: 0.5, 2: 1}, "upload_density": 0.5}),
-  (
-    functools.partial(parameters.partial, fed_avg.fed_avg),
-    {"is_trained": lambda path: path == "w"},
-  ),
+  (fed_avg_of_w, {}),
   (delta_downloads.delta_downloads, {"population": 6}),
 )
 
