@@ -16,6 +16,7 @@ import os
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def candidate(size: int, devices: int, cosines: bool):
   )
   key = jax.random.key(SEED)
   state = algorithm.init(jnp.zeros(size))
-  compiled = (
+  compiled: Any = (
     jax.jit(algorithm.round, donate_argnums=0)
     .lower(state, *shared, key)
     .compile()

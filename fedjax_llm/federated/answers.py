@@ -137,8 +137,15 @@ def _one_client(local_update, answer, share, placement):
     key_of = lambda purpose: draws.stream(key, purpose, number, cohort.clients)
 
     def train(start, frozen, trains=None):
-      rows, key = (cohort.indices, cohort.mask), key_of(draws.Purpose.TRAIN)
-      return local_update(start, frozen, examples, *rows, key, trains)
+      return local_update(
+        start,
+        frozen,
+        examples,
+        cohort.indices,
+        cohort.mask,
+        key_of(draws.Purpose.TRAIN),
+        trains,
+      )
 
     steps = cohort.mask.any(axis=1).sum()
     training, update, message, arrived, own = answer(

@@ -1,7 +1,6 @@
 """Federated experiments over a network and under privacy, at no cost."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -359,13 +358,18 @@ def test_sampling_that_privacy_is_not_accounted_for_is_refused(toy):
     private(toy, fed_avg.fed_avg, 1.0).experiment(privacy=guarantee)
 
 
+def fed_avg_of_w(loss_fn, *optimizers, aggregate):
+  return parameters.partial(
+    lambda of_w: fed_avg.fed_avg(of_w, *optimizers, aggregate=aggregate),
+    loss_fn,
+    is_trained=lambda path: path == "w",
+  )
+
+
 PRIVATE = (
   (fed_avg.fed_avg, {}),
   (flasc.flasc, {"download_density": {0: 0.5, 2: 1}, "upload_density": 0.5}),
-  (
-    functools.partial(parameters.partial, fed_avg.fed_avg),
-    {"is_trained": lambda path: path == "w"},
-  ),
+  (fed_avg_of_w, {}),
   (delta_downloads.delta_downloads, {"population": 6}),
 )
 

@@ -19,14 +19,14 @@ bias, tau is added to the root and not under it, and the second moment starts at
 tau squared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import aggregators, clients, rounds, schedules
 
 
 def fed_avg(
@@ -34,7 +34,7 @@ def fed_avg(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  channel: rounds.AnyChannel | None = None,
+  channel: rounds.AnyChannel | Mapping[int, rounds.AnyChannel] | None = None,
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
   placement: clients.Placement | None = None,
@@ -48,20 +48,32 @@ def fed_avg(
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update.
-    channel: how messages are compressed, see `rounds.federated_round`; None
-      for nothing.
+    channel: how messages are compressed, see `rounds.federated_round`; or such
+      channels by the round they begin with, from 0 on; None for nothing.
     aggregate: from updates to one; the mean weighted by examples if not given.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
   """
-  return rounds.federated_round(
-    clients.local_update(loss_fn, client_optimizer),
+  if not isinstance(channel, Mapping):
+    return rounds.federated_round(
+      clients.local_update(loss_fn, client_optimizer),
+      server_optimizer,
+      channel=channel,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    )
+  with_channel = lambda stage: fed_avg(
+    loss_fn,
+    client_optimizer,
     server_optimizer,
-    channel=channel,
+    channel=stage,
     aggregate=aggregate,
     population=population,
     placement=placement,
   )
+  stages = {begin: with_channel(stage) for begin, stage in channel.items()}
+  return schedules.staged(stages)
 
 
 def fed_avg_m(

@@ -31,8 +31,7 @@ class FedSAState(NamedTuple):
 
   Attributes:
     inner: the server's state, which has the shared part. Its `upload` is
-      (personal parts [population, ...], which clients have taken part so far,
-      the upload compressor's states).
+      (`own`, `has_trained`, the upload compressor's states).
   """
 
   inner: rounds.ServerState
@@ -46,6 +45,11 @@ class FedSAState(NamedTuple):
   def own(self) -> Any:
     """Every client's personal part, [population, ...]."""
     return self.inner.upload[0]
+
+  @property
+  def has_trained(self) -> Any:
+    """Which clients have taken part so far, bool [population]."""
+    return self.inner.upload[1]
 
   @property
   def trainable(self) -> Any:
@@ -141,11 +145,10 @@ def fed_sa_lora(
 
 def _mean(state):
   """The mean personal part of the clients that have taken part."""
-  _, has_trained, _ = state.inner.upload
-  count = has_trained.sum()
+  count = state.has_trained.sum()
 
   def mean(x):
-    trained = jnp.expand_dims(has_trained, range(1, x.ndim))
+    trained = jnp.expand_dims(state.has_trained, range(1, x.ndim))
     total = jnp.where(trained, x, 0).sum(0)
     # Before the first round all personal parts are the same.
     return jnp.where(count > 0, total / jnp.maximum(count, 1), x[0])

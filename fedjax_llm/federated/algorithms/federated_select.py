@@ -20,7 +20,6 @@ from fedjax_llm.federated import (
   densities,
   factors,
   rounds,
-  schedules,
 )
 from fedjax_llm.federated.algorithms import fed_avg
 
@@ -68,23 +67,18 @@ def federated_select(
   """
   if warm_up_rounds < 0:
     raise ValueError(f"expected {warm_up_rounds=} to be 0 or more.")
-  stages = {
-    warm_up_rounds + begin: share
+  stages = {0: channels.Channel()} | {
+    warm_up_rounds + begin: _channel(share, top_k)
     for begin, (share,) in densities.stages(density).items()
   }
-  return schedules.staged(
-    {
-      begin: fed_avg.fed_avg(
-        loss_fn,
-        client_optimizer,
-        server_optimizer,
-        channel=_channel(share, top_k),
-        aggregate=aggregate or aggregators.uniform_mean(),
-        population=population,
-        placement=placement,
-      )
-      for begin, share in ({0: 1.0} | stages).items()
-    }
+  return fed_avg.fed_avg(
+    loss_fn,
+    client_optimizer,
+    server_optimizer,
+    channel=stages,
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
+    placement=placement,
   )
 
 

@@ -18,7 +18,6 @@ from fedjax_llm.federated import (
   clients,
   densities,
   rounds,
-  schedules,
 )
 from fedjax_llm.federated.algorithms import fed_avg
 
@@ -56,19 +55,16 @@ def flasc(
     ValueError: if a density is out of range.
   """
   stages = densities.stages(download_density, upload_density)
-  return schedules.staged(
-    {
-      begin: fed_avg.fed_avg(
-        loss_fn,
-        client_optimizer,
-        server_optimizer,
-        channel=_channel(down, up, top_k),
-        aggregate=aggregate or aggregators.uniform_mean(),
-        population=population,
-        placement=placement,
-      )
-      for begin, (down, up) in stages.items()
-    }
+  return fed_avg.fed_avg(
+    loss_fn,
+    client_optimizer,
+    server_optimizer,
+    channel={
+      begin: _channel(down, up, top_k) for begin, (down, up) in stages.items()
+    },
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
+    placement=placement,
   )
 
 

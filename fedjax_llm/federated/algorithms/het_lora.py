@@ -6,7 +6,7 @@ FLASC's authors compare with under that name.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,22 @@ def zero_padded_lora(
   )
 
 
+class State(NamedTuple):
+  """What the server keeps between rounds: a tree of arrays.
+
+  Attributes:
+    round: int32, how many rounds are done.
+    trainable: the parameters, of full rank.
+    optimizer: the server optimizer's state.
+    ranks: int32 [population], the rank of each client.
+  """
+
+  round: Any
+  trainable: Any
+  optimizer: Any
+  ranks: Any
+
+
 def het_lora(
   loss_fn: clients.LossFn,
   client_optimizer: optax.GradientTransformation,
@@ -113,10 +129,6 @@ def het_lora(
     population: the number of clients.
     placement: see `clients.Placement`; all devices if not given.
 
-  Returns:
-    The algorithm. Its state is a `rounds.ServerState` whose `upload` is the
-    rank of each client, int32 [population].
-
   Raises:
     ValueError: if `decay` or `penalty` is out of range; from `init`, if a rank
       is.
@@ -134,73 +146,75 @@ def het_lora(
     return total + count * (pull - jax.lax.stop_gradient(pull)), count
 
   def answer(shared, client):
+    trainable, frozen = shared
     rank = client.memory
-    vector, unravel = ravel_pytree(shared.trainable)
-    owners = factors.entry_ranks(shared.trainable)
-    largest = factors.rank(shared.trainable)
-    cuts = [max(1, int(decay * x)) for x in range(largest + 1)]
+    vector, unravel = ravel_pytree(trainable)
+    owners = factors.entry_ranks(trainable)
+    cuts = [max(1, int(decay * x)) for x in range(factors.rank(trainable) + 1)]
     cut = jnp.array(cuts, jnp.int32)[rank]
     start = jnp.where(owners < rank, vector, 0)
-    training = client.train(unravel(start), (shared.frozen, cut))
+    training = client.train(unravel(start), (frozen, cut))
     is_pruned = _tail(training.trainable, cut) < _tail(unravel(start), cut)
     rank = jnp.where(is_pruned, cut, rank)
     trained, _ = ravel_pytree(training.trainable)
-    padded = jnp.where(owners < rank, trained, 0)
-    received = (vector - padded, _norm(unravel(padded)))
-    sizes = _sizes(shared.trainable)[rank]
-    message = channels.Message(received, rank, *sizes)
-    return answers.Answer(training, start - trained, message, start - padded)
+    sent = start - jnp.where(owners < rank, trained, 0)
+    message = channels.Message(sent, rank, *_sizes(trainable)[rank])
+    own = unravel(start - sent)
+    return answers.Answer(training, start - trained, message, sent, own)
 
-  algorithm = rounds.federated_round(
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
     clients.local_update(penalised, client_optimizer),
-    server_optimizer,
-    aggregate=_weighted_by_norms(),
+    answer,
     placement=placement,
-    answer=answer,
   )
 
   def init(trainable):
     tiers = factors.tiers(trainable, ranks, of_client)
     tier = tiers.of_client(jnp.arange(population))
-    own = jnp.array(ranks, jnp.int32)[tier]
-    own = clients.replicate(own, algorithm.placement)
-    return algorithm.init(trainable)._replace(upload=own)
+    state = State(
+      round=jnp.int32(0),
+      trainable=trainable,
+      optimizer=server_optimizer.init(trainable),
+      ranks=jnp.array(ranks, jnp.int32)[tier],
+    )
+    return rounds.first_state(state, placement)
 
   def round_fn(state, frozen, examples, cohort, key):
-    after, metrics = algorithm.round(state, frozen, examples, cohort, key)
-    own = answers.take(state.upload, cohort.clients)
-    nbytes, entries = _sizes(state.trainable)[own].T
+    shared = (state.trainable, frozen)
+    arrived = at_clients(
+      state.round, shared, state.ranks, examples, cohort, key
+    )
+    shares = _shares(arrived.own, arrived.weights)
+    # Not a sum of shares: a rank that nobody has must become zero exactly.
+    mean = aggregators.weighted_sum(arrived.own, shares)
+    update = jax.tree.map(jnp.subtract, state.trainable, mean)
+    after = rounds.optimizer_step(server_optimizer, state, update)
+    after = after._replace(ranks=arrived.memory)
+    after = rounds.unless_nobody(arrived.weights.any(), after, state)
+    ranks = answers.take(state.ranks, cohort.clients)
+    nbytes, entries = _sizes(state.trainable)[ranks].T
     sizes = {"download_bytes": nbytes, "download_entries": entries}
-    return after, metrics | sizes
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
-  return algorithm._replace(init=init, round=round_fn)
-
-
-def _weighted_by_norms() -> aggregators.Aggregator:
-  """The mean of updates that come with the norms to weight them by.
-
-  If all norms are zero, every client counts once.
-  """
-  mean, alike = aggregators.weighted_mean(), aggregators.uniform_mean()
-
-  def share(received, weight, state):
-    update, norm = received
-    by_norm = mean.share(update, jnp.where(weight > 0, norm, 0), state)
-    return by_norm, alike.share(update, weight, state)
-
-  def finish(total, state, key):
-    (by_norm, norm), once = total
-    weighted, _ = mean.finish((by_norm, norm), state, key)
-    plain, _ = alike.finish(once, state, key)
-    return jnp.where(norm > 0, weighted, plain), state
-
-  return aggregators.Aggregator(lambda: (), share, finish)
+  return rounds.FederatedAlgorithm(
+    init,
+    round_fn,
+    received=lambda state, key: state.trainable,
+    placement=placement,
+  )
 
 
-def _norm(trainable):
-  """The Frobenius norm of all products together."""
-  squares = map(factors.squared_norm, factors.pairs(trainable).values())
-  return jnp.sqrt(jnp.maximum(sum(squares), 0))
+def _shares(trained, weights):
+  """Clients' shares by the norms of their products; they sum to one."""
+  present = (weights > 0).astype(weights.dtype)
+
+  def norm(trained):
+    squares = map(factors.squared_norm, factors.pairs(trained).values())
+    return jnp.sqrt(jnp.maximum(sum(squares), 0))
+
+  norms = present * jax.vmap(norm)(trained)
+  return aggregators.normalised(jnp.where(norms.any(), norms, present))
 
 
 def _tail(trainable, cut):

@@ -17,7 +17,6 @@ from fedjax_llm.federated import (
   clients,
   densities,
   rounds,
-  schedules,
 )
 from fedjax_llm.federated.algorithms import fed_avg, federated_select
 
@@ -62,23 +61,17 @@ def sparse_adapter(
     encode=lambda vector, state, key: (base.Dense(vector), state),
     decode=base.identity().decode,
   )
-  stages = {
-    0: channels.Channel(download=dense),
-    1: federated_select.received_alone(pruned),
-  }
-  return schedules.staged(
-    {
-      begin: fed_avg.fed_avg(
-        loss_fn,
-        client_optimizer,
-        server_optimizer,
-        channel=channel,
-        aggregate=aggregate or aggregators.uniform_mean(),
-        population=population,
-        placement=placement,
-      )
-      for begin, channel in stages.items()
-    }
+  return fed_avg.fed_avg(
+    loss_fn,
+    client_optimizer,
+    server_optimizer,
+    channel={
+      0: channels.Channel(download=dense),
+      1: federated_select.received_alone(pruned),
+    },
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
+    placement=placement,
   )
 
 

@@ -108,7 +108,7 @@ def test_het_lora_is_its_oracle_in_float64(problem, oracle):
       problem, het_lora.het_lora, REPLACE, cohorts, decay=0.5, penalty=PENALTY
     )
   assert {ranks[client] for client in (1, 3, 5)} == {1, 2}
-  assert state.upload.tolist() == [ranks[client] for client in range(7)]
+  assert state.ranks.tolist() == [ranks[client] for client in range(7)]
   got = oracle.flatten(state.trainable)
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
@@ -216,7 +216,7 @@ def test_a_client_that_prunes_itself_stays_small(problem):
   # What was sent small comes small from then on.
   np.testing.assert_array_equal(down[1:], up[:-1])
   assert (np.diff(up, axis=0) <= 0).all()
-  assert state.upload[[0, 1, 3, 4, 5]].tolist() == [2] * 5
+  assert state.ranks[[0, 1, 3, 4, 5]].tolist() == [2] * 5
 
 
 def test_the_loss_that_is_reported_is_without_the_penalty(problem):
@@ -297,7 +297,7 @@ def test_ranks_and_weights_are_of_all_modules_and_layers_together():
   state, _ = jax.jit(algorithm.round)(
     algorithm.init(tree), {}, {"x": np.zeros(1, np.float32)}, cohort, KEY
   )
-  assert state.upload.tolist() == [2, 4]
+  assert state.ranks.tolist() == [2, 4]
   for got, small, large in zip(
     matrices(state.trainable), *answers, strict=True
   ):
