@@ -1,5 +1,7 @@
 """The transforms between a vector and a message. Knows only flat vectors."""
 
+from fedjax_llm.compression import sparse as sparse
+from fedjax_llm.compression import wire as wire
 from fedjax_llm.compression.base import Compressor as Compressor
 from fedjax_llm.compression.base import chain as chain
 from fedjax_llm.compression.base import error_feedback as error_feedback
