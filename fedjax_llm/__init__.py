@@ -39,6 +39,7 @@ if TYPE_CHECKING:
   from fedjax_llm.federated.clients import local_update as local_update
   from fedjax_llm.federated.clients import map_clients as map_clients
   from fedjax_llm.federated.clients import proximal as proximal
+  from fedjax_llm.federated.draws import Purpose as Purpose
   from fedjax_llm.federated.network import Link as Link
   from fedjax_llm.federated.network import Network as Network
   from fedjax_llm.federated.privacy.guarantees import ClientLevel as ClientLevel
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
   )
   from fedjax_llm.federated.rounds import ServerState as ServerState
   from fedjax_llm.federated.rounds import federated_round as federated_round
+  from fedjax_llm.federated.rounds import first_state as first_state
   from fedjax_llm.federated.rounds import server_step as server_step
   from fedjax_llm.models.generation import generate as generate
   from fedjax_llm.models.heads import Classifier as Classifier
@@ -77,10 +79,12 @@ _NAMES = {
   "federated.clients": (
     *("Cohort", "Placement", "local_update", "map_clients", "proximal"),
   ),
+  "federated.draws": ("Purpose",),
   "federated.network": ("Link", "Network"),
   "federated.privacy.guarantees": ("ClientLevel", "ExampleLevel"),
   "federated.rounds": (
-    *("FederatedAlgorithm", "ServerState", "federated_round", "server_step"),
+    *("FederatedAlgorithm", "ServerState", "federated_round", "first_state"),
+    "server_step",
   ),
   "models.generation": ("generate",),
   "models.heads": ("Classifier",),
