@@ -22,7 +22,8 @@ def compare(
   Args:
     runs: run folders, or folders of run folders; or a study, a file of JSON
       lines, whose runs are summed up by mean and deviation over seeds.
-    out: where to draw the plot.
+    out: where to draw the plot. A study gets a second one, with `_ratios` after
+      the name: how many times fewer bytes than dense LoRA each method needed.
     target_loss: adds the bytes and simulated seconds until it was first seen
       that the held-out loss was at most so much; not of a study.
     target_accuracy: the same for an accuracy of at least so much, in [0, 1].
@@ -37,13 +38,16 @@ def compare(
         f" {target_loss=}, {target_accuracy=}. Leave them out."
       )
     entries = [entry for path in runs for entry in studies.load(path)]
-    study_plots.plot(entries, out)
+    study_plots.ends(entries, out)
+    drawn = [out]
     print(study_tables.table(entries, papers=conventions))
-    if any(entry.method == studies.REFERENCE for entry in entries):
+    if study_plots.has_ratios(entries):
+      drawn.append(out.with_stem(f"{out.stem}_ratios"))
+      study_plots.ratios(entries, drawn[-1])
       of = " of uploads" if studies.is_of_uploads(entries) else ""
       print(f"\nTimes fewer bytes{of} than dense until there:\n")
       print(study_tables.ratio_table(entries))
-    print(f"\nPlot: {out}")
+    print(f"\nPlot: {', '.join(map(str, drawn))}")
     return
   loaded = [run for folder in runs for run in report.load(folder)]
   report.plot(loaded, out)

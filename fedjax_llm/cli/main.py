@@ -37,7 +37,7 @@ def main() -> None:
   """The entry point; exits with 2 on bad input, 130 after Ctrl-C."""
   try:
     _command(sys.argv[1:] or ["--help"])
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (ValueError, FloatingPointError, ImportError, OSError) as error:
     if _is_of_a_config(error):
       raise
     _fail(str(error))

@@ -1,4 +1,4 @@
-"""From named sources to the arrays and cohorts that rounds train on."""
+"""Data sets, templates, partitions, rows of tokens and cohorts."""
 
 from fedjax_llm.data import corpora as corpora
 from fedjax_llm.data import partition as partition

@@ -5,6 +5,7 @@ import pytest
 from fedjax_llm.cli import compare as commands
 from fedjax_llm.cli import run
 from tests import toy_experiments as toys
+from tests import toy_study
 
 
 def test_compare_shows_all_runs_in_one_table_and_plot(tmp_path, capsys):
@@ -39,6 +40,17 @@ def test_compare_adds_what_a_target_took_and_how_papers_count(tmp_path, capsys):
 def test_compare_wants_a_run():
   with pytest.raises(ValueError, match="one or more run folders"):
     commands.compare(())
+
+
+def test_compare_of_a_study_draws_ends_and_ratios(tmp_path, capsys):
+  path = toy_study.write(
+    tmp_path / "toy.jsonl", [*toy_study.DENSE, *toy_study.SPARSE]
+  )
+  commands.compare((path,), out=tmp_path / "toy.png")
+  told = capsys.readouterr().out.splitlines()[-1]
+  plots = tmp_path / "toy.png", tmp_path / "toy_ratios.png"
+  assert told == f"Plot: {plots[0]}, {plots[1]}"
+  assert all(plot.is_file() for plot in plots)
 
 
 def test_compare_of_a_study_has_a_target_of_its_own(tmp_path):

@@ -320,6 +320,18 @@ def test_an_error_inside_is_of_one_screen_too(main, run_toy, name, tmp_path):
   assert message in err.splitlines()[-1]
 
 
+def test_a_missing_extra_is_an_error_of_one_line(main, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "dp_accounting", None)
+  config = tmp_path / "private.py"
+  config.write_text(
+    "from fedjax_llm.federated import privacy\n\n"
+    "def experiment():\n  privacy.ExampleLevel(1.0, 1e-5)\n"
+  )
+  status, _, err = main("run", config, "--out", tmp_path / "run")
+  assert status == 2
+  assert "pip install 'dp-accounting" in err and err.count("\n") == 1
+
+
 def test_a_file_in_the_place_of_the_folder(main, run_toy, tmp_path):
   (tmp_path / "run").write_text("")
   status, _, err = main(*run_toy(tmp_path / "run"))

@@ -26,10 +26,10 @@ STARTS = [0, 8, 20, 24, 40]
 
 
 def points(seed, count):
-  """Points of a plane, and whether they lie in a circle."""
+  """Points of a plane, and on which side of a line they lie."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(count, 2)).astype(np.float32)
-  return {"x": x, "y": (np.square(x).sum(1) < 1.4).astype(np.float32)}
+  return {"x": x, "y": (x.sum(1) > 0).astype(np.float32)}
 
 
 def logits(trainable, frozen, x):
@@ -76,7 +76,8 @@ def exported(folder):
 def test_it_trains_exports_and_resumes_to_the_bit(tmp_path):
   runner.run(experiment(), tmp_path / "whole")
   first, *_, last = run_folder.read_metrics(tmp_path / "whole/metrics.jsonl")
-  assert last["loss"] < first["loss"] == pytest.approx(np.log(2))
+  assert first["loss"] == pytest.approx(np.log(2), rel=1e-4)
+  assert last["loss"] < 0.9 * first["loss"]
   made = experiment()
 
   def dies(state, number):

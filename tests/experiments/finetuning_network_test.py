@@ -98,15 +98,16 @@ def assert_same_bits(tree, other):
   assert jax.tree.all(same)
 
 
-def by_hand(toy, weights_of, count, **options):
-  """States after rounds of cohorts in which only weights are set."""
+def by_hand(toy, answers_of, count, **options):
+  """States after rounds in which clients that do not answer weigh nothing."""
   advance = jax.jit(toy.algorithm.round)
   examples, frozen = toy.task.population.examples, toy.task.frozen
   sample, key = toy.sampler(**options), jax.random.key(toy.task.seed)
   state, states = toy.algorithm.init(toy.task.trainable), []
   for number in range(count):
     cohort = sample(number)
-    cohort = cohort._replace(weights=np.float32(weights_of(number, cohort)))
+    answers = np.float32(answers_of(number, cohort))
+    cohort = cohort._replace(weights=answers * cohort.weights)
     state, _ = advance(state, frozen, examples, cohort, key)
     states.append(jax.device_get(state))
   return states
@@ -280,12 +281,14 @@ def test_only_who_is_there_pays_in_a_poisson_round(toy, sizes):
 def test_messages_of_all_that_a_method_trains_are_not_sparse(toy):
   trainable = {**toy.task.trainable, "fixed": jnp.zeros(3)}
   algorithm = parameters.partial(
-    fed_avg.fed_avg,
+    lambda loss_fn: fed_avg.fed_avg(
+      loss_fn,
+      optax.sgd(0.1),
+      optax.sgd(1.0),
+      placement=toy.task.placement,
+    ),
     toy.task.loss_fn,
-    optax.sgd(0.1),
-    optax.sgd(1.0),
     is_trained=lambda path: path == "w",
-    placement=toy.task.placement,
   )
   task = dataclasses.replace(toy.task, trainable=trainable)
   made = Toy(task, algorithm).experiment()
