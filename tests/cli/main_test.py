@@ -268,7 +268,7 @@ def test_only_what_computes_for_long_restarts_the_process(
 def main(monkeypatch, capsys):
   """Calls `main` in this process: the exit status, stdout and stderr."""
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-  monkeypatch.setattr(cli, "_prepare_process", lambda: None)
+  monkeypatch.setattr(cli, "_prepare_process", lambda **_: None)
 
   def fn(*arguments):
     monkeypatch.setattr(sys, "argv", ["fedjax-llm", *map(str, arguments)])
