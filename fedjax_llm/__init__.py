@@ -57,6 +57,20 @@ if TYPE_CHECKING:
   from fedjax_llm.models.heads import Classifier as Classifier
   from fedjax_llm.models.lora import LoRA as LoRA
 
+else:  # Hidden from type checkers: a name that is not above is a mistake.
+
+  def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+      value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _HOMES:
+      home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+      value = getattr(home, name)
+    else:
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # Found at once the next time.
+    return value
+
+
 # Where each name above is from; a test holds the two lists together.
 _MODULES = {
   "algorithms": "federated.catalogue",
@@ -93,17 +107,5 @@ _NAMES = {
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-  if name in _MODULES:
-    value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-  elif name in _HOMES:
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    value = getattr(home, name)
-  else:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  globals()[name] = value  # Found at once the next time.
-  return value
-
-
 def __dir__() -> list[str]:
-  return sorted({*globals(), *_MODULES, *_HOMES})
+  return sorted([*_MODULES, *_HOMES])
