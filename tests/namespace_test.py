@@ -56,7 +56,7 @@ def test_namespaces_are_modules_that_tell_what_they_are(name):
   assert inspect.getdoc(module)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_functions_stay_functions_in_every_order_of_import(order):
   statements = [
     "import fedjax_llm as fl; fl.algorithms.flasc",

@@ -286,7 +286,7 @@ def test_help_lists_the_knobs_with_their_docs(main):
   status, out, _ = main("run", "flasc", "--help")
   assert status == 0
   assert "--upload-density" in out and "--out" in out
-  assert "share of an update's entries that a client sends" in " ".join(
+  assert "share of an update that a client sends" in " ".join(
     out.replace("│", " ").split()
   )
 
