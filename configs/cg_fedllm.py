@@ -19,6 +19,7 @@ from fedjax_llm.codecs import files, fitting
 from fedjax_llm.compression import base
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import (
+  faf,
   finetuning,
   knobs,
   runner,
@@ -137,7 +138,7 @@ def experiment(
       "error_feedback needs a code of the least error: what an unbiased one"
       " loses grows from message to message. Leave --unbiased out."
     )
-  coding = tgap.coding(
+  coding = faf.coding(
     fitted,
     bits=bits,
     unbiased=unbiased,
@@ -171,8 +172,8 @@ def experiment(
     settings = fitting.Settings(
       steps=refit.fit_steps, learning_rate=refit.fit_learning_rate, seed=seed
     )
-    fit = functools.partial(tgap.refit, settings=settings)
-    compressed = tgap.refitted(compressed, fit, every=refit.refit_every)
+    fit = functools.partial(faf.refit, settings=settings)
+    compressed = faf.refitted(compressed, fit, every=refit.refit_every)
   uncompressed = fed_avg.fed_avg(
     task.loss_fn, client, optax.sgd(1.0), placement=task.placement
   )

@@ -15,7 +15,6 @@ import optax
 
 import fedjax_llm as fl
 from fedjax_llm.codecs import (
-  autoencoder,
   fitting,
   layouts,
   networks,
@@ -123,20 +122,16 @@ def experiment(
     algorithm = tgap.federated_pretraining(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
-  # What would fail after all is recorded fails now.
+  # Refused now, and not after everything is recorded.
   if schedule.rounds < 2:
     raise ValueError(
       "expected two rounds or more, the last ones to judge by, got"
       f" rounds={schedule.rounds}."
     )
   if fit.codec == "transform":
-    experiments.check_bits(task.trainable, fit.bits)
-    finish = functools.partial(
-      experiments.fit_transform, trainable=task.trainable, bits=fit.bits
-    )
+    finish = experiments.fit_transform(task.trainable, fit.bits)
   else:
     layout, network = _network(fit, task.trainable)
-    autoencoder.latent_quantiser(network)
     settings = fitting.Settings(
       steps=fit.fit_steps,
       batch_size=fit.fit_batch_size,
@@ -144,12 +139,7 @@ def experiment(
       normalise=fit.normalise,
       seed=seed,
     )
-    finish = functools.partial(
-      experiments.fit_autoencoder,
-      layout=layout,
-      network=network,
-      settings=settings,
-    )
+    finish = experiments.fit_autoencoder(layout, network, settings)
   return experiments.recorded(
     task,
     algorithm,

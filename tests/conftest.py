@@ -9,6 +9,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if not hasattr(jax, "enable_x64"):  # JAX 0.7
+  jax.enable_x64 = jax.experimental.enable_x64
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,6 +44,21 @@ def room_for_programs():
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def equations():
+  """All equations of a function's jaxpr, those of inner jaxprs included."""
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      yield equation
+      for inner in jax.tree.leaves(list(equation.params.values())):
+        inner = getattr(inner, "jaxpr", inner)  # Of a closed jaxpr.
+        if hasattr(inner, "eqns"):
+          yield from walk(inner)
+
+  return lambda fn, *args: list(walk(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from fedjax_llm.cli import evaluate, examination
+from fedjax_llm.cli import evaluate, sitting
 from fedjax_llm.evaluation import ceval, mmlu
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -40,13 +40,13 @@ def test_the_table_is_of_the_exams(name):
   assert said["tokens of a prompt at most"] == limit
   assert said["what is scored after the prompt"] == f"`{exam.answer('A')}`"
   assert said["an average counts alike"] == exam.averaged_over
-  default = examination.Options().shots
+  default = sitting.Options().shots
   assert said["shots by default"] == str(default)
 
 
 def test_options_and_tasks_are_those_of_the_command():
   parameters = inspect.signature(evaluate.evaluate).parameters
-  fields = dataclasses.fields(examination.Options)
+  fields = dataclasses.fields(sitting.Options)
   names = {*parameters, *(field.name for field in fields), "json"}
   options = {f"--{name.replace('_', '-')}" for name in names}
   assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", TEXT)) <= options

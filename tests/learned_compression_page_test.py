@@ -1,4 +1,4 @@
-"""docs/learned_compression.md has the tables of the committed results."""
+"""docs/learned_compression*.md have the tables of the committed results."""
 
 import json
 import pathlib
@@ -11,7 +11,9 @@ from fedjax_llm.reporting import runs, studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cg_fedllm"
-TEXT = (ROOT / "docs" / "learned_compression.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "learned_compression.md"
+STUDY = ROOT / "docs" / "learned_compression_study.md"
+TEXT = STUDY.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -43,13 +45,28 @@ def test_analyses(path):
 
 
 def test_the_two_commands():
-  assert runs.table(runs.load(RESULTS / "embedded")) in TEXT
+  assert runs.table(runs.load(RESULTS / "embedded")) in PAGE.read_text()
+
+
+def test_the_page_sums_up_what_the_study_has():
+  """Losses of the short table are in the study, with their deviations."""
+  losses = re.findall(r"\d\.\d{3} ± \d\.\d{3}", PAGE.read_text())
+  assert len(losses) == 24
+  tables = [line for line in TEXT.splitlines() if "× fewer" not in line]
+  rows = [line for line in tables if line.count("|") > 8]
+  assert not {x for x in losses if not any(x in row for row in rows)}
+
+
+def test_the_page_is_one_that_a_reader_can_use():
+  assert PAGE.read_text().count("\n") <= 250
 
 
 def test_there_is_something_to_check():
   assert len(list(RESULTS.glob("*.json*"))) > 3
 
 
-def test_linked_files_exist():
-  for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+@pytest.mark.parametrize("page", [PAGE, STUDY], ids=lambda x: x.stem)
+def test_linked_files_exist(page):
+  text = page.read_text(encoding="utf-8")
+  for path in re.findall(r"\]\((?!http)([^)#]+)", text):
     assert (ROOT / "docs" / path).exists(), path

@@ -1,4 +1,4 @@
-"""README's Python blocks run, and its tables are those of committed results."""
+"""README's Python blocks run; tables are those of the committed results."""
 
 import pathlib
 import re
@@ -10,6 +10,7 @@ from fedjax_llm.reporting import studies, study_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -24,16 +25,17 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "names",
+  "names, text",
   [
-    ["quickstart"],
-    ["flasc_dolly", "flasc_gsm8k"],
-    ["flasc_newsgroups"],
+    (["quickstart"], README),
+    (["flasc_dolly", "flasc_gsm8k"], PAGE),
+    (["flasc_newsgroups"], PAGE),
   ],
+  ids=["quickstart", "language", "classification"],
 )
-def test_tables_are_those_of_the_committed_runs(names):
+def test_tables_are_those_of_the_committed_runs(names, text):
   runs = [run for name in names for run in report.load(RESULTS / name)]
-  assert report.table(runs) in README
+  assert report.table(runs) in text
 
 
 STUDIES = sorted(
@@ -46,7 +48,8 @@ STUDIES = sorted(
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_committed_studies(path):
   entries = studies.load(path)
-  assert study_tables.table(entries) in README
+  marked = re.search(f"<!-- {path.stem} -->(.*?)<!-- end -->", PAGE, re.DOTALL)
+  assert marked and study_tables.table(entries) in marked[1]
   assert all(run.record["date"] for entry in entries for run in entry.runs)
 
 
@@ -54,6 +57,18 @@ def test_the_commands_are_one_line_each():
   assert [block.count("\n") for block in blocks("bash")][:2] == [1, 1]
 
 
-def test_linked_files_exist():
-  for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
-    assert (ROOT / path).exists(), path
+def test_it_is_read_in_one_go():
+  assert README.count("\n") <= 200
+
+
+def test_no_plot_is_missing():
+  for path in STUDIES:
+    assert f"results/flasc/{path.stem}.png" in PAGE
+
+
+@pytest.mark.parametrize(
+  "text, folder", [(README, ROOT), (PAGE, ROOT / "docs")], ids=["home", "page"]
+)
+def test_linked_files_exist(text, folder):
+  for path in re.findall(r"\]\((?!http)([^)#]+)", text):
+    assert (folder / path).exists(), path

@@ -1,22 +1,22 @@
-"""What updates are like, and what codecs make of noise and of other data.
+"""What updates look like, and how codecs treat noise and other data.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.analyses TASK
 
-TASK is shakespeare, library or dolly; `distortion TASK` comes first. Of its
-recordings with seed 0:
+TASK is shakespeare, library or dolly; run `distortion TASK` first. It analyses
+the recording with seed 0:
 
-updates    moments, likeness between clients and rounds, principal components
-ratios     signal to noise at half a bit, by CG-FedLLM's definition (Table 1)
-           and the usual one
-noise      noise of growing size added to updates before the codec: the mean
-           squared error of what arrives to what there was without the noise
-transfer   a codec that was fitted on one task's updates, on another's of the
-           same model: the standard library and Dolly
+updates    moments, similarity of clients and of rounds, principal components
+ratios     signal-to-noise ratio at half a bit, by CG-FedLLM's definition (Table
+           1) and by the usual one
+noise      noise of growing size is added to updates before the codec; the mean
+           squared error is between what arrives and the update without noise
+transfer   a codec fitted to the updates of one task codes those of another task
+           with the same model: the standard library and Dolly
 
-To another rank, or to other layers, nothing is transferred. Axes, scales and
-variances that were learned are of entries by their place. Convolutions, as the
-paper's, would slide over any image: the paper's transmit nothing at home. What
-learns nothing, as STC and EDEN, serves every adapter alike.
+Learned axes, scales and variances belong to entries by their place, so no codec
+is transferred to another rank or to other layers. The paper's convolutions
+would fit any image, but they transmit nothing on their own task. Codecs that
+learn nothing, such as STC and EDEN, serve every adapter.
 """
 
 import datetime
@@ -26,14 +26,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tabulate
-from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
 from fedjax_llm.codecs import distortion
+from fedjax_llm.reporting import panels
 
 BITS = 0.5
 SIGMAS = (5e-5, 5e-4, 5e-3, 5e-2, 5e-1)
@@ -50,7 +49,7 @@ CODECS = (
 
 
 def main() -> None:
-  """Computes what the result file lacks, and tells and draws what is there."""
+  """Computes the results if they are missing, prints and draws them."""
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_analyses.json"
   if not path.exists():
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
-  """A Markdown table for each analysis."""
+  """Returns a Markdown table for each analysis."""
   return {
     name: tabulate.tabulate(
       rows, headers="keys", tablefmt="github", disable_numparse=True
@@ -74,37 +73,34 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
-  """Errors against the noise that was added before a codec."""
-  matplotlib.use("agg")
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  """Errors against the noise that was added before a codec, a panel a codec."""
   *rows, nothing = found["tables"]["noise"]
-  sigmas = [float(row["sigma"]) for row in rows]
-  for name in list(rows[0])[1:]:
-    axes.plot(
-      sigmas,
-      [float(row[name]) for row in rows],
-      marker=".",
-      linewidth=2 if name.startswith("our") else 1,
-      label=name,
-    )
-  level = float(nothing["uncompressed"])
-  axes.axhline(level, color="k", linestyle=":", label=nothing["sigma"])
-  axes.set(
-    xscale="log",
-    yscale="log",
-    xlabel="standard deviation of the noise of an entry",
-    ylabel="mean squared error to the clean update",
-    title=found["task"],
+  names = list(rows[0])[1:]
+  figure, by_name = panels.grid(
+    names,
+    "standard deviation of the noise added to an entry",
+    "mean squared error to the clean update",
   )
-  axes.legend(fontsize=7)
+  sigmas = [float(row["sigma"]) for row in rows]
+  errors = {name: [float(row[name]) for row in rows] for name in names}
+  level = float(nothing["uncompressed"])
+  for name, axes in by_name.items():
+    for other in names:
+      axes.plot(sigmas, errors[other], color="0.8", linewidth=0.8, zorder=1)
+    axes.plot(sigmas, errors[name], marker="o", markersize=3)
+    axes.axhline(level, color="k", linestyle=":", linewidth=1)
+    axes.annotate(
+      nothing["sigma"], (sigmas[0], 1.2 * level), fontsize="x-small"
+    )
+    # Uncompressed updates leave it: their error is that of the noise.
+    axes.set(xscale="log", yscale="log", ylim=(level / 10, 1))
   figure.savefig(path, dpi=150)
-  plt.close(figure)
 
 
 def _analyse(task: str) -> dict[str, Any]:
   rate = rates.of(task)
   recorded = _recorded(task, rate)
-  # By the same rate, so that it is the data that differ.
+  # With the same learning rate, so that only the data differ.
   other = _recorded(OTHER[task], rate) if task in OTHER else None
   receivers = {
     name: jax.jit(distortion.receiver(codec))
@@ -192,7 +188,7 @@ def _ratios(recorded, receivers) -> list[dict[str, str]]:
 
 
 def _noise(recorded, receivers) -> list[dict[str, str]]:
-  """Errors to clean updates of a held-out round, of what arrives of noisy."""
+  """Errors of what arrives of noisy updates, to the updates without noise."""
   vectors = jnp.asarray(recorded.store.snapshots[recorded.groups[0]])
   rows = []
   for sigma in SIGMAS:
@@ -209,7 +205,7 @@ def _noise(recorded, receivers) -> list[dict[str, str]]:
 
 
 def _transfer(recorded, other, receivers) -> list[dict[str, str]]:
-  """Squared errors on held-out updates of the own task and of the other."""
+  """Squared errors on held-out updates of the same task and of the other."""
   rows = []
   for name, receive in receivers.items():
     errors = [

@@ -1,7 +1,7 @@
-"""The codecs that the study compares, each at so many bits an entry.
+"""The codecs that the study compares, each at a given number of bits per entry.
 
-Of a codec with a setting, such as a density, it is the finest whose message is
-no longer than that and 2 %. Learned ones are fitted to the recorded updates.
+A codec with a setting, such as a density, takes the finest setting whose
+message is at most 2 % longer. Learned codecs are fitted to recorded updates.
 """
 
 import functools
@@ -28,20 +28,20 @@ from fedjax_llm.compression import base
 
 BITS = (0.25, 0.5, 1.0, 2.0)
 _DENSITIES = tuple(np.geomspace(1 / 1000, 0.9, 400))
-# Of the image that the network of rows sees.
+# Width of the image that the network of rows sees.
 _WIDTH = 256
-# Of trellises: more takes longer, and is a little closer to the bound.
+# Memory of trellises: more is slower, and a little closer to the bound.
 _MEMORY = 8
-# Longer than asked for by headers, scales and padding at most.
+# How much longer than asked for a message may be, for headers and scales.
 _SLACK = 0.02
-# The paper's network has one size, and images are padded for it.
+# The paper's network has one size, for which images are padded.
 _SLACK_OF_PAPER = 0.2
 
 
 def of(
   name: str, bits: float, recorded: recordings.Recorded
 ) -> base.Compressor | None:
-  """The codec of this name; None if it has no message that short."""
+  """Returns the codec of this name; None if its messages are all longer."""
   slack = _SLACK_OF_PAPER if name.startswith("paper") else _SLACK
   size = recorded.store.about["size"]
   most = (1 + slack) * bits * size / 8
@@ -51,7 +51,7 @@ def of(
 def _finest(
   make: Callable[[Any], base.Compressor], settings: Sequence[Any]
 ) -> Callable[..., base.Compressor | None]:
-  """Of settings in ascending order, the last whose message is short enough."""
+  """The last setting, in ascending order, whose message is short enough."""
 
   def fn(bits, recorded, most):
     del bits
@@ -75,7 +75,7 @@ def _top_k(density):
 
 
 def _at(*known: float) -> Callable[..., Any]:
-  """A codec of whole numbers of bits, or such as it has."""
+  """A codec that exists at the known numbers of bits only."""
 
   def decorate(make):
     return lambda bits, recorded, most: make(bits) if bits in known else None
@@ -91,7 +91,7 @@ def _pca(bits, recorded, most):
 
 
 def _rows(bits, recorded, most):
-  """Ours: each row by a linear map, its latent in a bit or two."""
+  """Ours: a linear map of each row, with a latent of one or two bits."""
   of_latent = max(1, round(bits))
   latents = round(_WIDTH * bits / of_latent)
   energies = np.mean(np.square(recorded.fitted), axis=0)
@@ -101,7 +101,7 @@ def _rows(bits, recorded, most):
 
 
 def _paper(bits, recorded, most):
-  """A 64th of the entries in float32: half a bit, if there is no padding."""
+  """1/64 of the entries in float32: half a bit, if there is no padding."""
   if bits != 0.5:
     return None
   layout = layouts.flat(recorded.task.trainable)
@@ -120,12 +120,12 @@ def _fitted(name, recorded, layout, network, learning_rate):
     )
     print(f"{folder.parent.name} {name}\n{report.describe()}", flush=True)
     files.save(folder, codec, recorded.store.about)
-  codec, _ = files.load(folder, recorded.task.trainable)
+  codec: Any = files.load(folder, recorded.task.trainable)[0]
   return autoencoder.autoencoder(codec)
 
 
 def _transform(bits, recorded, most, unbiased=False):
-  """Ours: along principal axes, bits where the variance is, by trellises."""
+  """Ours: principal axes, with more bits where the variance is larger."""
   del bits
   size = recorded.store.about["size"]
   transform = transforms.fit(recorded.fitted, recorded.task.trainable)

@@ -1,11 +1,15 @@
-"""What arrives of recorded updates: squared errors and cosines by bits.
+"""How much of recorded updates arrives: squared errors and cosines by bits.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.distortion TASK
 
-TASK is shakespeare, library or dolly. Updates of 20 rounds on D1 are recorded;
-codecs that learn are fitted to the first 16 rounds, and all are measured on the
-last four. Every message is a real one. A second call computes what is missing,
-and prints and draws what there is.
+TASK is shakespeare, library or dolly. Updates of 20 rounds on D1 are recorded.
+Learned codecs are fitted to the first 16 rounds, and all codecs are measured on
+the last four. Bits are those of real messages. A second call computes what is
+missing, and prints and draws all results.
+
+The committed records have an older innovation cosine: the mean over clients of
+one cosine for each. It is now one cosine of all clients of a round together,
+for reasons that `compression.distortion.cosines` gives.
 """
 
 import datetime
@@ -18,13 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 import tabulate
-from matplotlib import pyplot as plt
 
 from benchmarks import study
 from benchmarks.cg_fedllm import codecs, rates, recordings
 from fedjax_llm.codecs import distortion
+from fedjax_llm.reporting import panels
 
 COLUMNS = {
   "relative_squared_error": "squared error",
@@ -33,8 +39,12 @@ COLUMNS = {
 }
 
 
+# The largest error that is drawn to scale.
+_TOP = 3.0
+
+
 def main() -> None:
-  """Measures, tells and draws."""
+  """Measures, prints and draws."""
   given = study.arguments(__doc__, "cg_fedllm")
   path = given.out / f"{given.task}_distortion.jsonl"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +62,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _measure(task: str, seed: int, path: pathlib.Path) -> None:
-  """Appends a line for each codec and budget that the file lacks."""
+  """Appends a line for each codec and budget that is missing in the file."""
   done = {(x["codec"], x["budget"], x["seed"]) for x in read(path)}
   wanted = [(name, bits) for bits in codecs.BITS for name in codecs.CODECS]
   wanted += [(name, 0.0) for name in _controls(None)]
@@ -108,9 +118,10 @@ def _controls(recorded: recordings.Recorded | None) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-  """A Markdown table: a codec a row, means, and deviations over seeds.
+  """Returns a Markdown table with a row for each codec.
 
-  A codec that has no longer message is told once.
+  Values are means and standard deviations over seeds. A codec whose message is
+  the same at a larger budget has one row.
   """
   rows: list[dict[str, str]] = []
   told = set()
@@ -138,40 +149,67 @@ def _error(row: dict[str, str]) -> float:
 
 
 def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Squared error against the bits that were sent, and Shannon's bound."""
-  matplotlib.use("agg")
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  names = [x for x in dict.fromkeys(r["codec"] for r in records)]
-  colours = matplotlib.colormaps["tab20"]
-  for number, name in enumerate(names):
-    found = [x for x in records if x["codec"] == name and x["budget"]]
-    if not found:
-      continue
-    budgets = sorted({x["budget"] for x in found})
-    mean = lambda key, budget, found=found: np.mean(
-      [x[key] for x in found if x["budget"] == budget]
-    )
-    axes.plot(
-      [mean("bits", x) for x in budgets],
-      [mean("relative_squared_error", x) for x in budgets],
-      marker=".",
-      linewidth=2 if name.startswith("our") else 1,
-      color=colours(number % 20),
-      label=name,
-    )
-  bits = np.linspace(0.05, 2, 100)
-  axes.plot(bits, 4.0**-bits, "k:", label="bound, if Gaussian and white")
+  """Squared error against the bits that were sent, and Shannon's bound.
+
+  What is far above an error of one is named at the upper edge.
+  """
+  figure = matplotlib.figure.Figure((panels.WIDTH, 5.5), layout="constrained")
+  axes = figure.subplots()
   axes.set(
     xscale="log",
     yscale="log",
+    xlim=(0.018, 2.3),
+    ylim=(0.05, 1.2 * _TOP),
     xlabel="bits an entry, of real messages",
-    ylabel="relative squared error",
-    ylim=(0.04, 1.5),
-    title=records[0]["task"],
+    ylabel="squared error, relative to sending nothing",
   )
-  axes.legend(fontsize=7)
+  names = sorted({x["codec"] for x in records if x["budget"]})
+  palette = [
+    matplotlib.colormaps[name](i)
+    for name in ("tab10", "Dark2")
+    for i in range(8)
+  ]
+  bound = "bound, white Gaussian vectors"
+  colours: dict[str, Any] = {bound: "black"}
+  ends = {bound: (2.0, 4.0**-2)}
+  for name, colour in zip(names, palette, strict=False):
+    bits, errors = np.array(_curve(records, name)).T
+    label = name
+    if errors[-1] > _TOP:
+      label = f"{name}, {errors[-1]:.1f} (off scale)"
+    axes.plot(
+      bits,
+      np.minimum(errors, _TOP),
+      marker=".",
+      linewidth=2 if name.startswith("our") else 1,
+      color=colour,
+    )
+    colours[label] = colour
+    ends[label] = (bits[-1], min(errors[-1], _TOP))
+  bits = np.linspace(0.02, 2, 100)
+  axes.plot(bits, 4.0**-bits, "k:")
+  axes.grid(alpha=0.3)
+  for axis, ticks in (
+    (axes.xaxis, (0.02, 0.05, 0.1, 0.25, 0.5, 1, 2)),
+    (axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2)),
+  ):
+    axis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_major_formatter("{x:g}")
+  panels.name_ends(axes, ends, colours)
   figure.savefig(path, dpi=150)
-  plt.close(figure)
+
+
+def _curve(records, name):
+  """(bits, squared error) of a codec by its budgets, means over seeds."""
+  found = [x for x in records if x["codec"] == name and x["budget"]]
+  return [
+    tuple(
+      np.mean([x[key] for x in found if x["budget"] == budget])
+      for key in ("bits", "relative_squared_error")
+    )
+    for budget in sorted({x["budget"] for x in found})
+  ]
 
 
 if __name__ == "__main__":

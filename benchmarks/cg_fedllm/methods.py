@@ -1,10 +1,13 @@
-"""What a cell of the study runs: fine-tuning on D2 with a codec in the upload.
+"""What a cell of the study runs: fine-tuning on D2 with a codec for uploads.
 
-As CG-FedLLM does, clients train by Adam, and what arrives is averaged, which
-replaces the adapter at a server rate of 1. Downloads are whole, and so are
-uploads if the method is "dense". Knobs are `bits`, of an entry of an upload,
-`error_feedback`, and `server_decay`, by which the server's rate falls to a
-tenth over the rounds; of private messages `epsilon` and `place`, see `noise`.
+As in CG-FedLLM, clients train with Adam and the server averages what arrives;
+at a server rate of 1 the mean replaces the adapter. Downloads are uncompressed,
+and so are uploads if the method is "dense". Knobs:
+
+bits             bits per entry of an upload
+error_feedback   whether clients use error feedback
+server_decay     whether the server's rate falls to a tenth over the rounds
+epsilon, place   for private messages, see `noise`
 """
 
 import optax
@@ -19,7 +22,7 @@ from fedjax_llm.federated.algorithms import fed_avg
 
 
 def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
-  """The task of a cell, and its codec in it."""
+  """Returns the task of a cell, and its experiment."""
   knobs = dict(cell.knobs)
   upload = compression.identity()
   if cell.method == "dense" and "epsilon" not in knobs:
@@ -46,12 +49,12 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
 
 
 def noise_of(cell: study.Cell, recorded: recordings.Recorded) -> noise.Noise:
-  """The noise of a cell's messages."""
+  """Returns the noise of a cell's messages."""
   return _noise(cell, _codec(cell, recorded), recorded)
 
 
 def _upload(cell, recorded) -> base.Compressor:
-  """The codec of a cell, with its noise and its error feedback."""
+  """The codec of a cell, with its noise and error feedback."""
   knobs, codec = dict(cell.knobs), _codec(cell, recorded)
   if "epsilon" in knobs:
     codec = noise.added(_noise(cell, codec, recorded), codec, knobs["place"])

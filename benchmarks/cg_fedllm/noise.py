@@ -1,25 +1,26 @@
-"""Noise that clients add to uploads, so that nobody learns much from them.
+"""Noise that clients add to uploads, for differential privacy of messages.
 
 All messages of a client together are (epsilon, DELTA)-DP, by Gaussian DP, for
-whoever sees them, the server included. Counted is the worst that can be:
+anyone who sees them, including the server. The accounting is for the worst
+case:
 
-- neighbours differ in all data of a client, so that two clipped vectors are up
-  to two clip norms apart;
-- a client takes part in every one of the T rounds. Cohorts are drawn without
-  regard to data and without replacement, so that nobody sends more often; who
-  takes part is no secret, and no privacy is claimed from the draw.
+- Neighbouring data sets differ in all data of a client, so two clipped vectors
+  can be two clip norms apart.
+- A client takes part in all T rounds. It cannot take part more often, because a
+  cohort is drawn without replacement. Who takes part is public, and sampling is
+  not counted as privacy.
 
-So mu = 2 sqrt(T) / z. What else comes of a client's data is not accounted: how
-many rows it has, metrics, and the updates on D1, of which clip norms are the
-median and codecs are fitted.
+So mu = 2 sqrt(T) / z, where z is the noise multiplier. Not accounted are a
+client's number of rows, metrics, and the updates on D1, to which codecs are
+fitted and whose median norm is the clip norm.
 
-Noise "before" the codec is added to the update, and what the codec makes of it
-is post-processing. Noise "after" it is added to the latent, where that is of
-real numbers: `LATENTS`. Quantisers send codes, to which none can be added. Of
-what they quantise, EDEN and our transform code turn the update, which keeps
-norms and noise as they are: after it is before it. PCA's axes are orthonormal
-too, but few: noise before is as large in each coordinate of the latent as noise
-after, and what differs is the norm that is clipped.
+Noise "before" the codec is added to the update; the codec is post-processing.
+Noise "after" the codec is added to the latent of the codecs in `LATENTS`, whose
+messages are real numbers. Quantisers send integer codes, to which no noise can
+be added. EDEN and our transform code rotate the update before they quantise,
+which preserves norms and noise: noise after the rotation equals noise before
+it. PCA projects to a few orthonormal axes: noise before and noise after have
+the same size in each coordinate of the latent, but the clipped norms differ.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from fedjax_llm.compression import base
 from fedjax_llm.federated.privacy import gaussian, messages
 
 DELTA = 1e-5
-# Methods whose messages are of real numbers.
+# Methods whose messages are real numbers.
 LATENTS = ("PCA", "paper's autoencoder")
 
 
@@ -43,10 +44,10 @@ class Noise(NamedTuple):
   """What a client adds.
 
   Attributes:
-    clip_norm: what the vector is clipped to, the median over held-out updates.
-    multiplier: the standard deviation of the noise, in clip norms.
-    entries: how many numbers with noise arrive: of PCA no more than the latent
-      has, wherever the noise is added.
+    clip_norm: clip norm, the median norm of held-out updates.
+    multiplier: standard deviation of the noise, in clip norms.
+    entries: number of noisy numbers that arrive. With PCA it is the size of the
+      latent, also if the noise is added before.
   """
 
   clip_norm: float
@@ -55,15 +56,15 @@ class Noise(NamedTuple):
 
   @property
   def in_mean(self) -> float:
-    """The norm of the noise in a round's mean, in clip norms, about."""
+    """The approximate norm of the noise in a round's mean, in clip norms."""
     clients = problems.CLIENTS_PER_ROUND
     return self.multiplier * (self.entries / clients) ** 0.5
 
   @property
   def server_rate(self) -> float:
-    """The step that errs least if the mean is as long as the clip norm.
+    """The server rate of least error if the norm of the mean is the clip norm.
 
-    Three digits of it. It is post-processing, of what everyone knows.
+    It is rounded to three digits. It depends on public numbers only.
     """
     return float(f"{1 / (1 + self.in_mean**2):.3g}")
 
@@ -77,25 +78,26 @@ def of(
   epsilon: float,
   rounds: int,
 ) -> Noise:
-  """The noise of so many rounds.
+  """Returns the noise that makes `rounds` messages private.
 
   Args:
-    method: the name of the codec.
-    codec: itself; `identity` of uncompressed uploads.
-    recorded: whose held-out updates tell the clip norm.
+    method: name of the codec.
+    codec: the codec; `identity` for uncompressed uploads.
+    recorded: recording whose held-out updates give the clip norm.
     place: "before" the codec or "after" it.
-    epsilon: of all rounds, > 0.
-    rounds: T.
+    epsilon: epsilon of all rounds together, positive.
+    rounds: number of rounds, T.
 
   Raises:
-    ValueError: if there is no such place.
+    ValueError: if `place` is another word, or the codec's messages are not real
+      numbers and `place` is "after".
   """
   if place not in ("before", "after"):
     raise ValueError(f"expected place 'before' or 'after', got {place!r}.")
   if place == "after" and method not in LATENTS:
     raise ValueError(
-      f"expected noise before {method}, got {place=}: its messages are not of"
-      f" real numbers, as those of {', '.join(LATENTS)} are."
+      f"expected noise before {method}, got {place=}: its messages are not real"
+      f" numbers, as those of {', '.join(LATENTS)} are."
     )
   vectors = recorded.store.snapshots[np.concatenate(recorded.groups)]
   latents = vectors
@@ -109,7 +111,7 @@ def of(
 
 
 def added(noise: Noise, codec: base.Compressor, place: str) -> base.Compressor:
-  """The codec, with noise before or after it."""
+  """Returns the codec with noise before or after it."""
   mechanism = messages.gaussian_mechanism(
     clip_norm=noise.clip_norm, noise_multiplier=noise.multiplier
   )

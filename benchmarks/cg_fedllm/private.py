@@ -1,15 +1,16 @@
-"""Fine-tuning by private messages: held-out loss against epsilon.
+"""Fine-tuning with private messages: held-out loss against epsilon.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.private TASK --seeds 1
   fedjax-llm compare benchmarks/results/cg_fedllm/TASK_private.jsonl
 
-TASK is shakespeare; `rates TASK` comes first. Uncompressed uploads, and codecs
-at half a bit an entry: ours with noise before it, PCA with noise after it. See
-`noise` for what epsilon is of, and why no other has noise after it. The server
-knows how much noise there is, and steps by as much less: `Noise.server_rate`.
-What PCA knows without clients, the mean update on D1, arrives as well. The same
-without noise is in `utility`, but for the reference. In the end the program
-tells how large the noise is that arrives, also if it were added before PCA.
+TASK is shakespeare; run `rates TASK` first. It compares uncompressed uploads,
+our transform code with noise before it, and PCA with noise after it, the codecs
+at half a bit per entry. `noise` says what epsilon accounts for, and why no
+other codec has noise after it. The server knows the size of the noise and takes
+smaller steps, `Noise.server_rate`. PCA also adds the mean update on D1, which
+needs no message. The runs without noise are in `utility`, except for the
+uncompressed one. At the end the program prints the size of the noise that
+arrives, also for noise before PCA.
 """
 
 import tabulate
@@ -24,12 +25,12 @@ MECHANISMS = (
   ("our transform code", "before"),
   ("PCA", "after"),
 )
-# Measured, not run.
+# Its noise is measured, but it is not run.
 ALSO = ("PCA", "before")
 
 
 def cells(given) -> list[study.Cell]:
-  """Every mechanism at every epsilon, and no noise, seed by seed."""
+  """Every mechanism at every epsilon, and one run without noise, per seed."""
   made = []
   for seed in range(given.seeds):
     plain = _cell(given, "dense", seed)
@@ -44,7 +45,7 @@ def cells(given) -> list[study.Cell]:
 
 
 def table(given) -> str:
-  """Markdown: the noise of each mechanism, of the first seed."""
+  """Returns a Markdown table: the noise of each mechanism, first seed."""
   recorded = recordings.of(_cell(given, "dense", 0))
   rows = []
   for method, place in (*MECHANISMS, ALSO):

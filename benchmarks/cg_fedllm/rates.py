@@ -1,13 +1,13 @@
-"""Learning rates, on validation rows: of clients, and of the server by codec.
+"""Tunes learning rates on validation rows: of clients, and of the server.
 
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.rates TASK
 
-All codecs of the study have the clients' rate of uncompressed rounds. A server
-that takes the mean of what arrives for what it is may be too slow, where codes
-are shorter than what they are of, and too fast, where they are noise; so may
-it be without a codec. Each is run as CG-FedLLM is, whose mean replaces the
-adapter, and at server rates that end at a tenth of what they begin at: 1, 2 and
-4, then 3 where 2 was best, and 8 where 4 was.
+The clients' rate is tuned without compression and used for all codecs. The
+server's rate is tuned for each codec. Some codes shrink updates, for which a
+rate of 1 is too small; others add noise, for which it may be too large. Each
+codec is run at a constant rate of 1, as in CG-FedLLM, where the mean replaces
+the adapter, and at rates of 1, 2 and 4 that fall to a tenth over the rounds.
+Then a rate of 3 is run where 2 was best, and a rate of 8 where 4 was best.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ ROUNDS = {"shakespeare": 30, "library": 15, "dolly": 15}
 SEED = 100
 DECAY = (("server_decay", True),)
 SERVERS = ((1.0, ()), (2.0, DECAY), (1.0, DECAY), (4.0, DECAY))
-# Beside the best of these, where they leave a gap or end.
+# What is also run, by the best of these.
 FURTHER = {(2.0, DECAY): (3.0, DECAY), (4.0, DECAY): (8.0, DECAY)}
-# At half a bit, by all seeds, and with error feedback but for the unbiased one,
-# whose error may be larger than what it is of.
+# At half a bit, with all seeds. All but the unbiased one also run with error
+# feedback; its error may be larger than the update.
 MAIN = (
   *("STC", "EDEN", "trellis", "our transform code"),
   "our transform code, unbiased",
 )
 WITH_FEEDBACK = MAIN[:-1]
-# By one seed. The paper's autoencoder, which transmits nothing, is not tuned.
+# With one seed. The paper's autoencoder transmits nothing and is not tuned.
 OTHERS = ("Top-K", "PowerSGD", "PCA", "our autoencoder")
-# A rate and further knobs.
+# A rate, and further knobs.
 Server = tuple[float, tuple[tuple[str, Any], ...]]
 
 
 def of(task: str, folder: pathlib.Path = study.RESULTS / "cg_fedllm") -> float:
-  """The clients' rate: that of the lowest validation loss, uncompressed."""
+  """Returns the clients' rate with the lowest uncompressed validation loss."""
   best = _best(task, folder, "dense", (), ROUNDS_OF_CLIENT_RATES)
   if best is None:
     raise ValueError(f"no rates of {task} in {folder}: run rates {task} first.")
@@ -54,13 +54,13 @@ def of_server(
   knobs: tuple[tuple[str, Any], ...],
   folder: pathlib.Path = study.RESULTS / "cg_fedllm",
 ) -> Server:
-  """The server's rate, and whether it decays; 1 if that was not tuned.
+  """Returns the server's rate and its knobs; a constant 1 if it is not tuned.
 
   Args:
-    task: as in `problems.TASKS`.
-    method: a codec, or "dense".
-    knobs: without the server's.
-    folder: of the results.
+    task: name of a task in `problems.TASKS`.
+    method: name of a codec, or "dense".
+    knobs: knobs of the cell, without those of the server.
+    folder: folder of the results.
   """
   best = _best(task, folder, method, knobs, ROUNDS[task])
   if best is None:
@@ -70,12 +70,12 @@ def of_server(
 
 
 def knobs(bits: float, feedback: bool = False) -> tuple[tuple[str, Any], ...]:
-  """Of a cell with a codec."""
+  """The knobs of a cell with a codec."""
   return (("bits", bits), ("error_feedback", feedback))
 
 
 def _best(task, folder, method, knobs, rounds):
-  """The cell of the lowest loss at the end, of so many rounds."""
+  """The cell of the lowest final loss, among those of so many rounds."""
   path = folder / f"{task}_rates.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
   found = []
@@ -96,7 +96,7 @@ def _of_clients(task):
 
 
 def _tuned():
-  """What is tuned, names and knobs."""
+  """Names and knobs of what is tuned."""
   tuned = [("dense", ())]
   tuned += [(name, knobs(0.5)) for name in (*MAIN, *OTHERS)]
   tuned += [(name, knobs(0.5, feedback=True)) for name in WITH_FEEDBACK]
@@ -112,7 +112,7 @@ def _cell(task, rate, name, own, server):
 
 
 def _of_servers(task, rate):
-  """The first server of all codecs, then the next: each is fitted once."""
+  """One cell for each server and codec, all codecs of a server in a row."""
   return [
     _cell(task, rate, *setting, server)
     for server, setting in itertools.product(SERVERS, _tuned())
@@ -120,7 +120,7 @@ def _of_servers(task, rate):
 
 
 def _further(task, rate, folder):
-  """One more server of each whose best so far has one beside it."""
+  """One more cell for each codec whose best server so far is in `FURTHER`."""
   best = [(x, of_server(task, *x, folder)) for x in _tuned()]
   return [
     _cell(task, rate, *setting, FURTHER[server])
@@ -138,7 +138,7 @@ if __name__ == "__main__":
   )
   rate = of(given.task, given.out)
   cells = _of_servers(given.task, rate)
-  # The first with a codec makes the recordings for the others.
+  # The first cell with a codec makes the recording for the others.
   study.run(cells[:2], path, methods.experiment, processes=1)
   study.run(cells, path, methods.experiment, processes=given.processes)
   cells = _further(given.task, rate, given.out)

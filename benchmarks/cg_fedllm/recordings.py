@@ -1,7 +1,7 @@
-"""What codecs are fitted on, once for all programs: updates on D1 of a task.
+"""Recorded updates on D1 of a task, which all programs fit codecs to.
 
-Federated averaging by clients that train by Adam, as CG-FedLLM's do, 10 clients
-a round. Kept in a folder of this machine, and recorded again where it is not.
+They are recorded during federated averaging with 10 clients a round that train
+with Adam, as in CG-FedLLM. A recording is cached in a folder of the machine.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from fedjax_llm.federated.algorithms import tgap
 
 SHARE = 0.3
 ROUNDS = 20
-# The last rounds, on which codecs are measured, and to which none is fitted.
+# Share of the rounds, the last ones, that codecs are measured on.
 HELD_OUT = 0.2
 
 
@@ -28,9 +28,9 @@ class Recorded(NamedTuple):
   """A task on D2, and what was recorded on D1.
 
   Attributes:
-    task: on D2.
-    store: of the updates.
-    folder: where what is fitted to them may be kept.
+    task: task on D2.
+    store: store of the updates on D1.
+    folder: folder for what is fitted to them.
   """
 
   task: tasks.Task
@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
 
   @property
   def groups(self) -> list[np.ndarray]:
-    """The snapshots of each held-out round."""
+    """The numbers of the snapshots of each held-out round."""
     rounds = self.store.rounds
     last = np.unique(rounds)[-round(HELD_OUT * ROUNDS) :]
     return [np.flatnonzero(rounds == number) for number in last]
@@ -52,25 +52,25 @@ class Recorded(NamedTuple):
 
 
 def parts(cell: Any) -> tuple[tasks.Task, tasks.Task]:
-  """The task of a cell on D1 and on D2."""
+  """Returns the task of a cell on D1 and on D2."""
   task = problems.make(cell, dict(cell.knobs))
   return experiments.divided(task, SHARE, seed=cell.seed)
 
 
 def of(cell: Any) -> Recorded:
-  """What is recorded for a cell's task, rank, seed and client rate."""
+  """Returns the recording of a cell's task, rank, seed and client rate."""
   first, second = parts(cell)
   cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
   name = f"{cell.task}_{cell.rank}_{cell.seed}_{cell.client_rate:g}"
   folder = pathlib.Path(cache).expanduser() / "recordings" / name
-  # Others may read it at the same time, and a run writes even if it is done.
+  # A finished run writes again, and another process may read at that time.
   if not (folder / "adapter").exists():
     runner.run(_recording(first, cell), folder)
   return Recorded(second, recording.Store(folder / "recording"), folder)
 
 
 def client_optimizer(rate: float) -> optax.GradientTransformation:
-  """Of all clients of the study."""
+  """The optimizer of all clients of the study."""
   return optax.adamw(rate, weight_decay=0.0)
 
 

@@ -3,8 +3,8 @@
   FEDJAX_LLM_DATA=folder python -m benchmarks.cg_fedllm.utility TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/cg_fedllm/TASK.jsonl
 
-TASK is shakespeare, library or dolly; `rates TASK` comes first. On D2, with and
-without error feedback.
+TASK is shakespeare, library or dolly; run `rates TASK` first. Clients train on
+D2, with and without error feedback.
 """
 
 import itertools
@@ -12,10 +12,11 @@ import itertools
 from benchmarks import study
 from benchmarks.cg_fedllm import methods, rates
 
-# At half a bit an entry, a 64th of float32, with the first seed alone.
+# At half a bit per entry, 1/64 of float32, with the first seed only.
 OTHERS = (*rates.OTHERS, "paper's autoencoder")
-# Of more bits, with the server of uncompressed rounds, as what arrives is
-# nearly what was sent; with the first seed alone, but for our transform code.
+# With more bits what arrives is nearly what was sent, so these have the server
+# rate of uncompressed rounds. With the first seed only, except our unbiased
+# transform code at one bit.
 MORE = {
   (1.0, False): (
     *("STC", "DRIVE", "EDEN", "trellis", "our transform code, unbiased"),
@@ -30,7 +31,7 @@ MORE = {
 
 
 def cells(given) -> list[study.Cell]:
-  """What all seeds run, then what the first one does besides."""
+  """The cells of all seeds, then those of the first seed only."""
   half = rates.knobs(0.5)
   fed = rates.knobs(0.5, feedback=True)
   tuned = lambda name, knobs: rates.of_server(

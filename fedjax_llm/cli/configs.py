@@ -13,6 +13,8 @@ import sys
 import types
 from typing import Annotated, Any, get_type_hints
 
+# The module that a config of the user's own becomes.
+OWN = "fedjax_llm_config"
 # What a run that goes on may differ in: parameters of `runner.run`.
 ALLOWANCES = {
   "allow_other_devices": "go on with a run that was begun on other devices",
@@ -20,8 +22,6 @@ ALLOWANCES = {
     "go on with a run that was begun with other versions of the libraries"
   ),
 }
-# The module that a config of the user's own becomes.
-OWN = "fedjax_llm_config"
 
 
 def folder() -> pathlib.Path:
@@ -41,15 +41,14 @@ def summaries() -> list[str]:
   return lines
 
 
-def load(name_or_path: str) -> types.ModuleType:
-  """Imports a config by its name under `configs/` or by its path.
+def find(name_or_path: str) -> pathlib.Path:
+  """The file of a config, by its name under `configs/` or by its path.
 
   Raises:
-    ValueError: if there is none, or it has no `experiment` function.
+    ValueError: if there is no such file.
   """
   path = pathlib.Path(name_or_path)
-  shipped = path.suffix != ".py"
-  if shipped:
+  if path.suffix != ".py":
     path = folder() / f"{name_or_path}.py"
   if not path.is_file():
     names = sorted(x.stem for x in folder().glob("*.py"))
@@ -57,6 +56,17 @@ def load(name_or_path: str) -> types.ModuleType:
       f"CONFIG expected the path of a Python file, or one of"
       f" {', '.join(names)}; got {name_or_path!r}, and there is no such file."
     )
+  return path
+
+
+def load(name_or_path: str) -> types.ModuleType:
+  """Imports a config by its name under `configs/` or by its path.
+
+  Raises:
+    ValueError: if there is none, or it has no `experiment` function.
+  """
+  path = find(name_or_path)
+  shipped = not name_or_path.endswith(".py")
   name = f"fedjax_llm.configs.{path.stem}" if shipped else OWN
   module = types.ModuleType(name)
   module.__file__ = str(path)
@@ -101,19 +111,13 @@ def options_of(module: types.ModuleType, *, resumes: bool = False) -> type:
     if dataclasses.is_dataclass(hint):
       hint = Annotated[hint, tyro.conf.arg(name="")]
     fields.append((name, hint, dataclasses.field(default=default)))
+  help_of = lambda text: tyro.conf.arg(help=text)
   for name, text in ALLOWANCES.items() if resumes else ():
-    flag = Annotated[
-      bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)
-    ]
+    flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, help_of(text)]
     fields.append((name, flag, dataclasses.field(default=False)))
-  out = tyro.conf.arg(help="folder of the run; runs/CONFIG if not given")
-  fields.append(
-    (
-      "out",
-      Annotated[pathlib.Path | None, out],
-      dataclasses.field(default=None),
-    )
-  )
+  out = help_of("folder of the run; runs/CONFIG if not given")
+  default = dataclasses.field(default=None)
+  fields.append(("out", Annotated[pathlib.Path | None, out], default))
   text = inspect.getdoc(module.experiment) or ""
   return dataclasses.make_dataclass(
     "Knobs", fields, namespace={"__doc__": text}, kw_only=True

@@ -1,15 +1,14 @@
-"""What `fedjax-llm evaluate` does, once arguments are parsed."""
+"""`fedjax-llm evaluate`: perplexity and classification; exams by `sitting`."""
 
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from fedjax_llm.cli import examination
+from fedjax_llm.cli import sitting
 from fedjax_llm.data import batches, holdout, sources, templates, tokenised
 from fedjax_llm.evaluation import ceval, classification, likelihood, mmlu
 from fedjax_llm.experiments import loading, tasks
@@ -17,7 +16,7 @@ from fedjax_llm.models import classification as classifiers
 from fedjax_llm.models import language
 
 _WINDOW = 2048
-_ALL = examination.Options()
+_WHOLE_EXAM = sitting.Options()
 
 
 def evaluate(
@@ -31,18 +30,18 @@ def evaluate(
   data: str | None = None,
   text_column: str = "text",
   label_column: str = "label",
-  exam: tyro.conf.OmitArgPrefixes[examination.Options] = _ALL,
+  exam: tyro.conf.OmitArgPrefixes[sitting.Options] = _WHOLE_EXAM,
   sequence_length: int | None = None,
   batch_size: int = 8,
   dtype: tasks.Dtype = "float32",
   as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-  """Evaluate what a run has trained, or any model with or without an adapter.
+  """Evaluate a run, or any model with or without an adapter.
 
   perplexity: the text is tokenised once, with the tokenizer's special tokens,
-  and scored in one pass where it fits a window, else in several. The loss is
-  the mean over all predicted tokens. ceval, mmlu: multiple choice as their
-  authors ask it. classification: what a classifier makes of labelled texts.
+  and scored in one pass if it fits a window, else in several. The loss is the
+  mean over all predicted tokens. ceval, mmlu: multiple choice as the authors of
+  the exam ask it. classification: loss and accuracy on labelled texts.
 
   Args:
     run: folder of a run; or folder or hub name of an adapter or a model.
@@ -50,16 +49,16 @@ def evaluate(
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
     adapter: PEFT folder or hub name of a LoRA adapter for it.
-    text: of perplexity: a UTF-8 file.
-    data: of ceval and mmlu: a folder with the authors' zip or what is in it,
-      by default the hub's files; of classification: NAME_OR_FILES[@SPLIT].
-    text_column: of the data to classify.
-    label_column: of the data to classify.
-    exam: of ceval and mmlu.
-    sequence_length: tokens of a window, a prompt or a text at most; by default
-      the model's context, and 2048 but for ceval.
-    batch_size: rows scored at once, but for perplexity.
-    dtype: what to compute in.
+    text: UTF-8 file for perplexity.
+    data: for ceval and mmlu, a folder with the authors' zip or its contents, by
+      default the files on the hub; for classification, NAME_OR_FILES[@SPLIT].
+    text_column: column of the texts to classify.
+    label_column: column of their labels.
+    exam: options of ceval and mmlu.
+    sequence_length: most tokens in a window, a prompt or a text; by default the
+      model's context, and at most 2048 except for ceval.
+    batch_size: rows scored at once; perplexity scores one window at a time.
+    dtype: dtype of the model and its activations.
     as_json: print one line of JSON.
   """
   _check(task, text, data, exam)
@@ -70,14 +69,15 @@ def evaluate(
     kind = mmlu.EXAM
     if task == "ceval":
       kind = ceval.exam(chinese_names=exam.chinese_names)
-    result, shown = examination.sit(kind, exam, data, model, adapter, settings)
+    result, shown = sitting.sit(kind, exam, data, model, adapter, settings)
   else:
     if task == "perplexity":
       result = _perplexity(text, model, adapter, settings)
     else:
       columns = text_column, label_column
       result = _classification(data, columns, model, adapter, settings)
-    shown = _lines(result)
+    width = max(11, *(len(name) + 1 for name in result))
+    shown = "\n".join(f"{name:<{width}}{x:.6g}" for name, x in result.items())
   print(json.dumps({"task": task, **result}) if as_json else shown)
 
 
@@ -86,10 +86,15 @@ def _named(
 ) -> tuple[str | None, str | None]:
   """The model and the adapter of a run, and of options beside it."""
   if adapter is not None:
-    raise ValueError(f"expected RUN or --adapter, got {run} and {adapter}.")
+    raise ValueError(
+      f"evaluate expected RUN or --adapter, got both: {run} and {adapter}."
+    )
   trained, adapter = loading.of_run(run)
   if trained and model:
-    raise ValueError(f"expected one model, got {trained} and {model}.")
+    raise ValueError(
+      f"evaluate expected one model, got {trained} and {model}. Leave out"
+      " --model: the run has trained all of its own."
+    )
   return trained or model, adapter
 
 
@@ -97,21 +102,21 @@ def _check(
   task: str,
   text: pathlib.Path | None,
   data: str | None,
-  exam: examination.Options,
+  exam: sitting.Options,
 ) -> None:
   """Refuses options that the task does not read."""
-  if exam != _ALL and task not in ("ceval", "mmlu"):
-    raise ValueError(f"{task} is no exam, got options of one: {exam}.")
+  if exam != _WHOLE_EXAM and task not in ("ceval", "mmlu"):
+    raise ValueError(
+      f"task {task} expected no options of an exam, got {exam}. Add --task"
+      " ceval or --task mmlu."
+    )
   if exam.chinese_names and task != "ceval":
-    raise ValueError(f"--chinese-names is of ceval, got task {task}.")
+    raise ValueError(
+      f"--chinese-names expected task ceval, got task {task}. Leave it out."
+    )
   if (data if task == "perplexity" else text) is not None:
     expected = "--text FILE" if task == "perplexity" else "--data"
     raise ValueError(f"{task} expected {expected}, got {text=!s}, {data=!s}.")
-
-
-def _lines(values: Mapping[str, Any]) -> str:
-  width = max(11, *(len(name) + 1 for name in values))
-  return "\n".join(f"{name:<{width}}{x:.6g}" for name, x in values.items())
 
 
 def _perplexity(
@@ -121,7 +126,9 @@ def _perplexity(
   settings: loading.Settings,
 ) -> dict[str, float]:
   if text is None or not text.is_file():
-    raise ValueError(f"--text expected a file, got {text}, which is none.")
+    raise ValueError(
+      f"perplexity expected a file, --text FILE; got {text}, which is no file."
+    )
   loaded = loading.load(model, adapter, settings.dtype)
   tokenizer = loading.tokenizer_of(loaded)
   window = settings.length(loaded.config, _WINDOW)
@@ -177,10 +184,9 @@ def _classification(
   rows = rows._replace(
     tokens=rows.tokens[:, :width], segments=rows.segments[:, :width]
   )
+  score_fn = classifiers.score_fn(loaded.network(settings.dtype))
   score = classification.evaluator(
-    classifiers.score_fn(loaded.network(settings.dtype)),
-    rows,
-    batch_size=settings.batch_size,
+    score_fn, rows, batch_size=settings.batch_size
   )
   result = score(loaded.trained, loaded.params)
   return result | {"rows": len(kept), "without_text": len(texts) - len(kept)}

@@ -1,35 +1,34 @@
-"""The command line: `fedjax-llm run CONFIG`, `data CONFIG`, `compare` and more.
+"""The command line: `fedjax-llm COMMAND ...`, see `USAGE`.
 
-A config is a Python file with a function `experiment` of keyword-only knobs;
-its signature and docstring are the command's options and their help.
+A command imports what it needs and no more, so that help comes at once.
 """
 
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
-
-import tyro
 
 from fedjax_llm.cli import configs
 
-_COMMANDS = ("run", "data", "export", "pretrain", "compare", "evaluate")
-_COMMANDS += ("merge", "chat")
-_USAGE = """usage: fedjax-llm COMMAND ...
+USAGE = """usage: fedjax-llm COMMAND ...
 
-  run CONFIG [--knobs] [--out DIR]     run or resume an experiment
-  data CONFIG [--knobs] [--out DIR]    show which client has what
-  export CONFIG [--knobs] [--out DIR]  write a run's adapter so far
-  compare DIR DIR ...                  utility against bytes of finished runs
+  run CONFIG [--knobs] [--out DIR]     run an experiment, or resume it
+  data CONFIG [--knobs] [--out DIR]    show which client has which data
+  export CONFIG [--knobs] [--out DIR]  write the adapter of a run so far
+  compare DIR DIR ...                  compare the utility and bytes of runs
   evaluate RUN --task TASK ...         ceval, mmlu, perplexity, classification
-  merge --adapter FOLDER --out DIR     put an adapter into its base model
+  merge --adapter FOLDER --out DIR     merge an adapter into its base model
   chat --adapter FOLDER ...            see what an adapter changes
   pretrain [CONFIG] [--knobs]          train a base model
 
 CONFIG is a name or the path of a Python file with an `experiment` function.
-`fedjax-llm COMMAND --help` tells more."""
+`fedjax-llm run` lists the names, `fedjax-llm COMMAND --help` tells more."""
+_ON_CONFIGS = ("run", "data", "export", "pretrain")
+_COMMANDS = (*_ON_CONFIGS, "compare", "evaluate", "merge", "chat")
+# What computes for so long that huge pages are worth a restart.
+_LONG = ("run", "pretrain", "evaluate")
+_HELP = ("-h", "--help")
 # Each device holds a copy of the base model.
 _MOST_CPU_DEVICES = 8
 
@@ -37,9 +36,8 @@ _MOST_CPU_DEVICES = 8
 def main() -> None:
   """The entry point; exits with 2 on bad input, 130 after Ctrl-C."""
   try:
-    _prepare_process()
     _command(sys.argv[1:] or ["--help"])
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (ValueError, FloatingPointError, ImportError, OSError) as error:
     if _is_of_a_config(error):
       raise
     _fail(str(error))
@@ -49,68 +47,87 @@ def main() -> None:
 
 def _command(arguments: list[str]) -> None:
   command, *arguments = arguments
-  if command in ("-h", "--help"):
-    print(_USAGE)
+  if command in _HELP:
+    print(USAGE)
     return
   if command not in _COMMANDS:
-    raise ValueError(f"unknown command {command!r}.\n\n{_USAGE}")
-  # Slow to import.
-  from fedjax_llm.cli import evaluate, models, run
-
-  functions: dict[str, Callable[..., Any]] = {
-    "compare": run.compare,
-    "evaluate": evaluate.evaluate,
-    "merge": models.merge,
-    "chat": models.chat,
-  }
-  if command in functions:
-    tyro.cli(functions[command], prog=f"fedjax-llm {command}", args=arguments)
-    return
+    raise ValueError(
+      f"COMMAND expected one of {', '.join(_COMMANDS)}; got {command!r}."
+      " See `fedjax-llm --help`."
+    )
   if command == "pretrain" and (not arguments or arguments[0].startswith("-")):
     arguments = ["pretrain", *arguments]
-  on_config = {"data": run.data, "export": run.export}
-  _run(command, arguments, on_config.get(command, run.run))
+  if command in _ON_CONFIGS:
+    if not arguments or arguments[0] in _HELP:
+      print(f"{USAGE}\n\nConfigs:\n\n  " + "\n  ".join(configs.summaries()))
+      return
+    configs.find(arguments[0])
+  _prepare_process(
+    restart=command in _LONG and not set(_HELP).intersection(arguments)
+  )
+  if command in _ON_CONFIGS:
+    _on_config(command, *arguments)
+  else:
+    _tyro(_function(command), command, arguments)
 
 
-def _run(command: str, arguments: list[str], run: Callable[..., None]) -> None:
-  """Runs a config or shows its data: `arguments` are its name and knobs."""
-  config, *options = arguments or ["--help"]
-  if config in ("-h", "--help"):
-    print(f"{_USAGE}\n\nConfigs:\n\n  " + "\n  ".join(configs.summaries()))
-    return
+def _on_config(command: str, config: str, *options: str) -> None:
+  """Runs what a config makes, or shows its data, or exports its run."""
+  from fedjax_llm.cli import run
+
+  trains = command in ("run", "pretrain")
   module = configs.load(config)
-  name = pathlib.Path(config).stem
-  knobs = tyro.cli(
-    configs.options_of(module, resumes=command in ("run", "pretrain")),
-    prog=f"fedjax-llm {command} {config}",
-    args=options,
+  knobs = _tyro(
+    configs.options_of(module, resumes=trains), f"{command} {config}", options
   )
   values = dict(vars(knobs))
+  name = pathlib.Path(config).stem
   out = values.pop("out") or pathlib.Path("runs") / name
-  allowed = {x: values.pop(x) for x in configs.ALLOWANCES if x in values}
-  run(module.experiment, out, name=name, knobs=values, **allowed)
+  if trains:
+    allowed = {key: values.pop(key) for key in configs.ALLOWANCES}
+    run.run(module.experiment, out, name=name, knobs=values, **allowed)
+    return
+  function = {"data": run.data, "export": run.export}[command]
+  function(module.experiment, out, name=name, knobs=values)
 
 
-def _prepare_process() -> None:
+def _function(command: str) -> Any:
+  """What a command on models or runs does; its signature is its options."""
+  if command == "compare":
+    from fedjax_llm.cli import compare
+
+    return compare.compare
+  if command == "evaluate":
+    from fedjax_llm.cli import evaluate
+
+    return evaluate.evaluate
+  from fedjax_llm.cli import models
+
+  return {"merge": models.merge, "chat": models.chat}[command]
+
+
+def _tyro(function: Any, command: str, options: Any) -> Any:
+  import tyro
+
+  return tyro.cli(function, prog=f"fedjax-llm {command}", args=options)
+
+
+def _prepare_process(*, restart: bool) -> None:
   """Settings that must precede JAX's start.
 
   Huge pages: XLA's CPU backend allocates its temporary buffers anew in every
   step, and the page faults cost time. glibc reads the setting when a process
-  starts, so the process starts itself again, once.
+  starts, so the process starts itself again, once, before it imports anything
+  that is slow.
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   # On a CPU every core is a device with clients of its own.
   cores = min(os.cpu_count() or 1, _MOST_CPU_DEVICES)
   os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cores))
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+  if restart and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-  import jax  # Read the variable if it was imported only now.
-
-  jax.config.update(
-    "jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"])
-  )
 
 
 def _is_of_a_config(error: Exception) -> bool:

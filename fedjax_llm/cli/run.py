@@ -1,15 +1,11 @@
-"""What the commands on configs and runs do, once arguments are parsed."""
+"""`fedjax-llm run`, `data` and `export`: what is done with a config."""
 
 import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tyro
-
 from fedjax_llm.experiments import runner
-from fedjax_llm.reporting import clients, studies, study_plots, study_tables
-from fedjax_llm.reporting import runs as report
 
 
 def run(
@@ -21,13 +17,13 @@ def run(
   allow_other_devices: bool = False,
   allow_other_versions: bool = False,
 ) -> None:
-  """Runs or resumes what a config makes, and reports.
+  """Runs or resumes the experiments of a config, and reports.
 
   Args:
-    make: the config's `experiment` function; returns an `Experiment`, or
-      several by name, each of which gets a subfolder.
+    make: the config's `experiment` function; returns an `Experiment`, or a
+      dictionary of several, each of which gets a subfolder.
     out: folder of the run.
-    name: of the config.
+    name: name of the config.
     knobs: arguments of `make`; the others have their defaults.
     allow_other_devices: as of `runner.run`.
     allow_other_versions: as of `runner.run`.
@@ -35,18 +31,16 @@ def run(
   Raises:
     KeyboardInterrupt: after Ctrl-C, telling how to go on.
   """
-  arguments = inspect.signature(make).bind(**knobs)
-  arguments.apply_defaults()
-  knobs = arguments.arguments
-  made = make(**knobs)
-  several = isinstance(made, Mapping)
-  for label, experiment in (made if several else {name: made}).items():
-    folder = out / label if several else out
+  # Slow to import; errors of the config come first.
+  from fedjax_llm.reporting import runs as report
+
+  knobs = _resolved(make, knobs)
+  for label, experiment, folder in _experiments(make, out, name, knobs):
     people = experiment.population
     if people is not None and people.dropped:
       print(
-        f"{label}: {people.dropped:,} records have nothing to learn within"
-        " a row and are left out."
+        f"{label}: {people.dropped:,} records have no token to predict within a"
+        " row and are left out."
       )
     try:
       runner.run(
@@ -74,17 +68,20 @@ def data(
   name: str,
   knobs: Mapping[str, Any],
 ) -> None:
-  """Tells and draws which client has what, and trains nothing.
+  """Shows which client has which data, as a table and a plot; trains nothing.
 
   Args:
-    make: as for `run`; of several experiments, the first one's clients.
-    out: folder of the picture; made if absent.
-    name: of the config.
+    make: the config's `experiment` function; of several experiments, the
+      clients of the first are shown.
+    out: folder of the plot; made if absent.
+    name: name of the config.
     knobs: arguments of `make`; the others have their defaults.
 
   Raises:
     ValueError: if the experiment has no clients.
   """
+  from fedjax_llm.reporting import clients
+
   made = make(**knobs)
   first = next(iter(made.values())) if isinstance(made, Mapping) else made
   if first.population is None:
@@ -104,65 +101,37 @@ def export(
   name: str,
   knobs: Mapping[str, Any],
 ) -> None:
-  """Writes the adapter of the last checkpoint of a run, finished or not.
+  """Writes the adapter of a run's last checkpoint; the run may be unfinished.
 
   Args:
     make: the config's `experiment` function.
     out: folder of the run; the adapter is written to `adapter` in it.
-    name: of the config.
-    knobs: arguments of `make`, those of the run.
+    name: name of the config.
+    knobs: arguments of `make` in that run; the others have their defaults.
   """
-  arguments = inspect.signature(make).bind(**knobs)
-  arguments.apply_defaults()
-  knobs = arguments.arguments
-  made = make(**knobs)
-  several = isinstance(made, Mapping)
-  for label, experiment in (made if several else {name: made}).items():
-    folder = out / label if several else out
+  knobs = _resolved(make, knobs)
+  for label, experiment, folder in _experiments(make, out, name, knobs):
     done = runner.export(experiment, folder, name=label, knobs=knobs)
     print(f"{label}: round {done}, exported to {folder}")
 
 
-def compare(
-  runs: tyro.conf.Positional[tuple[pathlib.Path, ...]],
-  /,
-  *,
-  out: pathlib.Path = pathlib.Path("compare.png"),
-  target_loss: float | None = None,
-  target_accuracy: float | None = None,
-  conventions: bool = False,
-) -> None:
-  """Compare finished runs: a table and a plot of utility against bytes.
+def _resolved(
+  make: Callable[..., Any], knobs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The knobs with the defaults of the others."""
+  arguments = inspect.signature(make).bind(**knobs)
+  arguments.apply_defaults()
+  return arguments.arguments
 
-  Args:
-    runs: run folders, or folders of run folders; or a study, a file of JSON
-      lines, whose runs are summed up by mean and deviation over seeds.
-    out: where to draw the plot.
-    target_loss: adds the bytes and simulated seconds until it was first seen
-      that the held-out loss was at most so much; not of a study.
-    target_accuracy: the same for an accuracy of at least so much, in [0, 1].
-    conventions: adds bytes as papers count them: values only, + bitmap, + COO.
-  """
-  if not runs:
-    raise ValueError("compare expected one or more run folders, got none.")
-  if all(map(studies.is_study, runs)):
-    if target_loss is not None or target_accuracy is not None:
-      raise ValueError(
-        "a study has the utility of its dense runs for a target, got"
-        f" {target_loss=}, {target_accuracy=}. Leave them out."
-      )
-    entries = [entry for path in runs for entry in studies.load(path)]
-    study_plots.plot(entries, out)
-    print(study_tables.table(entries, papers=conventions))
-    if any(entry.method == studies.REFERENCE for entry in entries):
-      of = " of uploads" if studies.is_of_uploads(entries) else ""
-      print(f"\nTimes fewer bytes{of} than dense until there:\n")
-      print(study_tables.ratio_table(entries))
-    print(f"\nPlot: {out}")
-    return
-  loaded = [run for folder in runs for run in report.load(folder)]
-  report.plot(loaded, out)
-  given = {"loss": target_loss, "accuracy": target_accuracy}
-  targets = {metric: x for metric, x in given.items() if x is not None}
-  shown = report.table(loaded, targets=targets, papers=conventions)
-  print(f"{shown}\n\nPlot: {out}")
+
+def _experiments(
+  make: Callable[..., Any],
+  out: pathlib.Path,
+  name: str,
+  knobs: Mapping[str, Any],
+) -> list[tuple[str, runner.Experiment, pathlib.Path]]:
+  """Name, experiment and folder of each experiment of a config."""
+  made = make(**knobs)
+  if not isinstance(made, Mapping):
+    return [(name, made, out)]
+  return [(label, made[label], out / label) for label in made]

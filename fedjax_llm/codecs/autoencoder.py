@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import PRNGKeyArray
 
 from fedjax_llm import compression
 from fedjax_llm.codecs import layouts, networks, pca
@@ -61,8 +62,7 @@ def autoencoder(codec: Codec) -> base.Compressor:
   def encode(vector, key):
     del key  # Deterministic.
     image = codec.layout.pack(vector.astype(jnp.float32)) / scale
-    images = image[None, :, :, None]
-    latents: Any = codec.network.encoder.apply(codec.encoder, images)
+    latents: Any = codec.network.encoder.apply(codec.encoder, image[None])
     return pca.Latent(latents.ravel(), vector.size)
 
   def decode(payload):
@@ -95,10 +95,23 @@ def latent_shape(
   network: networks.Network, layout: layouts.Layout
 ) -> tuple[int, ...]:
   """The shape of one latent, without the axis of the batch."""
-  image = jax.ShapeDtypeStruct((1, *layout.positions.shape, 1), "float32")
-  init = network.encoder.init_with_output
-  latents, _ = jax.eval_shape(init, jax.random.key(0), image)
+  images = jax.ShapeDtypeStruct((1, *layout.positions.shape), "float32")
+  init_with_output = network.encoder.init_with_output
+  latents, _ = jax.eval_shape(init_with_output, jax.random.key(0), images)
   return latents.shape[1:]
+
+
+def init(
+  network: networks.Network, layout: layouts.Layout, key: PRNGKeyArray
+) -> dict[str, Any]:
+  """Random variables of both ends, named "encoder" and "decoder"."""
+  keys = jax.random.split(key)
+  images = jnp.zeros((1, *layout.positions.shape))
+  latents = jnp.zeros((1, *latent_shape(network, layout)))
+  return {
+    "encoder": jax.jit(network.encoder.init)(keys[0], images),
+    "decoder": jax.jit(network.decoder.init)(keys[1], latents),
+  }
 
 
 def setup_bytes(codec: Codec) -> int:

@@ -39,8 +39,7 @@ _MODULES = {
     networks.ResNetDecoder,
     networks.ConvolutionalEncoder,
     networks.ConvolutionalDecoder,
-    row_network.RowEncoder,
-    row_network.RowDecoder,
+    row_network.Rows,
   )
 }
 

@@ -221,13 +221,8 @@ def _scale(known, layout, normalise) -> jax.Array:
 
 def _init(network, layout, optimizer, known, settings) -> _State:
   """The state before the first step."""
-  keys = jax.random.split(jax.random.key(settings.seed))
-  image = jnp.zeros((1, *layout.positions.shape, 1))
-  shape = autoencoder.latent_shape(network, layout)
-  variables = {
-    "encoder": jax.jit(network.encoder.init)(keys[0], image),
-    "decoder": jax.jit(network.decoder.init)(keys[1], jnp.zeros((1, *shape))),
-  }
+  key = jax.random.key(settings.seed)
+  variables = autoencoder.init(network, layout, key)
   return _State(
     variables,
     optimizer.init(training.parameters_of(variables)),

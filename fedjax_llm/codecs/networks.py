@@ -1,6 +1,5 @@
 """The networks of CG-FedLLM's autoencoders, as Flax modules.
 
-Images are [batch, height, width, 1], where the paper writes [1, height, width].
 Encoder and decoder are separate modules: a client holds the parameters of the
 encoder, the server those of the decoder.
 """
@@ -24,7 +23,7 @@ class Network:
   """Both ends of an autoencoder, without their parameters.
 
   Attributes:
-    encoder: module from images [n, height, width, 1] to latents [n, ...].
+    encoder: module from images [n, height, width] to latents [n, ...].
     decoder: module from latents to images.
     bits: bits per latent entry in a message, by `compression.lloyd_max`; None
       for float32.
@@ -86,19 +85,19 @@ class ResNetEncoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: Float[Array, "n h w 1"]
+    self, images: Float[Array, "n h w"]
   ) -> Float[Array, "n h/64 w/64 64"]:
     """Returns the latents of images.
 
     Raises:
       ValueError: if a side is not a multiple of 64, or is below 128.
     """
-    if any(side % 64 or side < 128 for side in images.shape[1:3]):
+    if any(side % 64 or side < 128 for side in images.shape[1:]):
       raise ValueError(
         "expected images whose sides are multiples of 64, 128 or more, got"
-        f" {images.shape[1:3]}. layouts.flat makes such images."
+        f" {images.shape[1:]}. layouts.flat makes such images."
       )
-    x = _convolution(self.stem, 3)(_reflect(images, 1))
+    x = _convolution(self.stem, 3)(_reflect(images[..., None], 1))
     x = nn.relu(_normalised(self, x))
     for channels in CHANNELS:
       x = _convolution(channels, 3, strides=2, padding=1)(x)
@@ -127,7 +126,7 @@ class ResNetDecoder(nn.Module):
   @nn.compact
   def __call__(
     self, latents: Float[Array, "n h w 64"]
-  ) -> Float[Array, "n 64*h 64*w 1"]:
+  ) -> Float[Array, "n 64*h 64*w"]:
     """Returns the images of latents."""
     x = latents
     for _ in range(BLOCKS):
@@ -138,7 +137,7 @@ class ResNetDecoder(nn.Module):
         channels, (3, 3), (2, 2), padding=((1, 2), (1, 2)), use_bias=False
       )(x)
       x = nn.relu(_normalised(self, x))
-    x = _convolution(1, 7, use_bias=True)(_reflect(x, 3))
+    x = _convolution(1, 7, use_bias=True)(_reflect(x, 3))[..., 0]
     return x if self.linear else jnp.tanh(x)
 
 
@@ -157,13 +156,13 @@ class ConvolutionalEncoder(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, images: Float[Array, "n h w 1"]) -> Float[Array, "n m 1"]:
+  def __call__(self, images: Float[Array, "n h w"]) -> Float[Array, "n m 1"]:
     """Returns the latents of images, which are read row by row.
 
     Raises:
       ValueError: if the number of entries of an image is not a multiple of 32.
     """
-    count, height, width, _ = images.shape
+    count, height, width = images.shape
     if height * width % 32:
       raise ValueError(
         "expected images whose number of entries is a multiple of 32, got"
@@ -188,7 +187,7 @@ class ConvolutionalDecoder(nn.Module):
   @nn.compact
   def __call__(
     self, latents: Float[Array, "n m 1"]
-  ) -> Float[Array, "n 32*m 1 1"]:
+  ) -> Float[Array, "n 32*m 1"]:
     """Returns the images of latents, as one column."""
     x = latents
     for channels in (*CHANNELS_1D[-2::-1], 1):
@@ -197,7 +196,7 @@ class ConvolutionalDecoder(nn.Module):
         channels, (KERNEL_1D,), (2,), padding=((2, 3),), use_bias=last
       )(x)
       x = jnp.tanh(x) if last else nn.relu(_normalised(self, x))
-    return x[:, :, None]
+    return x
 
 
 def _convolution(channels, width, *, strides=1, padding=0, use_bias=False):

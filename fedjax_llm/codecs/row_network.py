@@ -39,57 +39,25 @@ def network(
       "row_network.network expected width and latents > 0, hidden >= 0, got"
       f" {width=}, {latents=}, {hidden=}."
     )
-  return networks.Network(
-    RowEncoder(latents, hidden), RowDecoder(width, hidden), bits
-  )
+  return networks.Network(Rows(latents, hidden), Rows(width, hidden), bits)
 
 
-class RowEncoder(nn.Module):
-  """Maps each row to its latent.
+class Rows(nn.Module):
+  """A linear map plus a perceptron, of each row by itself and without bias.
 
   Attributes:
-    latents: number of latent entries per row.
-    hidden: width of the hidden layers; 0 for none.
+    features: entries of a row that comes out.
+    hidden: width of the two hidden layers; 0 for the linear map only.
   """
-
-  latents: int
-  hidden: int = 0
-
-  @nn.compact
-  def __call__(
-    self, images: Float[Array, "n h w 1"]
-  ) -> Float[Array, "n h latents"]:
-    """The latents of images."""
-    return _Perceptron(self.latents, self.hidden)(images[..., 0])
-
-
-class RowDecoder(nn.Module):
-  """Maps each latent back to its row; the output is not bounded.
-
-  Attributes:
-    width: width of the images.
-    hidden: width of the hidden layers; 0 for none.
-  """
-
-  width: int
-  hidden: int = 0
-
-  @nn.compact
-  def __call__(
-    self, latents: Float[Array, "n h latents"]
-  ) -> Float[Array, "n h w 1"]:
-    """The images of latents."""
-    return _Perceptron(self.width, self.hidden)(latents)[..., None]
-
-
-class _Perceptron(nn.Module):
-  """A linear map plus a perceptron, both of the last axis and without bias."""
 
   features: int
-  hidden: int
+  hidden: int = 0
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(
+    self, x: Float[Array, "n h entries"]
+  ) -> Float[Array, "n h features"]:
+    """Returns the rows of images, or of latents; zero stays zero."""
     y = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)(x)
     if self.hidden:
       for _ in range(2):

@@ -45,7 +45,7 @@ def step(
     apply = lambda module, end, x: module.apply(
       {**variables[end], "params": parameters[end]}, x, mutable="batch_stats"
     )
-    latents, encoder_stats = apply(encoder, "encoder", images[..., None])
+    latents, encoder_stats = apply(encoder, "encoder", images)
     received, decoder_stats = apply(
       decoder, "decoder", _as_sent(network, latents)
     )

@@ -1,11 +1,16 @@
-"""The transforms between a vector and a message. Knows only flat vectors."""
+"""Compression: how a flat vector becomes a message and a vector again."""
 
+from fedjax_llm.compression import sparse as sparse
+from fedjax_llm.compression import wire as wire
 from fedjax_llm.compression.base import Compressor as Compressor
+from fedjax_llm.compression.base import Dense as Dense
 from fedjax_llm.compression.base import chain as chain
 from fedjax_llm.compression.base import error_feedback as error_feedback
 from fedjax_llm.compression.base import identity as identity
 from fedjax_llm.compression.base import relative_to as relative_to
+from fedjax_llm.compression.base import stateless as stateless
 from fedjax_llm.compression.base import transmit as transmit
+from fedjax_llm.compression.grouped import top_k_per_group as top_k_per_group
 from fedjax_llm.compression.levels import qsgd as qsgd
 from fedjax_llm.compression.levels import sign as sign
 from fedjax_llm.compression.levels import (
@@ -28,5 +33,5 @@ from fedjax_llm.compression.sketch import count_sketch as count_sketch
 from fedjax_llm.compression.sparse import random_k as random_k
 from fedjax_llm.compression.sparse import select as select
 from fedjax_llm.compression.sparse import top_k as top_k
-from fedjax_llm.compression.sparse import top_k_per_group as top_k_per_group
 from fedjax_llm.compression.trellises import trellis as trellis
+from fedjax_llm.compression.wire import message as message

@@ -16,12 +16,7 @@ Payload = Any
 
 
 class Compressor(NamedTuple):
-  """A way to send vectors, of three pure functions.
-
-  `init` is called once per sender, with a vector of which only shape and type
-  count, and returns a state without leaves if the compressor has no memory.
-  `encode` runs at the sender and may be random. `decode` runs at the receiver
-  and sees the payload and nothing else.
+  """Three pure functions that send vectors.
 
   >>> import jax, jax.numpy as jnp
   >>> from fedjax_llm import compression
@@ -37,15 +32,32 @@ class Compressor(NamedTuple):
   [ 0. -1.  0.  0.]
   >>> wire.nbytes(payload)
   18
+
+  Attributes:
+    init: vector -> state. Called once for each sender. Only the vector's shape
+      and type count. A state without leaves means that there is no memory.
+    encode: (vector, state, key) -> (payload, state). Runs at the sender, and
+      may be random.
+    decode: payload -> vector. Runs at the receiver, which knows the payload and
+      nothing else.
+    for_updates: whether the compressor delays what it loses, so that only sums
+      of its vectors arrive. Updates are added up; parameters are not.
   """
 
   init: Callable[[Vector], State]
   encode: Callable[[Vector, State, PRNGKeyArray], tuple[Payload, State]]
   decode: Callable[[Payload], Vector]
+  for_updates: bool = False
 
 
 class Transmission(NamedTuple):
-  """What `transmit` returns: the vector that arrived, and how."""
+  """The result of `transmit`.
+
+  Attributes:
+    received: the vector that arrives.
+    state: the sender's new state.
+    payload: the message, of `wire.nbytes(payload)` bytes.
+  """
 
   received: Vector
   state: State
@@ -54,7 +66,7 @@ class Transmission(NamedTuple):
 
 @wire.message(tag=0)
 class Dense:
-  """A vector, entry by entry."""
+  """A vector, entry by entry. Each entry has the same meaning every time."""
 
   values: Any
 
@@ -73,14 +85,14 @@ def transmit(
   """Sends `vector` through `compressor`.
 
   Args:
-    compressor: of the sender and the receiver.
-    vector: what to send.
-    state: the sender's, from `compressor.init` or the transmission before.
-    key: for compressors that are random.
+    compressor: the compressor of both ends.
+    vector: the vector to send.
+    state: the sender's state, from `compressor.init` or the last transmission.
+    key: the random key for `encode`.
 
   Returns:
-    What arrives, in the type of `vector`; the sender's new state; and the
-    payload, whose `wire.nbytes` is what it took.
+    The vector that arrives, in the type of `vector`; the sender's new state;
+    and the payload.
   """
   payload, state = compressor.encode(vector, state, key)
   received = compressor.decode(payload).astype(vector.dtype)
@@ -91,7 +103,38 @@ def stateless(
   encode: Callable[[Vector, PRNGKeyArray], Payload],
   decode: Callable[[Payload], Vector],
 ) -> Compressor:
-  """A compressor without memory, of `encode(vector, key)` and `decode`."""
+  """A compressor without memory.
+
+  A payload of your own is a class with a tag from 64 to 127. This one sends
+  every other entry, and can stand in a `chain` because it has `values`:
+
+  >>> from typing import Any
+  >>> import jax.numpy as jnp
+  >>> from fedjax_llm.compression import base, levels, wire
+  >>> @wire.message(tag=127)
+  ... class EveryOther:
+  ...   values: Any
+  ...   size: int
+  >>> def every_other():
+  ...   def encode(vector, key):
+  ...     return EveryOther(vector[::2], vector.size)
+  ...   def decode(payload):
+  ...     return jnp.zeros(payload.size).at[::2].set(payload.values)
+  ...   return base.stateless(encode, decode)
+  >>> payload, _ = every_other().encode(jnp.arange(5.0), (), None)
+  >>> print(every_other().decode(payload))
+  [0. 0. 2. 0. 4.]
+  >>> wire.nbytes(payload) == len(wire.dumps(payload))
+  True
+  >>> short = base.error_feedback(base.chain(every_other(), levels.sign()))
+
+  Args:
+    encode: (vector, key) -> payload.
+    decode: payload -> vector.
+
+  Returns:
+    A `Compressor` whose state is ().
+  """
   return Compressor(
     init=lambda vector: (),
     encode=lambda vector, state, key: (encode(vector, key), state),
@@ -108,22 +151,23 @@ def identity() -> Compressor:
 
 
 def chain(first: Compressor, *rest: Compressor) -> Compressor:
-  """Compresses the values that `first` sends by the compressors after it.
+  """Compresses the values that `first` sends with the compressors after it.
 
-  A payload that can be compressed further has a field `values`, in whose place
-  the next payload travels. `chain(top_k(1 / 16), stochastic_uniform(4))` sends
-  a support
-  and, of the values, codes and scales.
+  A payload that can be compressed further has a field `values`. The payload of
+  the next compressor travels in its place. `chain(top_k(1 / 16),
+  stochastic_uniform(4))` sends a support, and codes and scales for the values.
 
   Args:
-    first: what sees the vector.
-    *rest: what sees the values of the payload before.
+    first: the compressor of the vector.
+    *rest: the compressors of the values, each of those of the one before it.
 
   Returns:
     A `Compressor` whose payloads are nested.
 
   Raises:
-    ValueError: from `init`, if a payload has no `values` to be compressed.
+    ValueError: from `init`, if a payload has no `values`; or if a compressor in
+      `rest` has a memory, which is kept by position, while the positions of its
+      values change from message to message.
   """
   if not rest:
     return first
@@ -133,12 +177,17 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
     state = first.init(vector)
     key = jax.random.key(0)
     payload, _ = jax.eval_shape(first.encode, vector, state, key)
-    if not hasattr(payload, "values"):
+    _require_values(payload)
+    then_state = then.init(payload.values)
+    # Of a `Dense` alone is it known that entries keep their meaning.
+    if jax.tree.leaves(then_state) and type(payload) is not Dense:
       raise ValueError(
-        f"chain cannot compress a {type(payload).__name__} further: it has no"
-        " `values`. Put the compressor that makes it last."
+        "chain expected compressors without memory after a"
+        f" {type(payload).__name__}: they would remember by position, and the"
+        " positions of its values change from message to message. Put the"
+        " memory around the chain: error_feedback(chain(...))."
       )
-    return state, then.init(payload.values)
+    return state, then_state
 
   def encode(vector, state, key):
     first_state, then_state = state
@@ -152,17 +201,35 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
     values = then.decode(payload.values)
     return first.decode(dataclasses.replace(payload, values=values))
 
-  return Compressor(init, encode, decode)
+  return Compressor(init, encode, decode, first.for_updates or then.for_updates)
+
+
+def _require_values(payload: Payload) -> None:
+  wire.nbytes(payload)  # Raises, if it cannot be sent.
+  name = type(payload).__name__
+  if not hasattr(payload, "values"):
+    raise ValueError(
+      f"chain cannot compress a {name} further: it has no `values`. Put the"
+      " compressor that makes it last."
+    )
+  if not hasattr(payload.values, "dtype"):
+    raise ValueError(
+      f"chain cannot compress a {name} of a {type(payload.values).__name__}"
+      " further: its first compressor is itself a chain. List all compressors"
+      " in one chain."
+    )
 
 
 def error_feedback(compressor: Compressor) -> Compressor:
   """Adds to every vector what `compressor` lost of the vectors before it.
 
   Seide et al. (2014), https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html.
-  What was received and the residual then sum to all that was ever sent.
+  What has arrived plus the residual is the sum of all vectors that were sent.
+  It is therefore for updates, not for downloads of parameters.
 
   Args:
-    compressor: what sends the sum; better a contraction than unbiased.
+    compressor: the compressor of the sum. A contraction, such as `top_k`, is
+      better than an unbiased one.
 
   Returns:
     A `Compressor` with state (residual, state of `compressor`).
@@ -178,7 +245,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
     received, inner, payload = transmit(compressor, target, inner, key)
     return payload, (target - received, inner)
 
-  return Compressor(init, encode, compressor.decode)
+  return Compressor(init, encode, compressor.decode, for_updates=True)
 
 
 def relative_to(
@@ -186,18 +253,17 @@ def relative_to(
 ) -> Compressor:
   """Sends how a vector differs from one that both ends know.
 
-  Such as the factors that the experiment's seed draws: what never moves then
-  costs nothing, and Top-K keeps what moved most.
+  The reference may be the start, which the experiment's seed draws at both
+  ends. Entries that never move then cost nothing, and Top-K keeps the entries
+  that moved most.
 
   Args:
-    reference: what both ends know.
-    compressor: what sends the difference.
+    reference: the vector that both ends know.
+    compressor: the compressor of the difference.
   """
-
-  def encode(vector, state, key):
-    return compressor.encode(vector - reference, state, key)
-
-  def decode(payload):
-    return reference + compressor.decode(payload)
-
-  return Compressor(compressor.init, encode, decode)
+  return compressor._replace(
+    encode=lambda vector, state, key: compressor.encode(
+      vector - reference, state, key
+    ),
+    decode=lambda payload: reference + compressor.decode(payload),
+  )

@@ -1,9 +1,9 @@
-"""What a message would take if its length could depend on its data.
+"""The length that a message would have if it could depend on its data.
 
-The length of a message is static, as `jit` asks for. Papers code further: STC
-the gaps between positions by Golomb (1966), QSGD the levels, of which most are
-zero. On the host, of a real payload, `nbytes` measures what that leaves, for a
-metric of its own; nothing here travels.
+Under `jit` the length of a message is static. Some papers code further: STC
+codes the gaps between positions (Golomb, 1966), and QSGD codes the levels, most
+of which are zero. `nbytes` measures on the host how short a real payload would
+become. It is for a metric of its own; nothing here travels.
 """
 
 import dataclasses
@@ -25,27 +25,27 @@ from fedjax_llm.compression import (
 
 
 def nbytes(payload: Any) -> int:
-  """The length of the message with its parts in entropy codes.
+  """The length of the message with entropy-coded parts.
 
-  Supports of a Top-K in Golomb codes, codes of quantisers in an adaptive
-  arithmetic code; all else, and what would not become shorter, as it is.
+  Supports of a Top-K are coded by Golomb's code, and codes of quantisers by an
+  adaptive arithmetic code. A part that would not become shorter stays as it is.
 
   Args:
-    payload: of concrete arrays.
+    payload: a payload of concrete arrays.
 
   Returns:
-    Bytes, header included; at most `wire.nbytes(payload)`.
+    The number of bytes, header included; at most `wire.nbytes(payload)`.
   """
   return wire.nbytes(_coded(payload))
 
 
 def golomb_parameter(density: float) -> int:
-  """The bits b of a gap's remainder that suit positions of a density best.
+  """The best number of remainder bits, b, for the gaps between positions.
 
   Sattler et al., the STC paper, 2019 (arXiv 1903.02891).
 
   Args:
-    density: in (0, 1).
+    density: fraction of the entries that are sent, in (0, 1).
   """
   golden = (math.sqrt(5) - 1) / 2
   ratio = math.log(golden) / math.log1p(-density)
@@ -53,22 +53,22 @@ def golomb_parameter(density: float) -> int:
 
 
 def golomb_bits(density: float, parameter: int) -> float:
-  """The expected bits of a position: of its remainder, and its quotient."""
+  """The expected bits of a position: its remainder and its quotient."""
   return parameter + 1 / (1 - (1 - density) ** 2**parameter)
 
 
 def golomb_pack(indices: Int[np.ndarray, " count"], size: int) -> bytes:
-  """Packs the indices, sorted and each once, of entries of a vector.
+  """Packs the indices of some entries of a vector.
 
-  Of each gap the quotient by 2**b in unary, ones before a zero, and b bits of
-  the remainder, low ones first.
+  Each gap is its quotient by 2**b in unary, ones before a zero, and then the b
+  bits of its remainder, low bits first.
 
   Args:
-    indices: at least one, in increasing order.
+    indices: at least one index, in increasing order.
     size: the length of the vector.
 
   Returns:
-    So many bytes as these need; none if all entries are there.
+    The packed bytes; none if `indices` are all entries.
   """
   count = len(indices)
   if count == size:
@@ -84,7 +84,7 @@ def golomb_pack(indices: Int[np.ndarray, " count"], size: int) -> bytes:
 
 
 def golomb_unpack(data: bytes, size: int, count: int) -> np.ndarray:
-  """The indices, int64 [count], that `golomb_pack` packed."""
+  """The indices that `golomb_pack` packed: int64 [count]."""
   if count == size:
     return np.arange(size)
   parameter = golomb_parameter(count / size)
@@ -102,14 +102,15 @@ def golomb_unpack(data: bytes, size: int, count: int) -> np.ndarray:
 
 
 def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
-  """The bits of codes in an arithmetic code that learns how frequent each is.
+  """The bits that an arithmetic code takes which learns the frequencies.
 
-  A code's chance is how often it came so far, plus one, over all that came,
-  plus `count`. The order does not matter in the end; no table is sent.
+  The probability of a code is (its occurrences so far + 1) / (all codes so far
+  + `count`). The order of the codes does not change the sum, and no table is
+  sent.
 
   Args:
-    codes: in [0, count).
-    count: of different codes.
+    codes: the codes, in [0, count).
+    count: the number of different codes.
   """
   from scipy import special
 
@@ -119,13 +120,13 @@ def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
 
 
 def _coded(node: Any) -> Any:
-  """The payload, with lengths in the place of the parts that are coded."""
+  """The payload, with shapes of the coded length in place of coded parts."""
   parts: dict[str, Any] = {}
   if isinstance(node, sparse.Sparse):
     parts["support"] = _shorter(node.support, _support_nbytes(node))
   if type(node) in _CODES:
     codes, count = _CODES[type(node)](node)
-    # What ends an arithmetic code takes two bits at most.
+    # The end of an arithmetic code takes at most two bits.
     bits = 2 + adaptive_bits(np.asarray(codes), count)
     parts["codes"] = _shorter(node.codes, math.ceil(bits / 8))
   if hasattr(node, "values"):
@@ -133,7 +134,7 @@ def _coded(node: Any) -> Any:
   return dataclasses.replace(node, **parts) if parts else node
 
 
-# How each payload that has codes unpacks them, and how many codes there are.
+# For each payload that has codes: the unpacked codes, and how many there are.
 _CODES = {
   levels.Levels: lambda x: (
     packing.unpack_digits(x.codes, x.size, x.levels),

@@ -1,4 +1,4 @@
-"""Evenly spaced levels: `stochastic_uniform`, QSGD, TernGrad, scaled sign."""
+"""Quantizers with evenly spaced levels: QSGD, TernGrad, the sign and others."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from fedjax_llm.compression import base, packing, quantize, wire
 
 @wire.message(tag=13)
 class Levels:
-  """Codes of `levels` levels from -scale to scale, a scale for each `block`."""
+  """Codes of `levels` levels in [-scale, scale], a scale for each `block`."""
 
   codes: Any
   scales: Any
@@ -21,7 +21,7 @@ class Levels:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if codes and scales are not of one vector."""
+    """Raises a ValueError if codes and scales do not fit the size."""
     if not (2 <= self.levels <= 256 and self.block > 0):
       raise ValueError(
         f"The message has {self.levels} levels in blocks of {self.block}."
@@ -39,10 +39,11 @@ def stochastic_uniform(bits: int, *, block: int = 256) -> base.Compressor:
   """Rounds entries at random, so that the expectation is exact.
 
   The 2**bits levels are evenly spaced from -scale to scale, where scale is the
-  largest magnitude of a block; an entry goes to one of its two neighbours.
+  largest magnitude of a block. An entry is rounded to one of its two
+  neighbouring levels.
 
   Args:
-    bits: of each entry, in [1, 8].
+    bits: the number of bits for each entry, in [1, 8].
     block: the number of entries that share a float32 scale.
 
   Returns:
@@ -60,19 +61,18 @@ def stochastic_uniform(bits: int, *, block: int = 256) -> base.Compressor:
 
 
 def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
-  """QSGD: the sign and one of `levels` shares of the norm, drawn at random.
+  """QSGD: rounds entries at random to multiples of norm / levels.
 
   Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization
-  and Encoding", 2017 (arXiv 1610.02132), section 3.1: an entry goes to one of
-  its two neighbours among the multiples of norm / levels, so that the
-  expectation is exact, and the variance is at most min(block / levels**2,
-  sqrt(block) / levels) times the squared norm. The paper then has Elias codes
-  (of a length that data decide); here codes are of one length, which is shorter
-  where most of them are not zero.
+  and Encoding", 2017 (arXiv 1610.02132), section 3.1. An entry is rounded to
+  one of its two neighbours, so that the expectation is exact. The variance is
+  at most min(block / levels**2, sqrt(block) / levels) times the squared norm.
+  The paper uses Elias codes, whose length depends on the data. Codes here have
+  one length, which is shorter where most codes are not zero.
 
   Args:
-    levels: s of the paper, in [1, 127]; messages have 2 s + 1 levels.
-    block: the number of entries that share a float32 norm, d of the paper.
+    levels: the paper's s, in [1, 127]. Messages have 2 s + 1 levels.
+    block: the number of entries that share a float32 norm; the paper's d.
 
   Returns:
     A `Compressor` whose payload is a `Levels`.
@@ -89,17 +89,18 @@ def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
 
 
 def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
-  """TernGrad: each entry as minus, nothing or plus the largest, at random.
+  """TernGrad: rounds entries at random to -scale, 0 or scale.
 
   Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in
-  Distributed Deep Learning", 2017 (arXiv 1705.07878): entries are clipped to
-  `clip` standard deviations first, about zero, or else the largest would make
-  nearly all others zero; the expectation is that of what was clipped. Five
+  Distributed Deep Learning", 2017 (arXiv 1705.07878). The scale is the largest
+  magnitude of a block. Entries are first clipped, because one large entry would
+  make nearly all others zero. The expectation is the clipped vector. Five
   entries travel in a byte.
 
   Args:
-    clip: in standard deviations of a block, positive; `math.inf` for none.
-    block: the number of entries that share a float32 scale, a layer in the
+    clip: the largest magnitude, in standard deviations about zero of a block;
+      positive, or `math.inf` for no clipping.
+    block: the number of entries that share a float32 scale; a layer in the
       paper.
 
   Returns:
@@ -117,8 +118,8 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
     if math.isinf(clip):
       return blocks
     bounds = clip * _norm(blocks) / jnp.sqrt(counts)
-    # Rounded to 16 bits, so that the order of the sum, which is another one
-    # under vmap, does not show.
+    # Rounded to 16 bits, so that the order of the sum does not show: vmap
+    # changes it.
     bounds = jax.lax.reduce_precision(bounds, 8, 16)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
@@ -128,16 +129,18 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
 def sign(
   *, block: int | None = None, unbiased: bool = False
 ) -> base.Compressor:
-  """The signs of the entries, and one magnitude for all of a block.
+  """Sends the signs of the entries, and one magnitude for each block.
+
+  A zero counts as positive.
 
   Args:
     block: the number of entries that share a float32 magnitude; None for all.
-    unbiased: the magnitude is the squared norm over the sum of magnitudes, by
-      which DRIVE is unbiased (after a rotation); otherwise their mean, by which
-      the squared error is least.
+    unbiased: whether the magnitude is the squared norm over the sum of
+      magnitudes, which makes DRIVE unbiased after a rotation. Otherwise it is
+      the mean magnitude, which minimises the squared error.
 
   Returns:
-    A `Compressor` whose payload is a `Levels`; a zero counts as positive.
+    A `Compressor` whose payload is a `Levels`.
 
   Raises:
     ValueError: if `block` is not positive.
@@ -162,16 +165,16 @@ def sign(
 
 
 def _at_random(levels, block, scale_of, prepare=lambda blocks, counts: blocks):
-  """A compressor that rounds entries to one of the two levels around them."""
+  """A compressor that rounds each entry at random to a neighbouring level."""
   steps = levels - 1
 
   def encode(vector, key):
     blocks = quantize.in_blocks(vector.astype(jnp.float32), block)
     blocks = prepare(blocks, _counts(vector.size, block))
     scales = scale_of(blocks)
-    # Any divisor will do for a block of zeros.
+    # A block of zeros may have any divisor.
     divisors = jnp.where(scales > 0, scales, 1)[:, None]
-    # Clipped, because some devices divide inexactly, and codes would wrap.
+    # Clipped: some devices divide inexactly, and a code would wrap around.
     places = (jnp.clip(blocks / divisors, -1, 1) + 1) * (steps / 2)
     below = jnp.floor(places)
     chance = jax.random.uniform(key, blocks.shape, jnp.float32)
@@ -184,7 +187,7 @@ def _at_random(levels, block, scale_of, prepare=lambda blocks, counts: blocks):
 
 def _decode(payload: Levels) -> jax.Array:
   codes = packing.unpack_digits(payload.codes, payload.size, payload.levels)
-  # A table, because a division would round differently by device.
+  # A table, because devices round divisions differently.
   steps = payload.levels - 1
   table = (2 * np.arange(payload.levels) - steps) / steps
   table = jnp.asarray(table, jnp.float32)
@@ -197,13 +200,13 @@ def _largest(blocks: jax.Array) -> jax.Array:
 
 
 def _norm(blocks: jax.Array) -> jax.Array:
-  # In units of the largest entry, or squares of what is small would be zero.
+  # In units of the largest entry, because squares of small ones would be zero.
   largest = _largest(blocks)
   units = jnp.where(largest > 0, largest, 1)[:, None]
   return largest * jnp.linalg.norm(blocks / units, axis=1)
 
 
 def _counts(size: int, block: int) -> jax.Array:
-  """How many entries each block has that are not padding."""
+  """The number of entries in each block, without padding."""
   starts = np.arange(0, size, block)
   return jnp.asarray(np.minimum(size - starts, block), jnp.float32)

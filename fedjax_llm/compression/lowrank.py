@@ -1,4 +1,4 @@
-"""Low-rank messages: a vector as a matrix, of which few ranks are sent."""
+"""Low-rank messages: a vector, laid out as a matrix, in two thin factors."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from fedjax_llm.compression import base, quantize, wire
 
 @wire.message(tag=16)
 class LowRank:
-  """The factors, [rows, rank] and [columns, rank], of a vector of `size`."""
+  """Two factors, [rows, rank] and [columns, rank], of a vector of `size`."""
 
   left: Any
   right: Any
@@ -21,10 +21,10 @@ class LowRank:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if the factors are not of one vector."""
+    """Raises a ValueError if the factors do not fit the size."""
     if self.rank <= 0 or self.columns <= 0:
       raise ValueError(
-        f"The message has rank {self.rank} of {self.columns} columns."
+        f"The message has rank {self.rank} and {self.columns} columns."
       )
     rows = -(-self.size // self.columns)
     wire.require(self.left, np.float32, rows * self.rank, "left")
@@ -32,25 +32,26 @@ class LowRank:
 
   @property
   def numbers(self) -> int:
-    """How many numbers travel."""
+    """The number of values that travel."""
     return self.left.size + self.right.size
 
 
 def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
-  """PowerSGD: one step of the power method, from where the last one ended.
+  """PowerSGD: one step of the power method in every message.
 
   Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression
-  for Distributed Optimization", 2019 (arXiv 1905.13727), algorithm 1: P = M Q,
-  orthonormal, and Q = M^T P are sent. There workers average P before Q is made,
-  which takes two messages a step; here each client's matrix has factors of its
-  own, and the server averages what arrives. Exact if the matrix has no more
-  than `rank` ranks. The paper has it under `base.error_feedback`.
+  for Distributed Optimization", 2019 (arXiv 1905.13727), algorithm 1. It sends
+  P = M Q, made orthonormal, and Q = M^T P. The next message starts from this Q.
+  In the paper, workers average P before they make Q, which takes two messages a
+  step. Here every client sends its own factors, and the server averages the
+  decoded vectors. A matrix of at most `rank` ranks arrives exactly. The paper
+  uses PowerSGD under `base.error_feedback`.
 
   Args:
-    rank: of what is sent, positive.
-    columns: of the matrix that the vector is laid out as, row by row, with
-      zeros at its end; None for about as many as rows. The paper takes each
-      layer's matrix.
+    rank: the rank that is sent, positive.
+    columns: the number of columns of the matrix M. The vector fills it row by
+      row, with zeros at the end. None for about as many columns as rows. The
+      paper uses each layer's own matrix.
 
   Returns:
     A `Compressor` whose payload is a `LowRank` and whose state is Q.
@@ -66,14 +67,14 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
   width = lambda size: columns or math.isqrt(size)
 
   def init(vector):
-    # The same at all senders, as in the paper; any that is not degenerate.
+    # The same for all senders, as in the paper.
     shape = width(vector.size), rank
     return jax.random.normal(jax.random.key(0), shape, jnp.float32)
 
   def encode(vector, state, key):
     del key  # Deterministic.
     rows = quantize.in_rows(vector.astype(jnp.float32), width(vector.size))
-    # In units of the largest entry, or squares of what is small would be zero.
+    # In units of the largest entry: squares of small ones would be zero.
     largest = jnp.max(jnp.abs(rows))
     rows = rows / jnp.where(largest > 0, largest, 1)
     left = _orthonormal(_product(rows, state))
@@ -85,7 +86,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
       rows.shape[1],
       vector.size,
     )
-    # From a column of zeros no step would lead away.
+    # A column of zeros would stay zero for ever.
     is_alive = jnp.any(right != 0, axis=0)
     return payload, jnp.where(is_alive[None], right, state)
 
@@ -98,7 +99,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
 
 
 def _orthonormal(matrix: jax.Array) -> jax.Array:
-  """Gram and Schmidt's columns, twice, for what the first pass leaves."""
+  """The columns by Gram and Schmidt, in two passes against rounding."""
   # Not `jnp.linalg.qr`: under vmap it can hang jaxlib 0.10 on a CPU.
   columns: list[jax.Array] = []
   for column in matrix.T:
@@ -107,7 +108,7 @@ def _orthonormal(matrix: jax.Array) -> jax.Array:
       for other in columns:
         column = column - _product(other, column) * other
     norm = jnp.linalg.norm(column)
-    # Less is what rounding left, and has no direction of its own.
+    # A shorter column is rounding error, and has no direction of its own.
     is_new = norm > 1e-5 * before
     column = column / jnp.where(is_new, norm, 1)
     columns.append(jnp.where(is_new, column, 0))
@@ -115,5 +116,5 @@ def _orthonormal(matrix: jax.Array) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-  # Accelerators would round factors to fewer bits.
+  # By default, accelerators round the factors to fewer bits.
   return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

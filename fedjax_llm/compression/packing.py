@@ -1,4 +1,4 @@
-"""Codes in bytes, without gaps."""
+"""Packing: codes of a few bits in bytes, without gaps."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8, UInt32
@@ -7,7 +7,7 @@ from jaxtyping import Array, Integer, UInt8, UInt32
 def pack_bits(
   codes: Integer[Array, " n"], bits: int
 ) -> UInt8[Array, " nbytes"]:
-  """Packs the low `bits` bits of every code, low ones first, no gaps."""
+  """Packs the low `bits` bits of every code, low bits first."""
   shifts = jnp.arange(bits, dtype=jnp.uint32)
   stream = (codes.astype(jnp.uint32)[:, None] >> shifts[None]) & 1
   stream = jnp.pad(stream.ravel(), (0, -stream.size % 8)).reshape(-1, 8)
@@ -31,10 +31,10 @@ def unpack_bits(
 def pack_digits(
   codes: Integer[Array, " n"], base: int
 ) -> UInt8[Array, " nbytes"]:
-  """Packs codes below `base`, in the shorter of two ways.
+  """Packs codes below `base` in the shorter of two ways.
 
-  As many to a byte as fit, the first one lowest, such as five below three; or
-  as `pack_bits` of the bits that one takes.
+  Either a byte holds as many codes as fit, the first one lowest: five codes
+  below three, for instance. Or `pack_bits` packs the bits of each code.
   """
   count = _digits_in_a_byte(base)
   if not count:
@@ -58,7 +58,7 @@ def unpack_digits(
 
 
 def digits_nbytes(count: int, base: int) -> int:
-  """How many bytes `pack_digits` makes of `count` codes."""
+  """The number of bytes in which `pack_digits` packs `count` codes."""
   in_a_byte = _digits_in_a_byte(base)
   return (
     -(-count // in_a_byte) if in_a_byte else -(-count * _bits_of(base) // 8)
@@ -70,7 +70,7 @@ def _bits_of(base: int) -> int:
 
 
 def _digits_in_a_byte(base: int) -> int:
-  """How many codes below `base` a byte holds; 0 where bits do as well."""
+  """The number of codes below `base` in a byte; 0 where bits do as well."""
   count = 0
   while base ** (count + 1) <= 256:
     count += 1

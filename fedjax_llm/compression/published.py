@@ -1,4 +1,4 @@
-"""Published compressors that are compositions of this library's."""
+"""Published compressors that are compositions of the other modules'."""
 
 import jax.numpy as jnp
 
@@ -12,16 +12,17 @@ from fedjax_llm.compression import (
 
 
 def stc(density: float) -> base.Compressor:
-  """Sparse ternary compression: Top-K, each entry as plus or minus their mean.
+  """Sparse ternary compression (STC): the signs of a Top-K, and their mean.
 
   Sattler, Wiedemann, Müller, Samek, "Robust and Communication-Efficient
   Federated Learning from Non-IID Data", 2019 (arXiv 1903.02891), algorithm 1.
-  The paper has error feedback at both ends (`base.error_feedback`) and Golomb
-  codes of the positions, where the wire has its supports. Of a vector with
-  fewer entries that are not zero some zeros arrive as plus.
+  Each kept entry arrives as plus or minus the mean magnitude of all of them.
+  The paper uses error feedback at both ends (`base.error_feedback`), and Golomb
+  codes for positions where this library has supports. If fewer entries than
+  that are not zero, some zeros arrive as plus the mean.
 
   Args:
-    density: p of the paper, in (0, 1].
+    density: fraction of the entries to keep, in (0, 1]; the paper's p.
 
   Raises:
     ValueError: if `density` is not in (0, 1].
@@ -30,7 +31,7 @@ def stc(density: float) -> base.Compressor:
 
 
 def ef_sign_sgd() -> base.Compressor:
-  """EF-signSGD: the scaled sign under error feedback.
+  """EF-signSGD: the scaled sign under error feedback. For updates.
 
   Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD and other
   Gradient Compression Schemes", 2019 (arXiv 1901.09847), algorithm 1.
@@ -39,16 +40,17 @@ def ef_sign_sgd() -> base.Compressor:
 
 
 def drive(*, unbiased: bool = False, block: int = 1024) -> base.Compressor:
-  """DRIVE: one bit an entry, the sign after a random rotation.
+  """DRIVE: the signs after a random rotation, one bit for each entry.
 
   Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", 2021 (arXiv
   2105.08339). The squared error is 1 - 2 / pi of the vector's squared norm, or
   pi / 2 - 1 of it if unbiased.
 
   Args:
-    unbiased: whether the expectation is the vector, nearly, for means over many
-      clients; otherwise the error is least.
-    block: of the rotation, each with a scale of its own; d in the paper.
+    unbiased: whether the expectation is nearly the vector, for means over many
+      clients. Otherwise the error is least.
+    block: the length of a rotated block, which has a scale of its own; the
+      paper's d.
 
   Raises:
     ValueError: if `block` is not a power of two.
@@ -60,24 +62,26 @@ def drive(*, unbiased: bool = False, block: int = 1024) -> base.Compressor:
 def eden(
   bits: float, *, unbiased: bool = True, block: int = 1024
 ) -> base.Compressor:
-  """EDEN: few bits an entry, or less than one, after a random rotation.
+  """EDEN: few bits for each entry, or less than one, after a random rotation.
 
   Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean
-  Estimation for Federated Learning", 2022 (arXiv 2108.08842): entries go to the
-  nearest of the levels that suit a Gaussian best, and a scale takes the bias
-  away, but for what Hadamard's matrix is not any rotation and bfloat16 rounds
-  the scale. Below one bit a share `bits` of the rotated entries is drawn at
-  random and sent in one bit each; here it is the same entries of all blocks.
-  Between whole numbers the paper mixes two; that is refused here.
+  Estimation for Federated Learning", 2022 (arXiv 2108.08842). Entries are
+  rounded to the nearest of the levels that suit a Gaussian best, and a scale
+  removes the bias. A little bias remains, because the rotation is Hadamard's
+  and the scale is a bfloat16. Below one bit, a random fraction `bits` of the
+  rotated entries is sent in one bit each; here they are the same in all blocks.
+  Between whole numbers the paper mixes two quantizers; here that is refused.
 
   Args:
-    bits: in (0, 1], or a whole number up to 6.
-    unbiased: whether the expectation is the vector, nearly; otherwise the error
+    bits: the number of bits for each entry, in (0, 1] or a whole number up to
+      6.
+    unbiased: whether the expectation is nearly the vector. Otherwise the error
       is least.
-    block: of the rotation, each with a scale of its own; d in the paper.
+    block: the length of a rotated block, which has a scale of its own; the
+      paper's d.
 
   Raises:
-    ValueError: if `bits` is another one, or `block` not a power of two.
+    ValueError: if `bits` is out of range, or `block` is not a power of two.
   """
   if not (0 < bits <= 1 or bits in range(2, 7)):
     raise ValueError(
@@ -97,18 +101,19 @@ def eden(
 def deep_gradient_compression(
   density: float, *, momentum: float = 0.9
 ) -> base.Compressor:
-  """DGC: Top-K of what has gathered, with momentum at the sender.
+  """Deep gradient compression (DGC): Top-K with a residual and momentum.
 
   Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", 2018 (arXiv
-  1712.01887), section 3: momentum correction, and momentum factor masking, by
-  which what was sent forgets its momentum. Its thresholds are sampled, here
-  Top-K is exact. Its gradient clipping and warm-up are those of the client's
-  optimizer and of `schedules.staged`. As momentum is here, none belongs in the
-  server's optimizer, and its rate is to be up to 1 - momentum of the usual one.
+  1712.01887), section 3. The sender keeps momentum (momentum correction), and
+  forgets it for the entries that it sends (momentum factor masking). The
+  paper's Top-K uses a sampled threshold; here it is exact. For its gradient
+  clipping use the client's optimizer, for its warm-up `schedules.staged`. It is
+  for updates. Use no momentum in the server's optimizer, and up to
+  (1 - momentum) times its usual rate.
 
   Args:
-    density: of the Top-K, in (0, 1].
-    momentum: in [0, 1).
+    density: fraction of the entries to keep, in (0, 1].
+    momentum: the decay of the velocity, in [0, 1).
 
   Returns:
     A `Compressor` with state (velocity, gathered).
@@ -117,7 +122,9 @@ def deep_gradient_compression(
     ValueError: if `density` or `momentum` is out of range.
   """
   if not 0 <= momentum < 1:
-    raise ValueError(f"expected momentum in [0, 1), got {momentum=}.")
+    raise ValueError(
+      f"deep_gradient_compression expected momentum in [0, 1), got {momentum=}."
+    )
   top_k = sparse.top_k(density)
 
   def init(vector):
@@ -131,4 +138,4 @@ def deep_gradient_compression(
     forget = lambda x: jnp.where(sparse.support(payload), 0, x)
     return payload, (forget(velocity), forget(gathered))
 
-  return base.Compressor(init, encode, top_k.decode)
+  return base.Compressor(init, encode, top_k.decode, for_updates=True)

@@ -1,4 +1,4 @@
-"""Quantizers: every entry of a vector, each in fewer bits."""
+"""Quantizers: every entry of a vector, in fewer bits."""
 
 import functools
 import statistics
@@ -14,7 +14,7 @@ from fedjax_llm.compression import base, packing, wire
 
 @wire.message(tag=8)
 class Nearest:
-  """Codes of `bits` bits, and the bfloat16 scale of each `block` of them."""
+  """Codes of `bits` bits, and a bfloat16 scale for each `block` entries."""
 
   codes: Any
   scales: Any
@@ -23,7 +23,7 @@ class Nearest:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if codes and scales are not of one vector."""
+    """Raises a ValueError if codes and scales do not fit the size."""
     size, bits, block = self.size, self.bits, self.block
     if not (1 <= bits <= 6 and block > 0):
       raise ValueError(
@@ -35,13 +35,13 @@ class Nearest:
 
 @wire.message(tag=15)
 class Powers:
-  """Signs and exponents of float32, in nine bits an entry."""
+  """Signs and exponents of float32, in nine bits for each entry."""
 
   codes: Any
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if the codes are not of one vector."""
+    """Raises a ValueError if the codes do not fit the size."""
     wire.require(self.codes, np.uint8, -(-self.size * 9 // 8), "codes")
     codes = packing.unpack_bits(self.codes, self.size, 9)
     if (codes & 255 == 255).any():
@@ -49,17 +49,17 @@ class Powers:
 
 
 def cast(dtype: DTypeLike) -> base.Compressor:
-  """Rounds every entry to the nearest of a shorter floating type.
+  """Rounds every entry to the nearest number of a shorter floating type.
 
   Args:
-    dtype: bfloat16 or float16. What is too large for float16 becomes infinite,
-      which `wire.dumps` refuses to send.
+    dtype: bfloat16 or float16. An entry that is too large for float16 becomes
+      infinite, which `wire.dumps` refuses to send.
 
   Returns:
     A `Compressor` whose payload is a `Dense`.
 
   Raises:
-    ValueError: if `dtype` is another one.
+    ValueError: if `dtype` is another type.
   """
   if dtype not in (jnp.bfloat16, jnp.float16):
     raise ValueError(f"cast expected bfloat16 or float16, got {dtype=}.")
@@ -74,20 +74,19 @@ def lloyd_max(
 ) -> base.Compressor:
   """Rounds entries to the nearest of the levels that suit a Gaussian best.
 
-  The levels are Lloyd's and Max's ("Quantizing for minimum distortion", 1960;
-  Lloyd, 1982), those of least squared error for a normal variable, in units of
-  a block's root mean square; then each block is scaled so that its own squared
-  error is least. The error is far below that of `stochastic_uniform`, above all
-  at one and
-  two bits, but it is not zero on average: send updates by it under
-  `error_feedback`, or unbiased after `rotate`.
+  The levels have the least squared error for a normal variable (Max,
+  "Quantizing for minimum distortion", 1960; Lloyd, 1982), in units of a block's
+  root mean square. Each block is then scaled so that its own squared error is
+  least. The error is far below that of `stochastic_uniform`, above all at one
+  and two bits, but it is not zero on average. Send updates under
+  `error_feedback`, or set `unbiased` and chain it after `rotate`.
 
   Args:
-    bits: of each entry, in [1, 6].
+    bits: the number of bits for each entry, in [1, 6].
     block: the number of entries that share a bfloat16 scale.
-    unbiased: each block is scaled so that its product with what arrives is its
-      squared norm; after a random rotation the expectation is then that of
-      the block, as EDEN has it. The error is larger.
+    unbiased: whether to scale each block so that its inner product with what
+      arrives is its squared norm. After a random rotation the expectation is
+      then the block, as in EDEN. The error is larger.
 
   Returns:
     A `Compressor` whose payload is a `Nearest`.
@@ -105,7 +104,7 @@ def lloyd_max(
   def encode(vector, key):
     del key  # Deterministic.
     blocks = in_blocks(vector.astype(jnp.float32), block)
-    # Divided first, or else the squares of what is small would be zero.
+    # Divided first, because squares of small entries would be zero.
     largest = jnp.max(jnp.abs(blocks), axis=1)
     blocks = blocks / jnp.where(largest > 0, largest, 1)[:, None]
     is_real = np.arange(blocks.size).reshape(blocks.shape) < vector.size
@@ -134,12 +133,12 @@ def lloyd_max(
 
 
 def natural() -> base.Compressor:
-  """Rounds entries at random to powers of two, so that the mean is exact.
+  """Natural compression: rounds entries at random to powers of two.
 
   Horváth et al., "Natural Compression for Distributed Deep Learning", 2022
-  (arXiv 1905.10988, section 2): of its two neighbours among the powers of two
-  an entry goes to one by its mantissa, so that the expectation is exact and the
-  variance at most an eighth of the squared entry. Nine bits an entry.
+  (arXiv 1905.10988, section 2). The mantissa is the probability of the larger
+  of the two neighbouring powers. The expectation is exact, and the variance is
+  at most an eighth of the squared entry. Each entry takes nine bits.
 
   Returns:
     A `Compressor` whose payload is a `Powers`.
@@ -148,8 +147,8 @@ def natural() -> base.Compressor:
   def encode(vector, key):
     bits = jax.lax.bitcast_convert_type(vector.astype(jnp.float32), jnp.uint32)
     chance = jax.random.bits(key, vector.shape, jnp.uint32) >> 9
-    # The mantissa, of 23 bits, is the chance to be rounded up, which is to
-    # carry into the exponent; but not beyond the largest power.
+    # The mantissa, of 23 bits, is the probability of rounding up, which carries
+    # into the exponent. The largest power has no larger neighbour.
     carries = (bits >> 23 & 255 < 254) & (chance < bits & (1 << 23) - 1)
     codes = (bits >> 23) + carries.astype(jnp.uint32)
     return Powers(packing.pack_bits(codes, 9), vector.size)
@@ -165,7 +164,7 @@ def natural() -> base.Compressor:
 def gaussian_levels(bits: int) -> np.ndarray:
   """The 2**bits levels of least squared error for a standard normal variable.
 
-  By Lloyd's iteration: each level is the mean of what is rounded to it.
+  Lloyd's iteration: each level becomes the mean of the numbers rounded to it.
   """
   distribution = statistics.NormalDist()
   count = 2**bits

@@ -1,4 +1,4 @@
-"""Random rotations, after which the entries of any vector are like Gaussian."""
+"""Random rotations, which make the entries of any vector nearly Gaussian."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from fedjax_llm.compression import base, wire
 
 @wire.message(tag=14)
 class Rotated:
-  """Of each block of a vector of `size`, rotated, `kept` entries.
+  """`kept` entries of each rotated block of a vector of `size`.
 
   `seed` draws the rotation, and which entries of a block are kept.
   """
@@ -25,7 +25,7 @@ class Rotated:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if the values are not of blocks of the vector."""
+    """Raises a ValueError if the values do not fit the blocks."""
     wire.require(self.seed, np.uint32, 2, "seed")
     blocks = -(-self.size // max(1, self.block))
     if not (
@@ -43,34 +43,36 @@ class Rotated:
 def rotate(
   *, block: int = 1024, density: float = 1.0, unbiased: bool = True
 ) -> base.Compressor:
-  """Rotates a vector at random, for a quantiser after it in a `chain`.
+  """Rotates a vector at random, for a quantizer after it in a `chain`.
 
-  Signs are flipped at random, then each block is transformed by Hadamard's
-  matrix (Suresh et al., "Distributed Mean Estimation with Limited
-  Communication", 2017, arXiv 1611.00429, section 3). Then no entry stands out,
-  and a quantiser's errors are small for every vector. Norms stay as they are.
-  The rotation travels as the eight bytes of its seed.
+  Signs are flipped at random, and each block is multiplied by Hadamard's matrix
+  (Suresh et al., "Distributed Mean Estimation with Limited Communication",
+  2017, arXiv 1611.00429, section 3). No entry then stands out, so that a
+  quantizer's errors are small for every vector. Norms do not change. The
+  rotation travels as its seed, in eight bytes.
 
-  As each rotated entry tells a little of all entries of its block, some can be
-  left out: the subsampled randomised Hadamard transform.
+  Each rotated entry depends on all entries of its block. With a `density` below
+  1 only some of them are sent: the subsampled randomised Hadamard transform.
 
   Args:
-    block: a power of two. Vectors are padded to whole blocks: one of 1,025
-      entries sends 2,048 by blocks of 1,024. A shorter vector has one block,
-      the next power of two.
+    block: the length of a block, a power of two. Vectors are padded to whole
+      blocks: with blocks of 1,024, one of 1,025 entries sends 2,048. A shorter
+      vector has one block, whose length is the next power of two.
     density: fraction of the entries of each block to send, in (0, 1]; at least
       one.
-    unbiased: scale what is kept, so that the expectation of what arrives is the
-      vector, as with `random_k`.
+    unbiased: whether to scale the values, so that the expectation of what
+      arrives is the vector, as in `random_k`.
 
   Returns:
     A `Compressor` whose payload is a `Rotated`.
 
   Raises:
-    ValueError: if `block` is not a power of two or `density` out of range.
+    ValueError: if `block` is not a power of two, or `density` is out of range.
   """
   if not _is_power(block):
-    raise ValueError(f"rotate expected a power of two, got {block=}.")
+    raise ValueError(
+      f"rotate expected block to be a power of two, got {block=}."
+    )
   if not 0 < density <= 1:
     raise ValueError(f"rotate expected density in (0, 1], got {density=}.")
 
@@ -100,12 +102,12 @@ def _is_power(number: int) -> bool:
 
 
 def _power_above(size: int) -> int:
-  """The power of two that is `size` or the next one."""
+  """The smallest power of two that is at least `size`."""
   return 1 << max(size - 1, 0).bit_length()
 
 
 def _bits(seed: UInt[Array, " 2"], purpose: int, count: int) -> jax.Array:
-  """The same random bits at both ends, whatever their settings."""
+  """Random bits that are the same at both ends, whatever their settings."""
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   with jax.threefry_partitionable(True):
     key = jax.random.fold_in(key, purpose)
@@ -115,7 +117,7 @@ def _bits(seed: UInt[Array, " 2"], purpose: int, count: int) -> jax.Array:
 def _places(
   seed: UInt[Array, " 2"], block: int, kept: int
 ) -> Int[Array, " kept"]:
-  """Which entries of a rotated block are kept, the same of all blocks."""
+  """Which entries of every rotated block are kept."""
   if kept == block:
     return jnp.arange(block)
   return jnp.argsort(_bits(seed, 1, block))[:kept]
@@ -129,9 +131,9 @@ def _signs(seed: UInt[Array, " 2"], size: int) -> Float[Array, " size"]:
 
 
 def _hadamard(vector: Float[Array, " n"], block: int) -> Float[Array, " n"]:
-  """Each block by Hadamard's matrix, orthonormal: its own inverse."""
-  # By two small matrices, whose Kronecker product it is: accelerators multiply
-  # matrices faster than they add in log2(block) passes.
+  """Multiplies each block by the Hadamard matrix, which is its own inverse."""
+  # The matrix is the Kronecker product of two small ones. Accelerators multiply
+  # by these faster than they add in log2(block) passes.
   power = block.bit_length() - 1
   left, right = _matrix(power - power // 2), _matrix(power // 2)
   blocks = vector.reshape(-1, len(left), len(right))

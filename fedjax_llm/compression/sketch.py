@@ -1,9 +1,9 @@
-"""Count sketches: messages that can be added up before they are read.
+"""Count sketches: messages that can be added up before they are decoded.
 
 Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams", 2002.
 Each row of a table adds every entry, with a random sign, to one of its columns.
-To read an entry is to take the median of what the rows say. As the sketch of a
-sum is the sum of the sketches, many can be added up and read once.
+Every row gives an estimate of an entry, and decoding takes their median. The
+sketch of a sum is the sum of the sketches, so a sum needs one decoding.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from fedjax_llm.compression import base, quantize, sparse, wire
 
 @wire.message(tag=23)
 class Sketch:
-  """A table of `rows` rows, of a vector of `size`; `seed` draws its hashes."""
+  """A table of `rows` rows for a vector of `size`; `seed` draws its hashes."""
 
   values: Any
   rows: int
@@ -25,11 +25,11 @@ class Sketch:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if the values are not rows of one length."""
+    """Raises a ValueError if the rows differ in length."""
     count = self.values.size
     if not (self.size > 0 and 0 < self.rows <= count) or count % self.rows:
       raise ValueError(
-        f"The message has {count} values in {self.rows} rows, of a vector of"
+        f"The message has {count} values in {self.rows} rows, for a vector of"
         f" {self.size}."
       )
 
@@ -39,19 +39,21 @@ def count_sketch(
 ) -> base.Compressor:
   """Sends a table of sums of entries with random signs.
 
-  Encoding is linear, so that whoever has the sketches of several vectors has
-  that of their sum. In every row the estimate of an entry is unbiased with a
-  variance of at most the squared norm over `columns`; the chance that the
-  median is off by more than sqrt(8 / columns) norms is at most 2^(-rows / 2).
-  What is well above that is found, the rest drowns.
+  Encoding is linear: the sketch of a sum is the sum of the sketches. In every
+  row the estimate of an entry is unbiased, with a variance of at most the
+  squared norm over `columns`. The median is off by more than sqrt(8 / columns)
+  norms with probability at most 2^(-rows / 2). Entries well above that are
+  found; the others are lost in the noise.
 
   Args:
-    rows: of the table, positive; odd ones have a median of their own.
-    columns: of the table, positive.
-    density: of the Top-K that is taken of the estimates, in (0, 1]; None for
-      all of them, of which most are errors if there are more entries than
+    rows: the number of rows of the table, positive. For an odd number the
+      median is one of the estimates.
+    columns: the number of columns of the table, positive.
+    density: fraction of the estimates to keep, the largest ones, in (0, 1].
+      None for all of them; most are noise if there are more entries than
       columns.
-    seed: of the hashes, in [0, 2**31), the same for all that is added up.
+    seed: the seed of the hashes, in [0, 2**31). Sketches that are added up have
+      one seed.
 
   Returns:
     A `Compressor` whose payload is a `Sketch`.
@@ -69,7 +71,7 @@ def count_sketch(
   def encode(vector, key):
     del key  # Deterministic: the hashes are common to all senders.
     vector = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
-    # One row after the other, which takes the memory of one.
+    # One row after the other, to need the memory of one.
     table = jax.lax.map(
       lambda row: _add(
         vector, columns, *_draw(seed, row, vector.size, columns)
@@ -88,7 +90,7 @@ def count_sketch(
 
 
 def estimates(payload: Sketch) -> Float[Array, "rows n"]:
-  """What each row of a sketch takes the vector for, without bias."""
+  """The unbiased estimate of the vector by each row of a sketch."""
   table = jnp.asarray(payload.values).reshape(payload.rows, -1)
 
   def look_up(row):
@@ -104,8 +106,8 @@ def hashes(
 ) -> tuple[Int[Array, " n"], Int8[Array, " n"]]:
   """The column and the sign of every entry in a row of the table.
 
-  Two entries share a column with a chance of at most one in `columns`, and
-  their signs are independent: this is all that the laws of the sketch ask for.
+  Two entries share a column with probability at most 1 / columns, and their
+  signs are independent. The bounds of `count_sketch` need no more.
   """
   starts, signs = _draw(seed, row, size, columns)
   entry = jnp.arange(size)
@@ -113,13 +115,13 @@ def hashes(
 
 
 def _draw(seed, row, size, columns):
-  """Where in the row each block of `columns` entries starts, and all signs.
+  """The column where each block of `columns` entries starts, and all signs.
 
-  A block is turned as a whole: its entries never meet, those of two blocks do
-  with a chance of one in `columns`. Adding up then scatters nothing, and is the
-  same to the bit wherever it is done again.
+  A block is rotated as a whole, so its own entries never share a column. Two
+  entries of different blocks do with probability 1 / columns. The sum then
+  needs no scatter, and has the same bits everywhere.
   """
-  # Named and fixed, so that it is not a setting of either end.
+  # Fixed here, so that neither end's settings matter.
   key = jax.random.key(seed, impl="threefry2x32")
   with jax.threefry_partitionable(True):
     start_key, sign_key = jax.random.split(jax.random.fold_in(key, row))
@@ -131,14 +133,14 @@ def _draw(seed, row, size, columns):
 
 
 def _add(vector, columns, starts, signs):
-  """A row of the table: the sum of all blocks, turned, with their signs."""
+  """A row of the table: the sum of all rotated blocks, with their signs."""
   blocks = quantize.in_rows(vector * signs.astype(vector.dtype), columns)
   source = (jnp.arange(columns)[None] - starts[:, None]) % columns
   return jnp.take_along_axis(blocks, source, axis=1).sum(axis=0)
 
 
 def _median(rows: Float[Array, "rows n"]) -> Float[Array, " n"]:
-  # By bubbling, which is element by element: sorting along a short axis is not.
+  # Bubble sort works element by element, unlike a sort along a short axis.
   ordered = list(rows)
   for last in range(len(ordered) - 1, 0, -1):
     for i in range(last):

@@ -2,8 +2,8 @@
 
 A support is one uint8 array in the shortest of three forms: nothing, if all
 entries are there; a bitmap of `size` bits; or Elias-Fano (Elias, 1974), about
-`count * (2 + log2(size / count))` bits. Sizes are static, so both ends work out
-from `size` and `count` which form it is: this choice is part of the format.
+`count * (2 + log2(size / count))` bits. Both ends compute the form from `size`
+and `count`, which are static: this choice is part of the format.
 """
 
 import jax.numpy as jnp
@@ -14,17 +14,17 @@ from fedjax_llm.compression import packing, wire
 
 
 def nbytes(size: int, count: int) -> int:
-  """The bytes in which `count` of `size` entries are named."""
+  """The number of bytes that name `count` of `size` entries."""
   if count == size:
     return 0
   return min(-(-size // 8), sum(_elias_fano_nbytes(size, count)))
 
 
 def pack(indices: Int[Array, " count"], size: int) -> UInt8[Array, " nbytes"]:
-  """Packs the indices, sorted and each once, of entries of a vector.
+  """Packs the indices of some entries of a vector.
 
   Args:
-    indices: at least one, in increasing order.
+    indices: at least one index, in increasing order, without repetition.
     size: the length of the vector, below 2**31.
 
   Returns:
@@ -35,8 +35,8 @@ def pack(indices: Int[Array, " count"], size: int) -> UInt8[Array, " nbytes"]:
     return jnp.zeros(0, jnp.uint8)
   if _is_bitmap(size, count):
     return packing.pack_bits(_mark(indices, size), 1)
-  # The high parts of sorted indices climb slowly, so they are sent in unary:
-  # index i sets bit high(i) + i. The low parts are sent as they are.
+  # The high parts of sorted indices grow slowly, so they are sent in unary: the
+  # i-th index sets bit high + i. The low parts are sent as they are.
   low_bits = _low_bits(size, count)
   high = (indices >> low_bits) + jnp.arange(count, dtype=indices.dtype)
   high = packing.pack_bits(_mark(high, _high_size(size, count)), 1)
@@ -89,7 +89,7 @@ def _is_bitmap(size: int, count: int) -> bool:
 
 
 def _low_bits(size: int, count: int) -> int:
-  """The integer part of log2(size / count)."""
+  """The whole part of log2(size / count)."""
   return (size // count).bit_length() - 1
 
 

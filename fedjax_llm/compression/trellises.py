@@ -1,10 +1,10 @@
-"""Trellis codes: a whole block is rounded at once, close to Shannon's bound.
+"""Trellis codes: whole blocks are rounded at once, close to Shannon's bound.
 
-Quantisers that round each entry by itself stay away from that bound, and know
-nothing below one bit. Here each entry is read off the last `memory` bits of a
-stream, by a table of pseudo-random Gaussian numbers. New bits shift old ones
-out, so neighbours share most of theirs, and no decision is for one entry alone;
-the best stream of all is found by Viterbi's algorithm.
+Quantizers that round each entry by itself stay away from that bound, and need
+at least one bit for each entry. Here each entry is decoded from the last
+`memory` bits of a stream, by a table of pseudo-random Gaussian numbers. New
+bits shift old bits out, so neighbouring entries share most of their bits.
+Viterbi's algorithm finds the best stream.
 """
 
 import fractions
@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 
 from fedjax_llm.compression import base, packing, quantize, wire
 
-# Of a search, which remembers a choice for each state and step: about 32 MB.
+# The choices that a search remembers, one for each state and step: about 32 MB.
 _CHOICES = 2**25
 
 
 @wire.message(tag=20)
 class Trellis:
-  """A stream of `bits` bits for each `entries` entries, and blocks' scales.
+  """A stream of `bits` bits for each `entries` entries, and scales of blocks.
 
-  Each `block` entries have a bfloat16 scale and begin with a memory of zeros.
+  Every `block` entries share a bfloat16 scale and start from a memory of zeros.
   """
 
   codes: Any
@@ -39,7 +39,7 @@ class Trellis:
   size: int
 
   def check(self) -> None:
-    """Raises a ValueError if codes and scales are not of one vector."""
+    """Raises a ValueError if codes and scales do not fit the size."""
     bits, entries, block = self.bits, self.entries, self.block
     if not (
       0 < bits <= self.memory <= 16
@@ -65,40 +65,41 @@ def trellis(
   profile: Float[Array, " n"] | None = None,
   unbiased: bool = False,
 ) -> base.Compressor:
-  """Rounds blocks to the nearest of what a stream of so many bits can say.
+  """Rounds each block to the nearest one that a stream of bits can code.
 
   Trellis-coded quantisation (Marcellin and Fischer, "Trellis coded quantization
-  of memoryless and Gauss-Markov sources", 1990) with a table in place of the
-  structured code, the bitshift trellis of QTIP (Tseng et al., 2024, arXiv
-  2406.11235). The squared error of Gaussian vectors comes near the rate-
-  distortion bound, 4**-bits, if `memory` is well above `bits`: the search needs
-  something to choose between, or else `lloyd_max` is as good. The error is not
-  zero on average: send updates by it under `error_feedback`, or unbiased after
-  `rotate`. What is far from Gaussian is served better after `rotate`, or by a
-  profile.
+  of memoryless and Gauss-Markov sources", 1990) on the bitshift trellis of QTIP
+  (Tseng et al., 2024, arXiv 2406.11235), with a table in place of a structured
+  code. For Gaussian vectors the squared error comes near the rate-distortion
+  bound, 4**-bits, if `memory` is well above `bits`; otherwise `lloyd_max` is as
+  good. Rotate vectors that are far from Gaussian first, or give a profile. The
+  error is not zero on average: send updates under `error_feedback`, or set
+  `unbiased` and chain it after `rotate`.
 
-  With a profile, entries are told apart for free: what is small is coarse, what
-  is large is fine, as the search minimises the squared error of the whole.
+  A profile tells how large each entry is expected to be. The search minimises
+  the squared error of the whole, so that large entries become more exact and
+  small ones less. The profile costs no bytes.
 
   Args:
-    bits: of each entry, a fraction k / m of k <= 8 bits for m <= 8 entries,
-      such as 1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2.
-    memory: how many bits each entry depends on, at least k and at most 16. One
-      more doubles the time to encode, and brings the error a little nearer to
-      the bound; decoding is fast whatever it is.
-    block: the number of entries that share a scale, rounded up to whole m.
-    profile: what both ends know of how large each entry is, above zero, in any
-      unit; None for nothing.
-    unbiased: each block is scaled so that its product with what arrives is its
-      squared norm, see `lloyd_max`: for means over many clients. The error is
-      larger, near 1 / (4**bits - 1).
+    bits: the number of bits for each entry, a fraction k / m with k and m from
+      1 to 8, such as 1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2.
+    memory: the number of bits that each entry depends on, from k to 16. One
+      more bit doubles the time of encoding and brings the error a little nearer
+      to the bound. Decoding is always fast.
+    block: the number of entries that share a scale, rounded up to a multiple of
+      m.
+    profile: the expected magnitude of each entry, positive, in any unit; both
+      ends know it. None if nothing is known.
+    unbiased: whether to scale each block so that its inner product with what
+      arrives is its squared norm, for means over many clients; see `lloyd_max`.
+      The error is larger, near 1 / (4**bits - 1).
 
   Returns:
     A `Compressor` whose payload is a `Trellis`.
 
   Raises:
-    ValueError: if an argument is out of range; from `encode`, if the profile is
-      of another vector.
+    ValueError: if an argument is out of range; from `encode`, if the profile
+      and the vector differ in length.
   """
   rate = fractions.Fraction(bits).limit_denominator(8)
   shift, width = rate.numerator, rate.denominator
@@ -116,9 +117,9 @@ def trellis(
     known = np.asarray(profile)
     if known.ndim != 1 or not (np.isfinite(known) & (known > 0)).all():
       raise ValueError(
-        "trellis expected a profile of finite numbers above zero, one for each"
-        f" entry, got {known.dtype}{list(known.shape)} of others. Add a little"
-        " to those that are zero."
+        "trellis expected a profile of finite positive numbers, one for each"
+        f" entry, got {known.dtype}{list(known.shape)} with others. Replace"
+        " zeros by a small number."
       )
 
   def encode(vector, key):
@@ -127,10 +128,10 @@ def trellis(
     length = -(-min(block, max(size, 1)) // width) * width
     blocks = quantize.in_rows(vector.astype(jnp.float32), length)
     known = _in_units(profile, size, length)
-    # Divided first, or else the squares of what is small would be zero.
+    # Divided first, because squares of small entries would be zero.
     largest = jnp.max(jnp.abs(blocks), axis=1)
     blocks = blocks / _or_one(largest)[:, None]
-    # The best code for a Gaussian is smaller than what it is the code of.
+    # The best code for a Gaussian has less energy than the Gaussian.
     energy = jnp.sum(blocks**2, axis=1) / jnp.sum(known**2, axis=1)
     unit = _or_one(jnp.sqrt(energy * (1 - 4.0**-bits)))
     codebook = jnp.asarray(table(memory, width))
@@ -141,7 +142,7 @@ def trellis(
     scales = largest * product / norm
     if unbiased:
       told = product**2 / (norm * _or_one((blocks**2).sum(axis=1)))
-      # A short block may have next to nothing in common with its code.
+      # The code of a short block may be nearly orthogonal to it.
       scales /= jnp.maximum(told, (1 - 4.0**-bits) / 2)
     symbols = states.ravel()[: -(-size // width)] & 2**shift - 1
     codes, scales = (
@@ -167,12 +168,12 @@ def trellis(
 
 @functools.cache
 def table(memory: int, entries: int) -> np.ndarray:
-  """What each state of `memory` bits stands for: [2**memory, entries].
+  """The entries that each state of `memory` bits codes: [2**memory, entries].
 
-  In each column the quantiles of a standard normal variable, in an order that
-  looks random but is that of a hash of whole numbers, the same everywhere. The
-  two that differ in the newest bit are opposites, so that each entry has a
-  choice of signs: less error than of independent numbers.
+  Each column has the quantiles of a standard normal variable, in the order of a
+  hash of whole numbers, which is the same everywhere. Two states that differ in
+  the newest bit have opposite entries, so that each entry has a choice of
+  signs. The error is less than with independent numbers.
   """
   pairs = np.arange(2**memory // 2)
   quantile = statistics.NormalDist().inv_cdf
@@ -187,7 +188,7 @@ def table(memory: int, entries: int) -> np.ndarray:
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-  """SplitMix64's (Steele, Lea and Flood, 2014): each number by its hash."""
+  """The hash of each number by SplitMix64 (Steele, Lea and Flood, 2014)."""
   x = (numbers.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ x >> 30) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ x >> 27) * np.uint64(0x94D049BB133111EB)
@@ -221,17 +222,17 @@ def _nearest(
   codebook: Float[Array, "states width"],
   shift: int,
 ) -> Int[Array, " steps"]:
-  """The states of the stream of least squared error, for one block."""
+  """The states of the stream of least squared error for one block."""
   states = len(codebook)
   kept = states >> shift
   multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
   def forward(error, step):
     target, known = step
-    # States that differ in the bits that are shifted out come to one.
+    # States that differ only in the bits shifted out lead to the same state.
     error = error.reshape(-1, kept)
     choice = jnp.argmin(error, axis=0).astype(jnp.uint8)
-    # But for the squared target, which is the same of all.
+    # Without the squared target, which is the same for all states.
     added = multiply(codebook**2, known**2)
     added -= 2 * multiply(codebook, target * known)
     error = error.min(axis=0)[:, None] + added.reshape(kept, -1)
@@ -250,7 +251,7 @@ def _nearest(
 
 
 def _windows(symbols, memory, shift):
-  """The states that rows of symbols lead through: their last bits."""
+  """The states that rows of symbols lead through."""
   steps = symbols.shape[1]
   states = jnp.zeros_like(symbols)
   for age in range(-(-memory // shift)):
@@ -260,14 +261,15 @@ def _windows(symbols, memory, shift):
 
 
 def _in_units(profile, size, length):
-  """The profile in rows of `length`, zero where there is padding."""
+  """The profile in rows of `length`, with zeros as padding."""
   if profile is None:
     known = jnp.ones(size)
   elif profile.shape == (size,):
     known = profile / profile.max()
   else:
     raise ValueError(
-      f"the profile is of vectors of {profile.size} entries, got {size}."
+      f"trellis expected a vector of {profile.size} entries, the length of its"
+      f" profile, got {size}."
     )
   return quantize.in_rows(jnp.asarray(known, jnp.float32), length)
 

@@ -1,23 +1,23 @@
-"""Messages: what a payload is, and its bytes.
+"""Messages: the bytes of a payload.
 
-A payload is a frozen pytree dataclass whose arrays are already in wire format
-(codes and supports packed), so its length in bytes is known from its shapes:
-`nbytes(payload) == len(dumps(payload))`, under `jit` as well.
+A payload's arrays are already in wire format: codes and supports are packed.
+Its length in bytes therefore follows from its shapes, under `jit` as well:
+`nbytes(payload) == len(dumps(payload))`.
 
-A message is `FJ`, a version, and one node. A node is either a tag (below 128)
-and the fields of that class in order, or 128 + a data type, a length and the
-raw little-endian array. Integers are varints: seven bits a byte, low ones
-first, the top bit set on all bytes but the last.
+A message is `FJ`, a version byte and one node. A node is either a tag (below
+128) and the fields of the tag's class in order, or 128 + a data type, a length
+and the raw little-endian array. Integers are varints: seven bits a byte, low
+bits first, with the top bit set in all bytes but the last.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, dataclass_transform
+from collections.abc import Iterator
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fedjax_llm.compression import payloads
 
 _MAGIC = b"FJ"
 _VERSION = 1
@@ -32,59 +32,23 @@ _DTYPES = tuple(
 )
 # Indices are int32, so no vector and no array is longer than this.
 _LIMIT = 2**31 - 1
-# No chain is this long; bounds the recursion that hostile bytes can cause.
+# No chain is this long. Bounds the recursion that hostile bytes can cause.
 _DEPTH = 16
 
-_CLASSES: dict[int, type] = {}
-_TAGS: dict[type, int] = {}
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def message(*, tag: int) -> Callable[[type], type]:
-  """Makes a class a payload: a frozen pytree dataclass that can be sent.
-
-  Fields annotated `int` are static; all others are data, arrays of one
-  dimension or further payloads, and are declared `Any`. As an array does, a
-  payload has a `size`: how many entries it decodes to. It may have a method
-  `check`, by which `loads` refuses fields that do not fit each other.
-
-  Args:
-    tag: what stands for the class in a message, in [0, 128) and never reused.
-
-  Returns:
-    The class decorator.
-
-  Raises:
-    ValueError: if `tag` is out of range or belongs to another class.
-  """
-  if not 0 <= tag < _ARRAY:
-    raise ValueError(f"message expected a tag in [0, {_ARRAY}), got {tag=}.")
-
-  def register(cls: type) -> type:
-    taken = _CLASSES.get(tag)
-    if taken and taken.__qualname__ != cls.__qualname__:
-      raise ValueError(f"{tag=} already stands for {taken.__qualname__}.")
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(cls)
-    jax.tree_util.register_dataclass(
-      cls,
-      data_fields=[field.name for field in fields if field.type is not int],
-      meta_fields=[field.name for field in fields if field.type is int],
-    )
-    _CLASSES[tag], _TAGS[cls] = cls, tag
-    return cls
-
-  return register
+message = payloads.message
 
 
 def nbytes(payload: Any) -> int:
   """The length of the message in bytes, header included.
 
   Args:
-    payload: of arrays, tracers or `jax.ShapeDtypeStruct`s.
+    payload: a payload of arrays, tracers or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    `len(dumps(payload))`, a Python integer.
+    `len(dumps(payload))`, a Python integer without an upper bound.
+
+  Raises:
+    ValueError: if the payload cannot be sent.
   """
   return sum(
     len(part) if isinstance(part, bytes) else part.size * part.dtype.itemsize
@@ -93,7 +57,7 @@ def nbytes(payload: Any) -> int:
 
 
 def entries(payload: Any) -> int:
-  """How many numbers travel in a payload, whatever they take: k of a Top-K."""
+  """The number of values that travel: k for a Top-K, whatever their type."""
   while hasattr(payload, "values"):
     payload = payload.values
   return getattr(payload, "numbers", payload.size)
@@ -103,13 +67,13 @@ def dumps(payload: Any) -> bytes:
   """The message that carries `payload`.
 
   Args:
-    payload: of concrete arrays.
+    payload: a payload of concrete arrays.
 
   Returns:
     Bytes that `loads` understands.
 
   Raises:
-    ValueError: if a value is not finite, or an array cannot be sent.
+    ValueError: if a value is not finite, or the payload cannot be sent.
   """
   return b"".join(
     part
@@ -120,14 +84,14 @@ def dumps(payload: Any) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-  """The payload that a message carries, of NumPy arrays.
+  """The payload that a message carries, with NumPy arrays.
 
-  Nothing is allocated that is larger than `data`. Decoding may be: a support of
-  a few bytes can name one entry of a very long vector, so compare the payload's
-  `size` with the one you expect before you decode what a stranger sent.
+  `loads` allocates nothing that is larger than `data`. Decoding may: a support
+  of a few bytes can name one entry of a very long vector. Compare the payload's
+  `size` with the size you expect before you decode a stranger's message.
 
   Args:
-    data: what `dumps` returned.
+    data: a message from `dumps`.
 
   Returns:
     A payload whose `dumps` is `data` again.
@@ -143,7 +107,7 @@ def loads(data: bytes) -> Any:
   if magic[-1] != _VERSION:
     raise ValueError(
       f"The message has version {magic[-1]}, but this release reads version"
-      f" {_VERSION}. Install the release that both ends have in common."
+      f" {_VERSION}. Install the same release at both ends."
     )
   payload, rest = _read_node(rest, _DEPTH)
   if rest:
@@ -152,7 +116,7 @@ def loads(data: bytes) -> Any:
 
 
 def require(array: Any, dtype: Any, size: int, name: str) -> None:
-  """Raises a ValueError unless `array` is one of `size` entries of `dtype`."""
+  """Raises a ValueError unless `array` has `size` entries of `dtype`."""
   expected = f"{np.dtype(dtype)}[{size}]"
   is_array = isinstance(array, np.ndarray)
   got = f"{array.dtype}[{array.size}]" if is_array else type(array).__name__
@@ -167,20 +131,24 @@ def _parts(payload: Any) -> Iterator[Any]:
 
 
 def _node_parts(node: Any) -> Iterator[Any]:
-  if type(node) in _TAGS:
-    yield bytes([_TAGS[type(node)]])
-    for field in dataclasses.fields(node):
-      value = getattr(node, field.name)
-      if field.type is int:
-        yield _varint(value)
-      else:
-        yield from _node_parts(value)
+  if type(node) in payloads.FORMATS:
+    tag, fields = payloads.FORMATS[type(node)]
+    yield bytes([tag])
+    for name, is_static in fields.items():
+      value = getattr(node, name)
+      yield from [_varint(value)] if is_static else _node_parts(value)
     return
+  if not (hasattr(node, "shape") and hasattr(node, "dtype")):
+    raise ValueError(
+      "A payload is an array, or an object of a class that `message` made; got"
+      f" a {type(node).__name__}. Declare a class of its own:"
+      f" @wire.message(tag={payloads.USER_TAGS.start})."
+    )
   if len(node.shape) != 1 or node.dtype not in _DTYPES:
     raise ValueError(
       "A payload's arrays have one dimension and a type among"
       f" {', '.join(map(str, _DTYPES))}; got {node.dtype}{list(node.shape)}."
-      " If vmap made this payload, index one client's out of it."
+      " If vmap made this payload, take one client's entry of each array."
     )
   yield bytes([_ARRAY + _DTYPES.index(node.dtype)]) + _varint(node.size)
   yield node
@@ -190,17 +158,18 @@ def _read_node(data: memoryview, depth: int) -> tuple[Any, memoryview]:
   (kind,), data = _take(data, 1)
   if kind >= _ARRAY:
     return _read_array(kind - _ARRAY, data)
-  if kind not in _CLASSES or not depth:
-    problem = "is too deep" if kind in _CLASSES else f"has unknown tag {kind}"
+  if kind not in payloads.CLASSES or not depth:
+    problem = (
+      "is too deep" if kind in payloads.CLASSES else f"has unknown tag {kind}"
+    )
     raise ValueError(f"The message {problem}.")
-  cls, values = _CLASSES[kind], []
-  for field in dataclasses.fields(cls):
-    if field.type is int:
-      value, data = _read_varint(data)
+  cls, values = payloads.CLASSES[kind], {}
+  for name, is_static in payloads.FORMATS[cls].fields.items():
+    if is_static:
+      values[name], data = _read_varint(data)
     else:
-      value, data = _read_node(data, depth - 1)
-    values.append(value)
-  payload = cls(*values)
+      values[name], data = _read_node(data, depth - 1)
+  payload = cls(**values)
   if hasattr(payload, "check"):
     payload.check()
   return payload, data
@@ -217,14 +186,19 @@ def _read_array(code: int, data: memoryview) -> tuple[np.ndarray, memoryview]:
 def _take(data: memoryview, size: int) -> tuple[memoryview, memoryview]:
   if size > len(data):
     raise ValueError(
-      f"The message is cut short: it should have {size} more bytes, it has"
-      f" {len(data)}."
+      f"The message is cut short: expected {size} more bytes, got {len(data)}."
     )
   return data[:size], data[size:]
 
 
-def _varint(value: int) -> bytes:
-  digits = [value]
+def _varint(value: Any) -> bytes:
+  if not isinstance(value, int | np.integer) or not 0 <= value <= _LIMIT:
+    raise ValueError(
+      "A payload's `int` fields and the sizes of its arrays are whole numbers"
+      f" in [0, {_LIMIT}], got {value!r}. Declare a field that holds an array"
+      " as `Any`."
+    )
+  digits = [int(value)]
   while digits[-1] > 127:
     digits[-1:] = [digits[-1] & 127 | 128, digits[-1] >> 7]
   return bytes(digits)
@@ -247,7 +221,8 @@ def _require_finite(array: np.ndarray) -> np.ndarray:
   bad = array.size - np.count_nonzero(np.isfinite(array))
   if bad:
     raise ValueError(
-      f"{bad} of {array.size} values are not finite, and are not sent: the"
-      " vector has diverged, or is too large for the type it travels in."
+      f"{bad} of {array.size} values are not finite, and are not sent. Either"
+      " the vector has diverged, or its values are too large for the type they"
+      " travel in."
     )
   return array

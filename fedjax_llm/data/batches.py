@@ -1,12 +1,12 @@
-"""Tokenised text in rows of one shape: a mask says which predictions count.
+"""Rows of tokens of one length; a mask marks the predictions that count.
 
-The documents of a corpus, each with the special tokens of the tokenizer, follow
-each other in one stream, which is cut into rows. So at most one row of a client
-is padded, and a row may hold the end of one document and the start of the next:
-attention sees both, as in the packing that language models are pretrained with.
+The documents of a corpus, each with the tokenizer's special tokens, form one
+stream per client, which is cut into rows. So at most one row of a client is
+padded. A row may have the end of one document and the start of the next;
+attention sees both, as in the pretraining of language models.
 
-Records, each a prompt with its answer, are never cut in two: a row holds one,
-or several that do not see each other. All padding is token 0, on the right.
+A record, a prompt with its answer, is never split over rows. A row has one
+record, or several that attention keeps apart. Padding is token 0 on the right.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ LossOn = Literal["answers", "everything"]
 
 
 class Examples(NamedTuple):
-  """Rows of tokens to predict one after the other.
+  """Rows of tokens for next-token prediction.
 
   Attributes:
     tokens: int32 [rows, sequence_length + 1].
-    mask: bool [rows, sequence_length]; `mask[i, t]` says whether predicting
-      `tokens[i, t + 1]` from `tokens[i, : t + 1]` counts.
-    segments: int32 [rows, sequence_length + 1], the number of a token's record
-      in its row, from 1, and 0 for padding: tokens see their own record alone.
-      None where a row is one text.
+    mask: bool [rows, sequence_length]; `mask[i, t]` is True if the prediction
+      of `tokens[i, t + 1]` from `tokens[i, : t + 1]` counts.
+    segments: int32 [rows, sequence_length + 1], the number of each token's
+      record in its row, from 1, and 0 for padding. Attention stays within a
+      record. None if each row is one text.
   """
 
   tokens: np.ndarray
@@ -42,13 +42,13 @@ class Examples(NamedTuple):
 
 
 class Labelled(NamedTuple):
-  """Rows of tokens to classify.
+  """Rows of tokens for classification.
 
   Attributes:
     tokens: int32 [rows, sequence_length].
-    segments: int32 [rows, sequence_length], 1 for a text and 0 for padding.
-    labels: int32 [rows]; or float32 [rows, labels] of 1 for those that hold and
-      0 for the others, where several may.
+    segments: int32 [rows, sequence_length], 1 for text and 0 for padding.
+    labels: int32 [rows]. If a row may have several labels, float32
+      [rows, labels], 1 for each label of a row and 0 for the others.
   """
 
   tokens: np.ndarray
@@ -60,15 +60,16 @@ Rows = TypeVar("Rows", Examples, Labelled)
 
 
 class Population(NamedTuple):
-  """All clients' rows in one array, so that they stay on the device.
+  """The rows of all clients in one array, which stays on the device.
 
   Attributes:
-    names: of the clients.
-    examples: client `i` owns the rows `starts[i]:starts[i + 1]`.
-    starts: int64 [clients + 1].
-    labels: int32 [rows], where each row has one.
-    label_names: what the labels stand for.
-    dropped: how many records had nothing to learn in a row's length.
+    names: the names of the clients.
+    examples: the rows; client `i` owns the rows `starts[i]:starts[i + 1]`.
+    starts: int64 [clients + 1], the first row of each client and the end.
+    labels: int32 [rows], the label of each row; None if rows have no label.
+    label_names: the names of the labels.
+    dropped: the number of records that have no row, because the part of them
+      that fits a row has nothing to learn.
   """
 
   names: tuple[str, ...]
@@ -84,15 +85,16 @@ def rows_of_text(
   tokenizer: transformers.PreTrainedTokenizerBase,
   sequence_length: int,
 ) -> Examples:
-  """Tokenises, concatenates and cuts into rows that overlap by one token.
+  """Tokenises and concatenates texts, and cuts them into rows.
 
-  Every token of the stream but the first is predicted exactly once. The last
-  row is padded with token 0, whose prediction does not count.
+  Neighbouring rows overlap by one token, so every token of the stream except
+  the first is predicted exactly once. The padding of the last row does not
+  count.
 
   Args:
-    texts: in the order in which they follow each other.
-    tokenizer: adds the special tokens it is configured to add, and no others.
-    sequence_length: predictions in a row.
+    texts: the texts, in their order in the stream.
+    tokenizer: the tokenizer. It adds only its configured special tokens.
+    sequence_length: number of predictions in a row.
 
   Raises:
     ValueError: if `sequence_length` is not positive.
@@ -118,23 +120,23 @@ def rows_of_records(
   loss_on: LossOn = "answers",
   packing: bool = False,
 ) -> tuple[Examples, np.ndarray]:
-  """Puts whole records into rows, cut at the end where they are too long.
+  """Puts records into rows; a record that is too long loses its end.
 
   Args:
-    records: prompts with answers.
-    chosen: which of them, in this order.
-    sequence_length: predictions in a row.
-    loss_on: "answers", or "everything" for prompts too, but for the first
-      token of a record, which nothing predicts.
+    records: the prompts with answers.
+    chosen: the numbers of the records to use, in order.
+    sequence_length: number of predictions in a row.
+    loss_on: tokens that count: "answers", or "everything" for prompts too. The
+      first token of a record never counts, because nothing predicts it.
     packing: whether short records share rows, by first-fit-decreasing.
 
   Returns:
-    The rows, in the order of their first records; and those of `chosen` of
-    which an answer's token is left to predict. The others are in no row.
+    The rows, in the order of their first records; and the records of `chosen`
+    that have a row. A record has none if its row would have no token of the
+    answer.
 
   Raises:
-    ValueError: if `sequence_length` is not positive, or `loss_on` neither of
-      the two.
+    ValueError: if `sequence_length` is not positive, or `loss_on` is unknown.
   """
   _check_length(sequence_length)
   if loss_on not in ("answers", "everything"):
@@ -162,14 +164,14 @@ def rows_of_records(
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-  """First-fit-decreasing: the longest first, each in the first row with room.
+  """Packs records, the longest first, each into the first row with room.
 
   Args:
-    lengths: of the records, at most `capacity`.
-    capacity: of a row.
+    lengths: the lengths of the records, at most `capacity` each.
+    capacity: the length of a row.
 
   Returns:
-    int64, the row of each record; rows are numbered by their first records.
+    The row of each record, int64, numbered in the order of first records.
   """
   rows = np.zeros(lengths.size, np.int64)
   room = np.full(lengths.size, capacity)
@@ -191,17 +193,20 @@ def labelled_rows(
   *,
   special_tokens: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> tuple[Labelled, np.ndarray]:
-  """A row for each text, between special tokens, cut at the end of the text.
+  """Makes one row for each text, between special tokens.
+
+  A text that is too long loses its end.
 
   Args:
-    records: texts without special tokens.
-    chosen: which of them, in this order.
-    labels: of all records.
-    sequence_length: tokens in a row.
-    special_tokens: before and after a text, see `tokenised.special_tokens`.
+    records: the texts, without special tokens.
+    chosen: the numbers of the texts to use, in order.
+    labels: the labels of all texts.
+    sequence_length: number of tokens in a row.
+    special_tokens: the tokens before and after a text; see
+      `tokenised.special_tokens`.
 
   Returns:
-    The rows, and those of `chosen` that have a token. The others have no row.
+    The rows; and the texts of `chosen` that have a row. Empty texts have none.
 
   Raises:
     ValueError: if `sequence_length` leaves no room for a text.
@@ -211,7 +216,7 @@ def labelled_rows(
   if room < 1:
     raise ValueError(
       f"expected sequence_length > {sequence_length - room}, the number of"
-      f" special tokens, got {sequence_length=}."
+      f" special tokens, got {sequence_length=}. Take longer rows."
     )
   chosen = chosen[np.diff(records.starts)[chosen] > 0]
   tokens = np.zeros((chosen.size, sequence_length), np.int32)
@@ -225,7 +230,7 @@ def labelled_rows(
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-  """The rows of all parts, which are of one kind."""
+  """Concatenates rows of one type."""
   leaves = (
     None if leaf[0] is None else np.concatenate(leaf)
     for leaf in zip(*parts, strict=True)
@@ -234,7 +239,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def head(rows: Rows, count: int | None) -> Rows:
-  """The first `count` rows, all of them if None."""
+  """Returns the first `count` rows, or all if None."""
   leaves = (None if leaf is None else leaf[:count] for leaf in rows)
   return type(rows)(*leaves)
 
@@ -244,10 +249,10 @@ def population(
   tokenizer: transformers.PreTrainedTokenizerBase,
   sequence_length: int,
 ) -> Population:
-  """The rows that the clients of `corpus` train on.
+  """Makes the training rows of the clients of `corpus`.
 
   Raises:
-    ValueError: if a client has nothing to predict.
+    ValueError: if a client has fewer than two tokens.
   """
   texts = {client.name: client.train for client in corpus.clients}
   return _population(texts, tokenizer, sequence_length, None)
@@ -259,16 +264,12 @@ def held_out(
   sequence_length: int,
   rows_per_client: int | None = None,
 ) -> Population:
-  """The rows that the clients of `corpus` hold out.
+  """Makes the held-out rows of the clients of `corpus`.
 
-  Args:
-    corpus: with held-out texts for every client.
-    tokenizer: as in `rows_of_text`.
-    sequence_length: predictions in a row.
-    rows_per_client: keep at most so many, the first, of each client.
+  Keeps the first `rows_per_client` rows of each client, or all if it is None.
 
   Raises:
-    ValueError: if a client has nothing to predict.
+    ValueError: if a client has fewer than two held-out tokens.
   """
   if rows_per_client is not None and rows_per_client < 1:
     raise ValueError(
@@ -289,8 +290,8 @@ def _population(
     rows = rows_of_text(documents, tokenizer, sequence_length)
     if not rows.mask.any():
       raise ValueError(
-        f"expected two tokens or more of every client, got fewer of {name!r}. "
-        "Leave this client out of the corpus, or give it a longer text."
+        f"expected two tokens or more of every client, got fewer of {name!r}."
+        " Leave this client out of the corpus, or give it a longer text."
       )
     clients.append(head(rows, rows_per_client))
   starts = np.cumsum([0, *(len(rows.tokens) for rows in clients)])

@@ -1,8 +1,8 @@
-"""Federated text corpora: named clients, each with train and held-out texts.
+"""Federated text corpora: named clients with training and held-out texts.
 
-A text is a whole file or speech, never a fragment of one, so that what a client
-holds out is new to every model. Nothing is drawn at random: the same files
-give the same corpus on every machine, and its fingerprint says so.
+A text is a whole file or speech. So no model has seen a part of a held-out text
+in training. Nothing is random: the same files give the same corpus, with the
+same fingerprint, on every machine.
 """
 
 import collections
@@ -16,8 +16,8 @@ import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-# What each client of `standard_library` holds: top-level modules and packages.
-# Names that an installation lacks are skipped; what no line names is remainder.
+# The top-level modules and packages of each client of `standard_library`. Names
+# that an installation lacks are skipped. Other modules form the remainder.
 FAMILIES = {
   "archives": "tarfile zipfile gzip bz2 lzma _compression compression",
   "asyncio": "asyncio",
@@ -59,12 +59,12 @@ FAMILIES = {
 LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "__phello__"}
 LEFT_OUT |= {"site-packages", "dist-packages", "lib-dynload"}
 MINIMUM_CLIENTS = 30
-MINIMUM_TRAIN = 30_000  # Characters, for a family to be a client.
-MINIMUM_FILE = 1_000  # Characters; shorter files are stubs.
+MINIMUM_TRAIN = 30_000  # Characters that a family needs to be a client.
+MINIMUM_FILE = 1_000  # Characters; shorter files are skipped as stubs.
 
 
 class Client(NamedTuple):
-  """One holder of texts."""
+  """A client with its texts."""
 
   name: str
   train: tuple[str, ...]
@@ -72,7 +72,7 @@ class Client(NamedTuple):
 
 
 class Corpus(NamedTuple):
-  """Clients sorted by name, and the SHA-256 of their names and contents."""
+  """Clients sorted by name, and the SHA-256 of their names and texts."""
 
   name: str
   clients: tuple[Client, ...]
@@ -80,20 +80,21 @@ class Corpus(NamedTuple):
 
 
 def standard_library(folder: str | os.PathLike | None = None) -> Corpus:
-  """The Python standard library, a client being a family of its modules.
+  """Returns the Python standard library; each client is a family of modules.
 
-  The corpus that is on every machine: sources, without tests, generated tables
-  and installed packages. A client is a package such as `asyncio` or a few
-  modules on one subject, see `FAMILIES`. About a fifth of its text is held out.
+  Every machine has this corpus. It has the sources of the library without
+  tests, generated tables and installed packages. A client is a package such as
+  `asyncio`, or a few modules on one subject (see `FAMILIES`). Each client holds
+  out about a fifth of its text.
 
   Args:
-    folder: of the library's sources; that of the running Python if None.
+    folder: the folder of the sources; None for that of the running Python.
 
   Returns:
-    A corpus of 36 clients where the installation lacks no family.
+    A corpus. It has 36 clients if the installation has every family.
 
   Raises:
-    ValueError: if `folder` holds too little text for 30 clients.
+    ValueError: if `folder` has too little text for 30 clients.
   """
   return _corpus("standard_library", _divide(folder)[0])
 
@@ -101,11 +102,17 @@ def standard_library(folder: str | os.PathLike | None = None) -> Corpus:
 def standard_library_remainder(
   folder: str | os.PathLike | None = None,
 ) -> Client:
-  """What no client of `standard_library` holds, to pretrain a model on.
+  """Returns the texts that no client of `standard_library` has.
 
-  Code on many subjects, and the language reference (`pydoc_data.topics`) by the
-  page. About a twentieth of it is held out. Arguments and errors are those of
-  `standard_library`.
+  They are for pretraining. They are code on many subjects, and the pages of the
+  language reference (`pydoc_data.topics`). About a twentieth of the text is
+  held out.
+
+  Args:
+    folder: the folder of the sources; None for that of the running Python.
+
+  Raises:
+    ValueError: if `folder` has too little text for 30 clients.
   """
   return _divide(folder)[1]
 
@@ -113,18 +120,19 @@ def standard_library_remainder(
 def shakespeare(
   path: str | os.PathLike, minimum_characters: int = 2000
 ) -> Corpus:
-  """Shakespeare's plays, a client being a speaker and a text a speech.
+  """Returns Shakespeare's plays; a client is a speaker and a text is a speech.
 
-  About a fifth of a speaker's text is held out.
+  A client holds out about a fifth of its text.
 
   Args:
-    path: of tiny Shakespeare's `input.txt`: speeches are separated by blank
-      lines, the first line of each is the speaker and a colon.
-    minimum_characters: of a client's speeches, each counted with the line that
-      names the speaker, which is no part of the text. The default keeps 105.
+    path: the path of tiny Shakespeare's `input.txt`. Blank lines separate the
+      speeches. The first line of a speech is the speaker and a colon.
+    minimum_characters: the smallest size of a client's speeches. The lines with
+      the speaker's name count, but are not part of the texts. The default gives
+      105 clients.
 
   Raises:
-    ValueError: if there is no such file or no such speaker.
+    ValueError: if the file does not exist or no speaker has enough text.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -154,14 +162,14 @@ def shakespeare(
 
 
 def identity(texts: Corpus | Client) -> dict[str, str]:
-  """Name and fingerprint of a corpus or of one client's texts, for a record."""
+  """Returns name and fingerprint of a corpus or of the texts of one client."""
   if isinstance(texts, Corpus):
     return {"name": texts.name, "fingerprint": texts.fingerprint}
   return {"name": texts.name, "fingerprint": _fingerprint(texts)}
 
 
 def _divide(folder: str | os.PathLike | None) -> tuple[list[Client], Client]:
-  """The families that hold enough text, and the remainder."""
+  """Returns the families that have enough text, and the remainder."""
   folder = pathlib.Path(folder or sysconfig.get_path("stdlib"))
   family_of = {
     module: family
@@ -182,15 +190,15 @@ def _divide(folder: str | os.PathLike | None) -> tuple[list[Client], Client]:
       remainder |= documents
   if len(clients) < MINIMUM_CLIENTS:
     raise ValueError(
-      f"expected a standard library with text for {MINIMUM_CLIENTS} clients or "
-      f"more, got {len(clients)} in {folder}. Give the `folder` of a full "
-      "Python installation: the one that holds `asyncio` and `email`."
+      f"expected a standard library with text for {MINIMUM_CLIENTS} clients or"
+      f" more, got {len(clients)} in {folder}. Give the `folder` of a full"
+      " Python installation, which has `asyncio` and `email`."
     )
   return clients, _split("remainder", remainder, 0.05)
 
 
 def _sources(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
-  """Paths below `folder` with their texts, in an order that names decide."""
+  """Yields the paths below `folder` with their texts, sorted by name."""
   for root, folders, files in os.walk(folder):
     folders[:] = sorted(set(folders) - LEFT_OUT)
     for file in map(pathlib.Path(root).joinpath, sorted(files)):
@@ -205,7 +213,7 @@ def _sources(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def _read(file: pathlib.Path) -> str:
-  """The text of a source file, empty if it cannot be read."""
+  """Returns the text of a source file; empty if it cannot be read."""
   try:
     with tokenize.open(file) as source:
       return source.read()
@@ -214,17 +222,17 @@ def _read(file: pathlib.Path) -> str:
 
 
 def _is_table(text: str) -> bool:
-  """Whether a third of the lines hold a character's number or escape."""
+  """Returns whether over a third of the lines have a character code."""
   lines = text.splitlines()
   coded = sum("0x" in line or "\\x" in line or "\\u" in line for line in lines)
   return 3 * coded > len(lines)
 
 
 def _split(name: str, documents: Mapping[str, str], share: float) -> Client:
-  """Holds out whole documents of at most `share` of the text.
+  """Holds out whole documents with at most `share` of the text.
 
-  Their order is that of their keys' hashes. The largest is never held out; one
-  always is, the smallest if none fits.
+  Documents are tried in the order of the hashes of their keys. The largest
+  document is never held out. If no document fits, the smallest is held out.
   """
   by_size = sorted(documents, key=lambda key: (len(documents[key]), key))
   candidates = by_size[:-1]
@@ -243,7 +251,7 @@ def _split(name: str, documents: Mapping[str, str], share: float) -> Client:
 
 
 def _corpus(name: str, clients: Iterable[Client]) -> Corpus:
-  """Sorts the clients by name and takes their fingerprint."""
+  """Makes a corpus with the clients sorted by name."""
   clients = tuple(sorted(clients))
   return Corpus(name, clients, _fingerprint(clients))
 

@@ -1,7 +1,7 @@
-"""Who owns which record of a data set, and which of them is held out.
+"""Divides the records of a data set among clients, and holds some of them out.
 
-What a client holds out depends on its name and its own records alone, so it is
-the same whatever the other clients and the model are.
+The held-out records of a client depend only on the seed, its name and its own
+records. They do not depend on other clients or on the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ HeldOut = Union[float, Literal["left_out"], "datasets.Dataset"]
 
 
 class Side(NamedTuple):
-  """A data set, who owns which of its records, and their labels."""
+  """The training side or the held-out side of a division.
+
+  Attributes:
+    data: the data set.
+    clients: the numbers of the records that each client owns.
+    labels: the labels of all records, or None.
+  """
 
   data: datasets.Dataset
   clients: Mapping[str, np.ndarray]
@@ -37,7 +43,24 @@ def divide(
   held_out: HeldOut,
   seed: int,
 ) -> tuple[Side, Side, tuple[str, ...]]:
-  """What is trained on, what is held out, and the names of the labels."""
+  """Divides a data set among clients, and holds records out.
+
+  Args:
+    data: the records of all clients.
+    partitioner: function that divides the records among clients. It gets the
+      values of `client_column`, or else single labels, or else zeros.
+    client_column: name of a column with the ids of natural clients, or None.
+    label_column: name of a column with labels or lists of labels, or None.
+    held_out: fraction in (0, 1) of each client's records that are held out; or
+      another data set; or "left_out", the records without a client.
+    seed: seed of the held-out records.
+
+  Returns:
+    The training side, the held-out side, and the names of the labels.
+
+  Raises:
+    ValueError: if a column is missing, or `held_out` is none of these.
+  """
   import datasets
 
   labels, names = labels_of(data, label_column)
@@ -63,7 +86,7 @@ def divide(
     rest = Side(data, {name: part for name, (_, part) in parts.items()}, labels)
   else:
     raise ValueError(
-      "expected held_out to be a fraction in (0, 1), a datasets.Dataset or"
+      "expected held_out as a fraction in (0, 1), a datasets.Dataset or"
       f" 'left_out', got {held_out!r}."
     )
   return Side(data, owned, labels), rest, names
@@ -72,7 +95,7 @@ def divide(
 def _hold_out(
   name: str, owned: np.ndarray, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Divides a client's records, whatever the other clients are."""
+  """Splits the records of one client into kept and held-out ones."""
   number = int.from_bytes(hashlib.sha256(name.encode()).digest())
   order = draws.generator(seed, draws.Purpose.HELD_OUT, number).permutation(
     owned
@@ -86,9 +109,21 @@ def labels_of(
   column: str | None,
   names: tuple[str, ...] | None = None,
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-  """A column as int32 [records] or float32 [records, labels], and the names.
+  """Returns the labels in a column as numbers, and their names.
 
-  Numbers are those of `names`, by default of all that there are, in order.
+  Args:
+    data: the data set.
+    column: name of the column, which has single labels or lists of them; None
+      for no labels.
+    names: names of the labels in the order of their numbers; None to take them
+      from the column: the names of a `ClassLabel`, or the sorted values.
+
+  Returns:
+    The labels: int32 [records], or float32 [records, labels] of ones and zeros
+    if the column has lists; and the names of the labels.
+
+  Raises:
+    ValueError: if the column is missing, or has a label that is not in `names`.
   """
   import datasets
 
@@ -108,8 +143,8 @@ def labels_of(
   unknown = {str(value) for row in rows for value in row} - set(codes)
   if unknown:
     raise ValueError(
-      f"expected labels that the training data have, got {sorted(unknown)} in"
-      f" column {column!r} of what is held out."
+      f"expected labels of the training data, got {sorted(unknown)} in column"
+      f" {column!r} of the held-out data. Leave these records out."
     )
   if not several:
     return np.array([codes[str(value)] for (value,) in rows], np.int32), names
@@ -120,16 +155,20 @@ def labels_of(
 
 
 def column_of(data: datasets.Dataset, column: str) -> list[Any]:
-  """The values of a column."""
+  """Returns the values of a column.
+
+  Raises:
+    ValueError: if the column is missing, is empty, or has a missing value.
+  """
   if column not in data.column_names:
     raise ValueError(
       f"expected a column {column!r}, got"
-      f" {', '.join(map(repr, data.column_names))}."
+      f" {', '.join(map(repr, data.column_names))}. Name one of these."
     )
   values = data[column][:]
   if not values or None in values:
     raise ValueError(
-      f"expected a value in every row of column {column!r}, got rows without."
-      " Leave them out: data.filter(...)."
+      f"expected a value in every row of column {column!r}, got no rows or rows"
+      " without a value. Remove these with data.filter(...)."
     )
   return values

@@ -1,32 +1,96 @@
-"""Draws of `data.partition`: what each client gets of the examples of a class.
+"""The type `Partition`, and the random draws of `data.partition`.
 
-`members` are the examples of each class, `rng` is what is drawn from; the
-result is the examples of each client.
+Most draws take `members`, the examples of each class, and `rng`, a random
+generator, and return the examples of each client.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-# Draws that may leave a client with too little, before that is an error.
+# The number of draws that may give a client too little, before it is an error.
 _DRAWS = 1000
-# Of Shepherd's `client_data_allocation.py`.
+# The constants of Shepherd's `client_data_allocation.py`.
 SHEPHERD_ALPHA, SHEPHERD_HELD_OUT, SHEPHERD_MINIMUM = 0.5, 10, 40
-# Generators have a better law, the old state has the published draws.
+# A RandomState reproduces published draws; everything else uses a Generator.
 Rng = np.random.Generator | np.random.RandomState
 
 
-def members_of(values: np.ndarray) -> list[np.ndarray]:
-  """The examples of each distinct value, the values ascending.
+class Partition(NamedTuple):
+  """The examples of each client.
+
+  Attributes:
+    names: the names of the clients, sorted.
+    indices: int64, the examples of each client, ascending. Every client has an
+      example, and no example has two clients.
+    left_out: int64, the examples without a client, ascending.
+  """
+
+  names: tuple[str, ...]
+  indices: tuple[np.ndarray, ...]
+  left_out: np.ndarray
+
+
+def checked(values: np.ndarray, clients: int = 1, each: int = 1) -> np.ndarray:
+  """Returns `values` as an array.
 
   Raises:
-    ValueError: if the values are not of one kind.
+    ValueError: if there is not one value for each of `clients * each` examples.
+  """
+  values = np.asarray(values)
+  if values.ndim != 1 or values.size < clients * each:
+    raise ValueError(
+      f"expected one value for each of {clients * each} or more examples,"
+      f" {each} per client, got an array of shape {values.shape}. Take fewer"
+      " clients, or more data."
+    )
+  return values
+
+
+def gather(
+  indices: Sequence[np.ndarray],
+  examples: int,
+  names: Sequence[str] = (),
+) -> Partition:
+  """Makes a partition from the examples of each client.
+
+  Args:
+    indices: the examples of each client, in any order.
+    examples: the number of all examples.
+    names: the names of the clients; if empty, their numbers.
+
+  Raises:
+    ValueError: if a client has no example.
+  """
+  empty = [i for i, own in enumerate(indices) if not own.size]
+  if empty:
+    raise ValueError(
+      f"expected an example for each of {len(indices)} clients, got none for"
+      f" {len(empty)} of them; the first is number {empty[0]}. Take fewer"
+      " clients, more examples or another seed."
+    )
+  width = len(str(len(indices) - 1))  # Sorted names are then sorted numbers.
+  names = names or [f"{i:0{width}}" for i in range(len(indices))]
+  own = tuple(np.sort(x).astype(np.int64) for x in indices)
+  left_out = np.ones(examples, bool)
+  left_out[np.concatenate(own)] = False
+  left_out = np.flatnonzero(left_out).astype(np.int64)
+  return Partition(tuple(names), own, left_out)
+
+
+def members_of(values: np.ndarray) -> list[np.ndarray]:
+  """Returns the examples of each distinct value, for values in ascending order.
+
+  Raises:
+    ValueError: if the values cannot be sorted.
   """
   try:
     _, codes = np.unique(values, return_inverse=True)
   except TypeError as error:
     raise ValueError(
-      f"expected values that can be sorted, but {error}. Are some missing?"
+      f"expected values of one sortable type, got others: {error}. Are some"
+      " missing?"
     ) from error
   order = np.argsort(codes, kind="stable")
   return np.split(order, np.cumsum(np.bincount(codes))[:-1])
@@ -35,7 +99,13 @@ def members_of(values: np.ndarray) -> list[np.ndarray]:
 def in_shares(
   logarithms: np.ndarray, rng: Rng, *, examples: int
 ) -> list[np.ndarray]:
-  """An example for each client, the others in shares given by logarithm."""
+  """Gives each client one example, and divides the others in shares.
+
+  Args:
+    logarithms: the logarithms of the clients' shares, up to a constant.
+    rng: the random generator.
+    examples: the number of examples.
+  """
   shares = np.exp(logarithms - logarithms.max())
   ends = np.cumsum(shares / shares.sum()) * (examples - shares.size)
   ends = np.rint(ends).astype(np.int64) + np.arange(1, shares.size + 1)
@@ -45,7 +115,13 @@ def in_shares(
 def shards(
   members: Sequence[np.ndarray], rng: Rng, *, shape: tuple[int, int]
 ) -> list[np.ndarray]:
-  """Cuts the classes, one after the other, into [clients, shards]."""
+  """Cuts the classes, one after the other, into shards and deals the shards.
+
+  Args:
+    members: the examples of each class.
+    rng: the random generator.
+    shape: the number of clients, and the number of shards per client.
+  """
   order = np.concatenate([rng.permutation(examples) for examples in members])
   pieces = np.array_split(order, shape[0] * shape[1])
   dealt = rng.permutation(len(pieces)).reshape(shape)
@@ -55,7 +131,13 @@ def shards(
 def mix(
   indices: Sequence[np.ndarray], rng: Rng, *, p: float
 ) -> list[np.ndarray]:
-  """Pools a fraction `p` of each client's examples and deals the pool again."""
+  """Pools a fraction of each client's examples and deals the pool again.
+
+  Args:
+    indices: the examples of each client.
+    rng: the random generator.
+    p: the fraction, in [0, 1].
+  """
   orders = [rng.permutation(own) for own in indices]
   given = [int(np.rint(p * own.size)) for own in indices]
   kept = [own[n:] for own, n in zip(orders, given, strict=True)]
@@ -73,18 +155,18 @@ def dirichlet_by_class(
   minimum_examples: int,
   limit: float = np.inf,
 ) -> list[np.ndarray]:
-  """Draws the clients' shares of each class, until all have the minimum.
+  """Draws the clients' shares of each class until every client has the minimum.
 
   Args:
     members: the examples of each class.
-    rng: what is drawn from.
-    clients: how many.
-    alpha: concentration of the shares.
-    minimum_examples: of every client.
-    limit: clients that have so many get none of the classes that follow.
+    rng: the random generator.
+    clients: the number of clients.
+    alpha: the concentration of the shares.
+    minimum_examples: the smallest number of examples of a client.
+    limit: the number of examples at which a client gets no further classes.
 
   Raises:
-    ValueError: if no draw of a thousand gave every client the minimum.
+    ValueError: if none of a thousand draws gave every client the minimum.
   """
   for _ in range(_DRAWS):
     classes, owned = [], np.zeros(clients, np.int64)
@@ -97,9 +179,9 @@ def dirichlet_by_class(
     if owned.min() >= minimum_examples:
       return join(classes)
   raise ValueError(
-    f"none of {_DRAWS} draws gave every one of {clients} clients"
-    f" {minimum_examples} examples or more of {sum(map(len, members))}, with"
-    f" {alpha=}. Take fewer clients, or raise alpha."
+    f"expected a draw that gives each of {clients} clients {minimum_examples}"
+    f" examples or more of {sum(map(len, members))}, got none in {_DRAWS} draws"
+    f" with {alpha=}. Take fewer clients, or raise alpha."
   )
 
 
@@ -110,39 +192,44 @@ def dirichlet_by_client(
   clients: int,
   alpha: float,
 ) -> list[np.ndarray]:
-  """Draws each client's mix of classes; rounding may leave examples over.
+  """Draws the mix of classes of each client; rounding may leave examples over.
 
-  Arguments are those of `dirichlet_by_class`.
+  Args:
+    members: the examples of each class.
+    rng: the random generator.
+    clients: the number of clients.
+    alpha: the concentration of the mixes.
 
   Raises:
-    ValueError: if `alpha` is so small that no client wants some class.
+    ValueError: if `alpha` is so small that a class has a share of zero in every
+      client's mix.
   """
   shares = rng.dirichlet(np.full(len(members), alpha), clients)
   wanted = shares.sum(axis=0)
   if not (wanted > 0).all():  # Draws that underflow are NaN.
     raise ValueError(
-      f"no client wants some of the {len(members)} classes: {alpha=} is too"
-      " small to draw from. Raise it."
+      f"expected an alpha that gives each of {len(members)} classes to some"
+      f" client, got {alpha=}, which is too small. Raise it."
     )
   counts = np.array([examples.size for examples in members])
   ends = np.rint(shares / wanted * counts).astype(np.int64).cumsum(axis=0)
-  # The last piece of a class is what nobody wanted.
+  # The last piece of a class is what rounding left over.
   return join(map(np.split, members, ends.T))[:clients]
 
 
 def shepherd(
   members: Sequence[np.ndarray], rng: Rng, *, clients: int
 ) -> list[np.ndarray]:
-  """Holds examples of each class out and draws the clients' shares of the rest.
+  """Holds out examples of each class, and divides the rest among clients.
 
   Raises:
-    ValueError: if nothing is left of a class, or a client gets too little.
+    ValueError: if a class has too few examples, or a client gets too few.
   """
   least = min(map(len, members))
   if least <= SHEPHERD_HELD_OUT:
     raise ValueError(
       f"expected more than {SHEPHERD_HELD_OUT} examples of every category, got"
-      f" {least} of one. Leave it out of the data."
+      f" {least} of one. Leave this category out."
     )
   held_out = [rng.permutation(x)[:SHEPHERD_HELD_OUT] for x in members]
   rest = list(map(np.setdiff1d, members, held_out))
@@ -157,5 +244,5 @@ def shepherd(
 
 
 def join(pieces: Iterable[Iterable[np.ndarray]]) -> list[np.ndarray]:
-  """Each client's pieces, one of every class, in one array."""
+  """Joins the pieces of each client, one of every class, into one array."""
   return [np.concatenate(own) for own in zip(*pieces, strict=True)]

@@ -1,8 +1,8 @@
-"""From a data set and a partition to the rows that clients train on.
+"""Makes the rows that clients train on from a data set and a partition.
 
-What an experiment is given is a `RowSource`: it makes the rows once the model's
-tokenizer is known. For example, Dolly as the ten clients of Shepherd, each
-holding out a tenth:
+An experiment takes a `RowSource`, which makes the rows once the tokenizer of
+the model is known. This example is Dolly with the ten clients of Shepherd. Each
+client holds out a tenth of its records:
 
   records.instructions(
     sources.load("dolly15k_fed10/local_training_*.json"),
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-  """What is trained on and what is not.
+  """The rows for training and the rows that are held out.
 
   Attributes:
-    train: the clients and their rows.
-    held_out: of the same clients, of whom some may have no rows; or one owner
-      "held_out" of all rows.
-    identity: what tells these rows from others, for a record.
+    train: the clients and their rows for training.
+    held_out: the held-out rows of the same clients, some of which may have no
+      rows; or one client "held_out" with all rows.
+    identity: fingerprints of the data and of the rows, for the record of a run.
   """
 
   train: batches.Population
@@ -51,24 +51,26 @@ class Split(NamedTuple):
   identity: Mapping[str, str]
 
 
-# From the tokenizer and the length of a row, in predictions or, for a
-# classifier, in tokens.
+# Called with the tokenizer and the length of a row: in predictions for a
+# language model, in tokens for a classifier.
 RowSource = Callable[["transformers.PreTrainedTokenizerBase", int], Split]
-# From the numbers of a client's records to their rows and what was kept.
+# Called with the numbers of a client's records; returns their rows, and the
+# numbers of the records that have a row.
 _Make = Callable[[np.ndarray], tuple[Any, np.ndarray]]
 
 
 def streams(
   corpus: corpora.Corpus, held_out_rows: int | None = None
 ) -> RowSource:
-  """The texts of a corpus, each client's as one stream.
+  """Makes rows from a corpus; the texts of each client form one stream.
 
   Args:
-    corpus: the clients' texts.
-    held_out_rows: of each client at most so many, the first; None for all.
+    corpus: the clients and their texts.
+    held_out_rows: largest number of held-out rows per client; None for all.
 
   Returns:
-    A source that raises a `ValueError` if a client has nothing to predict.
+    A source of rows. It raises a `ValueError` if a client has no token to
+    predict.
   """
 
   def rows(tokenizer, sequence_length):
@@ -94,30 +96,31 @@ def instructions(
   packing: bool = False,
   seed: int = 0,
 ) -> RowSource:
-  """Prompts with answers, for a language model.
+  """Makes rows from prompts with answers, for a language model.
 
   Args:
     data: the records of all clients.
-    template: from a record to its prompt and answer.
-    partitioner: divides the records by the values of `client_column`, else of
-      `label_column`, else, as for `partition.iid`, by their number alone.
-    client_column: of natural ids.
-    label_column: of labels, names or numbers; every row gets its own, unless
-      `packing` puts several in a row.
-    held_out: the fraction in (0, 1) that every client holds out of its records,
-      drawn by its name and `seed`, but never the only one; or another data set
-      of the same columns; or "left_out", what the partition leaves out.
-    held_out_rows: of each client at most so many, the first; None for all.
-    loss_on: "answers" or "everything".
-    packing: whether short records share rows, see `batches.Examples`.
-    seed: of what is held out.
+    template: function from a record to its prompt and answer.
+    partitioner: function that divides the records among clients. It gets the
+      values of `client_column`, or else those of `label_column`, or else zeros.
+    client_column: name of a column with the ids of natural clients, or None.
+    label_column: name of a column with labels (names or numbers), or None. With
+      `packing` the rows have no labels.
+    held_out: fraction in (0, 1) of each client's records that are held out,
+      drawn by `seed` and the client's name; a client with one record holds out
+      none. Or another data set with the same columns. Or "left_out", the
+      records that the partition leaves out.
+    held_out_rows: largest number of held-out rows per client; None for all.
+    loss_on: tokens that count in the loss: "answers" or "everything".
+    packing: whether short records share rows; see `batches.Examples`.
+    seed: seed of the held-out records.
 
   Returns:
-    A source of rows. A client without an answer to predict in a row's length
-    is left out. The source raises a `ValueError` if none is left.
+    A source of rows. It leaves out a client whose answers all lie beyond the
+    length of a row. It raises a `ValueError` if no client is left.
 
   Raises:
-    ValueError: if a column is missing or a value not one of the above.
+    ValueError: if a column is missing, or an argument has an unknown value.
   """
   train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
@@ -148,21 +151,26 @@ def classified(
   held_out_rows: int | None = None,
   seed: int = 0,
 ) -> RowSource:
-  """Texts with labels, for a classifier.
-
-  The arguments and errors are those of `instructions`, but for:
+  """Makes rows from texts with labels, for a classifier.
 
   Args:
     data: the records of all clients.
-    template: from a record to its text, a prompt with its answer.
-    partitioner: as in `instructions`; where a text may have several labels, it
-      divides by `client_column` or by number alone.
-    label_column: of labels, names or numbers; or of lists of them, where a text
-      may have several.
-    client_column: of natural ids.
+    template: function from a record to its text, a prompt with its answer.
+    partitioner: as in `instructions`. If texts have several labels, it gets the
+      values of `client_column`, or else zeros.
+    label_column: name of a column with labels (names or numbers). If a text may
+      have several labels, the column has lists of them.
+    client_column: name of a column with the ids of natural clients, or None.
     held_out: as in `instructions`.
-    held_out_rows: of each client at most so many, the first; None for all.
-    seed: of what is held out.
+    held_out_rows: largest number of held-out rows per client; None for all.
+    seed: seed of the held-out records.
+
+  Returns:
+    A source of rows. It leaves out clients without text, and raises a
+    `ValueError` if no client is left.
+
+  Raises:
+    ValueError: if a column is missing, or an argument has an unknown value.
   """
   train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
@@ -188,7 +196,7 @@ def classified(
 
 
 def _whole(text: templates.Text) -> templates.Text:
-  """A text to read all at once; special tokens are put round it later."""
+  """Joins prompt and answer; the special tokens are added later."""
   return templates.Text("", text.prompt + text.answer, special_tokens=False)
 
 
@@ -199,31 +207,33 @@ def _split(
   names: tuple[str, ...],
   held_out_rows: int | None,
 ) -> Split:
-  """The rows of both sides; clients without any to train on are left out."""
+  """Makes the rows of both sides; drops clients without rows to train on."""
   if held_out_rows is not None and held_out_rows < 1:
     raise ValueError(
       f"expected held_out_rows >= 1 or None for all, got {held_out_rows=}."
     )
-  of_train = make(train)
-  of_rest = of_train if rest.data is train.data else make(rest)
-  made = {name: of_train(owned) for name, owned in train.clients.items()}
+  make_train = make(train)
+  make_rest = make_train if rest.data is train.data else make(rest)
+  made = {name: make_train(owned) for name, owned in train.clients.items()}
   made = {name: rows for name, rows in made.items() if rows[1].size}
   if rest.clients.keys() == train.clients.keys():
     rest = rest._replace(clients={name: rest.clients[name] for name in made})
-  held_out = {name: of_rest(owned) for name, owned in rest.clients.items()}
+  held_out = {name: make_rest(owned) for name, owned in rest.clients.items()}
   count = sum(kept.size for _, kept in held_out.values())
   if not made or not count:
     raise ValueError(
-      "expected records to train on and to hold out with something to learn,"
-      f" got {len(made)} clients that train and {count} records held out. Take"
-      " longer rows, fewer clients or more data."
+      "expected records to train on and records to hold out, got"
+      f" {len(made)} clients that train and {count} held-out records with"
+      " something to learn. Take longer rows, fewer clients or more data."
     )
   populations = (
     _population(train, made, names),
     _population(rest, held_out, names, held_out_rows),
   )
-  rows = {"rows": _fingerprint(*populations)}
-  return Split(*populations, sources.identity(train.data) | rows)
+
+  identity = {"fingerprint": sources.fingerprint(train.data)}
+  identity["rows"] = _fingerprint(*populations)
+  return Split(*populations, identity)
 
 
 def _population(
@@ -249,7 +259,7 @@ def _population(
 
 
 def _fingerprint(*populations: batches.Population) -> str:
-  """SHA-256 of all rows and of who owns them."""
+  """Returns the SHA-256 of all rows and of their owners."""
   digest = hashlib.sha256()
   for names, examples, starts, labels, label_names, _ in populations:
     digest.update(json.dumps([names, label_names]).encode())

@@ -1,10 +1,11 @@
-"""Data sets by one spec string: from the hub, a folder, files or memory.
+"""Loads data sets by one spec string: from the hub, a folder, files or memory.
 
   sources.load("openai/gsm8k:main@train")           hub name, config and split
   sources.load("../shared/data/gsm8k@train[:100]")  folder in the hub's layout
-  sources.load("clients/*.json")                    files; `file` tells whose
+  sources.load("clients/*.json")                    files, one for each client
 
-Everything becomes a `datasets.Dataset`; its fingerprint is that of the content.
+Each result is a `datasets.Dataset`. Its fingerprint depends on its content and
+not on where it lies.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ READERS = {
   ".parquet": "parquet",
   ".txt": "text",
 }
-# user@host, user @ host.domain and the host!user of UUCP, with what hangs on.
+# user@host, user @ host.domain and UUCP's host!user, with attached characters.
 _ADDRESS = re.compile(
   r"(?<!\S)\S+(?:@\S*| ?@ ?[\w-]+\.[\w.-]+)|(?<![\w.-])[\w.-]+(?:![\w.%-]+)+"
 )
@@ -47,18 +48,19 @@ _ADDRESS = re.compile(
 def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
   """Loads the data set that `spec` names.
 
+  The rows of files get a column `file`: the path of their file, without the
+  folder that all files share and without the ending. So a file can be a client.
+
   Args:
-    spec: `NAME_OR_FOLDER[:CONFIG][@SPLIT]`, where the first is a name on the
-      Hugging Face hub, a folder in the hub's layout, or one file or a glob of
-      files: parquet, json, jsonl, csv or text. Of files, a column `file` tells
-      which each row is from, without what their paths have in common; so a
-      file can be a client. A split may be sliced as in `train[:1000]`; that of
-      files is `train`. Instead of a string: a list of dictionaries, or a
-      `datasets.Dataset` as it is.
-    split: of a `spec` that names none; not needed where there is only one.
+    spec: `NAME_OR_FOLDER[:CONFIG][@SPLIT]`. NAME_OR_FOLDER is a name on the
+      Hugging Face hub, a folder in the hub's layout, a file, or a glob of files
+      (parquet, json, jsonl, csv or text). SPLIT may be a slice such as
+      `train[:1000]`; the split of files is `train`. A spec may also be a list
+      of dictionaries, a `datasets.Dataset` or a `datasets.DatasetDict`.
+    split: the split, if `spec` has none. It may be None if there is only one.
 
   Raises:
-    ValueError: if there is no such data set, config or split, or it cannot be
+    ValueError: if the data set, config or split does not exist or cannot be
       read.
   """
   import datasets
@@ -76,31 +78,33 @@ def load(spec: Spec, *, split: str | None = None) -> datasets.Dataset:
     rows = datasets.Dataset.from_list([dict(row) for row in spec])
     splits = {"train": rows}
   if named and split:
-    raise ValueError(f"expected one split, got {spec!s} and {split=}.")
+    raise ValueError(
+      f"expected one split, got {spec!s} and {split=}. Leave one of them out."
+    )
   return _choose(splits, named or split)
 
 
 def newsgroups(
   path: str | os.PathLike, split: str = "train", *, subject: bool = False
 ) -> datasets.Dataset:
-  """20 Newsgroups, "bydate", without headers and e-mail addresses.
+  """Loads 20 Newsgroups, "bydate", without headers and e-mail addresses.
 
-  All lines up to the first that is blank are left out. In what is left
-  `<address>` stands for `user@host`, with what is attached to it, and UUCP's
-  `host!user`. The names that people sign with, or call each other by, stay.
+  The header of a post ends at its first blank line. E-mail addresses
+  (`user@host` and UUCP's `host!user`), with attached characters, become
+  `<address>`. Names of people stay in the text.
 
   Args:
-    path: of `20news-bydate.tar.gz`, whose members are
+    path: the path of `20news-bydate.tar.gz`, with members
       `20news-bydate-SPLIT/GROUP/NUMBER`; http://qwone.com/~jason/20Newsgroups.
     split: "train" or "test".
-    subject: whether a post begins with its subject, the one header to stay.
+    subject: whether each text starts with the subject line of its header.
 
   Returns:
-    Columns `text` and `label`, whose names are the sorted groups, in the order
-    of their paths.
+    A data set with the columns `text` and `label`, sorted by path. The names of
+    the labels are the sorted groups.
 
   Raises:
-    ValueError: if there is no such file or split.
+    ValueError: if the file or the split does not exist.
   """
   import datasets
 
@@ -121,12 +125,12 @@ def newsgroups(
         posts[group, number] = _text(post, subject)
   if not posts:
     raise ValueError(
-      f"newsgroups expected split 'train' or 'test', got {split=}, of which"
-      f" {path} has no posts."
+      f"newsgroups expected split 'train' or 'test', got {split=}, which has no"
+      f" posts in {path}."
     )
   groups = sorted({group for group, _ in posts})
   keys = sorted(posts)
-  data = datasets.Dataset.from_dict(
+  return datasets.Dataset.from_dict(
     {
       "text": [posts[key] for key in keys],
       "label": [groups.index(group) for group, _ in keys],
@@ -135,18 +139,13 @@ def newsgroups(
       text=datasets.Value("string"), label=datasets.ClassLabel(names=groups)
     ),
   )
-  data.info.dataset_name = "20news_bydate"
-  return data
-
-
-def identity(data: datasets.Dataset) -> dict[str, str]:
-  """Name and fingerprint of a data set, for a record."""
-  name = data.info.dataset_name or "rows"
-  return {"name": name, "fingerprint": fingerprint(data)}
 
 
 def fingerprint(data: datasets.Dataset) -> str:
-  """SHA-256 of rows, columns and label names, wherever they were read from."""
+  """Returns the SHA-256 of the rows, the column names and the label names.
+
+  It depends neither on the place of the data nor on the order of the columns.
+  """
   import datasets
 
   digest = hashlib.sha256()
@@ -155,7 +154,8 @@ def fingerprint(data: datasets.Dataset) -> str:
     for column, feature in data.features.items()
     if isinstance(feature, datasets.ClassLabel)
   }
-  digest.update(json.dumps([sorted(data.column_names), names]).encode())
+  head = json.dumps([sorted(data.column_names), names], sort_keys=True)
+  digest.update(head.encode())
   tables: Any = data.with_format("arrow").iter(batch_size=1000)
   for table in tables:
     for row in table.to_pylist():
@@ -165,7 +165,10 @@ def fingerprint(data: datasets.Dataset) -> str:
 
 
 def _parse(spec: str) -> tuple[str, str | None, str | None]:
-  """Name or path, config and split; what exists is a path as it stands."""
+  """Splits a spec into name or path, config and split.
+
+  A spec that exists as a path is not split.
+  """
   if _exists(spec):
     return spec, None, None
   name, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
@@ -181,7 +184,7 @@ def _exists(path: str) -> bool:
 
 
 def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
-  """All splits of a hub name, a folder, or files."""
+  """Returns all splits of a hub name, a folder, or files."""
   import datasets
 
   is_folder = os.path.isdir(name)
@@ -189,13 +192,15 @@ def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
     matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
     files = [path for path in matches if os.path.isfile(path)]
     if files and config:
-      raise ValueError(f"expected no config of files, got {config!r}.")
+      raise ValueError(
+        f"expected files without a config, got {config!r}. Leave it out."
+      )
     if files:
       return {"train": _read_files(files)}
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
       raise ValueError(
-        "expected NAME_OR_FOLDER[:CONFIG][@SPLIT], got a name that is neither a"
-        f" file or folder nor a data set's on the hub: {name!r}."
+        f"expected NAME_OR_FOLDER[:CONFIG][@SPLIT], got {name!r}, which is not"
+        " a file, a folder or a name on the hub. Check the path."
       )
   try:
     return _load(name, config)
@@ -212,15 +217,15 @@ def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
 
 
 def _read_files(paths: Sequence[str]) -> datasets.Dataset:
-  """The rows of the files, and in a column `file` which each is from."""
+  """Returns the rows of files, with the column `file`."""
   import datasets
 
   endings = {pathlib.Path(path).suffix for path in paths}
   kinds = {READERS.get(ending) for ending in endings}
   if len(kinds) > 1 or None in kinds:
     raise ValueError(
-      f"expected files of one kind of {', '.join(READERS)}, got"
-      f" {', '.join(sorted(endings))}, the first is {paths[0]}."
+      f"expected files with one ending of {', '.join(READERS)}, got"
+      f" {', '.join(sorted(endings))}; the first file is {paths[0]}."
     )
   files = {f"file{i}": glob.escape(path) for i, path in enumerate(paths)}
   try:
@@ -236,18 +241,16 @@ def _read_files(paths: Sequence[str]) -> datasets.Dataset:
     name = pathlib.Path(path).relative_to(root).with_suffix("").as_posix()
     if "file" in parts[key].column_names:
       raise ValueError(
-        f"expected files without a column 'file', which is to tell the file of"
-        f" each row, got one in {path}. Rename it."
+        "expected files without a column 'file', which is added here, got one"
+        f" in {path}. Rename it."
       )
     column = [name] * len(parts[key])
     rows.append(parts[key].add_column("file", column))
-  data: Any = datasets.concatenate_datasets(rows)
-  data.info.dataset_name = os.path.basename(os.path.abspath(root))
-  return data
+  return datasets.concatenate_datasets(rows)
 
 
 def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
-  """`datasets.load_dataset` of all splits, without progress bars."""
+  """Calls `datasets.load_dataset` without progress bars."""
   import datasets
 
   shown = not datasets.utils.are_progress_bars_disabled()
@@ -263,7 +266,7 @@ def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
 def _choose(
   splits: Mapping[Any, datasets.Dataset], split: str | None
 ) -> datasets.Dataset:
-  """One split or slices of splits; the only one if none is named."""
+  """Returns a split or a slice; the only split if `split` is None."""
   import datasets
 
   names = ", ".join(splits)
@@ -289,7 +292,7 @@ def _choose(
 
 
 def _text(post: str, subject: bool) -> str:
-  """A post without its headers, but the subject if asked, and addresses."""
+  """Removes addresses and headers from a post; keeps the subject if asked."""
   headers, _, text = post.replace("\r\n", "\n").partition("\n\n")
   if subject:
     lines = [x for x in headers.splitlines() if x.startswith("Subject:")]

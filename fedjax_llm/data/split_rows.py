@@ -1,7 +1,7 @@
-"""Two parts of every client's rows: CG-FedLLM's D1 and D2.
+"""Splits the rows of every client into two parts: D1 and D2 of CG-FedLLM.
 
-On D1 updates are recorded that a codec is fitted on, with D2 the model is tuned
-through it (arXiv 2405.13746, 3 : 7). No row is in both.
+A codec is fitted on updates from D1. The model is then fine-tuned on D2 through
+the codec. The paper splits 3 : 7 (arXiv 2405.13746). No row is in both parts.
 """
 
 import hashlib
@@ -15,20 +15,22 @@ from fedjax_llm.federated import draws
 def divide(
   population: batches.Population, share: float = 0.3, *, seed: int
 ) -> tuple[batches.Population, batches.Population]:
-  """Divides the rows of every client at random, whatever the others have.
+  """Splits the rows of every client at random.
+
+  The split of a client does not depend on other clients.
 
   Args:
-    population: clients of two rows or more.
-    share: of a client's rows that are in the first part, in (0, 1); rounded,
-      but both parts have one row at least.
-    seed: of the division.
+    population: the clients, with two or more rows each.
+    share: fraction of a client's rows in the first part, in (0, 1). It is
+      rounded to whole rows, at least one in each part.
+    seed: seed of the split.
 
   Returns:
-    The two parts, with the same clients; rows keep their order. (Rows cut from
-    one text may overlap by the token at which it was cut.)
+    The two parts, with the same clients. Rows keep their order. Rows that were
+    cut from one text may share the token at the cut.
 
   Raises:
-    ValueError: if `share` is out of range, or a client has one row alone.
+    ValueError: if `share` is out of range, or a client has only one row.
   """
   if not 0 < share < 1:
     raise ValueError(f"divide expected share in (0, 1), got {share=}.")
@@ -38,7 +40,8 @@ def divide(
     if end - start < 2:
       raise ValueError(
         "divide expected two rows or more of every client, got"
-        f" {end - start} of {name!r}. Leave it out, or take shorter rows."
+        f" {end - start} of {name!r}. Leave this client out, or take shorter"
+        " rows."
       )
     number = int.from_bytes(hashlib.sha256(name.encode()).digest())
     rng = draws.generator(seed, draws.Purpose.SPLIT_ROWS, number)
@@ -50,7 +53,7 @@ def divide(
 
 
 def _part(population, rows):
-  """The population of these rows of each client."""
+  """Returns the population with only these rows of each client."""
   kept = np.concatenate(rows)
   take = lambda leaf: None if leaf is None else leaf[kept]
   examples = type(population.examples)(*map(take, population.examples))

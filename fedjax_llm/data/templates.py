@@ -1,7 +1,7 @@
 """Templates: functions from a row of a data set to a prompt and an answer.
 
-They are made by factories that take the names of the columns; any function of
-the same form is one too. A classifier reads prompt and answer as one text.
+The factories here take the names of the columns. Any function of the type
+`Template` works too. A classifier reads prompt and answer as one text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 class Text(NamedTuple):
-  """What a language model reads and what it is to answer.
+  """A prompt and its answer.
 
   Attributes:
-    prompt: read, not learnt; may be empty.
-    answer: learnt; follows the prompt with nothing between.
-    special_tokens: whether the tokenizer adds its own at the start of the
-      prompt; False where the prompt spells them out.
+    prompt: the text before the answer; it may be empty.
+    answer: the text to learn. It follows the prompt with nothing in between.
+    special_tokens: whether the tokenizer adds special tokens before the prompt.
+      False if the prompt contains them.
   """
 
   prompt: str
@@ -44,7 +44,7 @@ Template = Callable[[Row], Text]
 
 
 def plain(column: str = "text") -> Template:
-  """A text to learn as a whole."""
+  """Returns a template without a prompt: the whole text is learned."""
   return lambda row: Text("", _text(row, column))
 
 
@@ -53,15 +53,15 @@ def alpaca(
   context: str = "input",
   response: str = "output",
 ) -> Template:
-  """The two prompts of Stanford Alpaca, with and without further context.
+  """Returns the template of Stanford Alpaca.
 
-  https://github.com/tatsu-lab/stanford_alpaca, `train.py`.
+  It has one prompt for records with further context and one for records without
+  (https://github.com/tatsu-lab/stanford_alpaca, `train.py`).
 
   Args:
-    instruction: column of what is asked.
-    context: column of the further context; the second prompt is taken where it
-      is empty.
-    response: column of the answer.
+    instruction: name of the column with the instruction.
+    context: name of the column with the further context, which may be empty.
+    response: name of the column with the answer.
   """
 
   def template(row):
@@ -77,14 +77,14 @@ def alpaca(
 
 
 def dolly() -> Template:
-  """Alpaca's prompts from the columns of `databricks/databricks-dolly-15k`."""
+  """Returns `alpaca` for the columns of `databricks/databricks-dolly-15k`."""
   return alpaca("instruction", "context", "response")
 
 
 def question_answer(
   question: str = "question", answer: str = "answer"
 ) -> Template:
-  """`Question: ...`, a line `Answer:` and the answer, as for GSM8K."""
+  """Returns a template with the lines `Question: ...` and `Answer: ...`."""
   return lambda row: Text(
     f"Question: {_text(row, question)}\nAnswer:", f" {_text(row, answer)}"
   )
@@ -98,58 +98,52 @@ def chat(
   response: str = "response",
   date_string: str = "26 Jul 2024",
 ) -> Template:
-  """The chat template of a tokenizer; the last assistant message is learnt.
+  """Returns the chat template of a tokenizer.
 
-  What the template writes after the tokenizer's end token is left out, so that
-  generation stops there.
+  The last message of the assistant is the answer. It ends with the tokenizer's
+  end token; text that the chat template writes after it is left out.
 
   Args:
-    tokenizer: of the model that is trained.
-    messages: column of lists of `{"role": ..., "content": ...}`; what follows
-      the last message of the assistant is left out. None if the data has the
-      next two columns instead.
-    prompt: column of what the user says.
-    response: column of what the assistant answers.
-    date_string: what a template that writes today's date writes instead, so
-      that rows are the same tomorrow.
+    tokenizer: the tokenizer of the model.
+    messages: name of the column with lists of `{"role": ..., "content": ...}`.
+      Messages after the last one of the assistant are left out. None to use the
+      columns `prompt` and `response`.
+    prompt: name of the column with the user's message.
+    response: name of the column with the assistant's message.
+    date_string: date that the chat template writes in place of today's date,
+      so that rows do not change from day to day.
+
+  Returns:
+    A template. It raises a `ValueError` if the generation prompt of a
+    conversation is not the start of the answered conversation.
 
   Raises:
-    ImportError: if Jinja2, which chat templates are written in, is missing.
-    ValueError: if the tokenizer has no chat template; of a row, if the
-      template writes an answered conversation in another way than it asks for
-      the answer.
+    ImportError: if Jinja2 is missing.
+    ValueError: if the tokenizer has no chat template.
   """
   if importlib.util.find_spec("jinja2") is None:
     raise ImportError("templates.chat needs Jinja2: pip install jinja2.")
   if not tokenizer.chat_template:
     raise ValueError(
-      f"expected a tokenizer with a chat template, got none in"
-      f" {tokenizer.name_or_path!r}. Take an instruction-tuned model's, or"
+      "expected a tokenizer with a chat template, got none in"
+      f" {tokenizer.name_or_path!r}. Take an instruction-tuned model, or use"
       " another template."
     )
+  apply: Any = functools.partial(
+    tokenizer.apply_chat_template, tokenize=False, date_string=date_string
+  )
 
   def template(row):
-    if messages is None:
-      turns = [
-        {"role": "user", "content": _text(row, prompt)},
-        {"role": "assistant", "content": _text(row, response)},
-      ]
-    else:
-      turns = list(_value(row, messages) or [])
-    while turns and turns[-1]["role"] != "assistant":
-      turns.pop()
+    turns = _turns(row, messages, prompt, response)
     if not turns or not turns[-1]["content"]:
       return Text("", "", special_tokens=False)
-    apply: Any = functools.partial(
-      tokenizer.apply_chat_template, tokenize=False, date_string=date_string
-    )
     asked = apply(turns[:-1], add_generation_prompt=True)
     answered = apply(turns)
     if not answered.startswith(asked):
       raise ValueError(
-        "expected a chat template whose generation prompt starts the"
-        f" assistant's message, got {asked!r}, answered by {answered!r}."
-        " Pass a tokenizer whose `chat_template` is mended."
+        "expected a chat template whose generation prompt is the start of the"
+        f" answered conversation, got {asked!r}, answered by {answered!r}."
+        " Correct the tokenizer's `chat_template`."
       )
     answer = answered.removeprefix(asked)
     end = tokenizer.eos_token
@@ -160,8 +154,21 @@ def chat(
   return template
 
 
+def _turns(row, messages, prompt, response) -> list[dict[str, str]]:
+  """Returns the messages of a row, up to the last one of the assistant."""
+  if messages is None:
+    return [
+      {"role": "user", "content": _text(row, prompt)},
+      {"role": "assistant", "content": _text(row, response)},
+    ]
+  turns = list(_value(row, messages) or [])
+  while turns and turns[-1]["role"] != "assistant":
+    turns.pop()
+  return turns
+
+
 def _text(row: Row, column: str) -> str:
-  """The text in a column, empty where there is none."""
+  """Returns the text in a column; empty if the value is missing."""
   value = _value(row, column)
   return "" if value is None else str(value)
 
@@ -172,5 +179,5 @@ def _value(row: Row, column: str) -> Any:
   except KeyError:
     raise ValueError(
       f"expected a column {column!r}, got {', '.join(map(repr, row))}. Give the"
-      " template the names of this data set's columns."
+      " template the column names of this data set."
     ) from None

@@ -1,9 +1,8 @@
-"""Records as tokens, tokenised once: later runs map them from a file.
+"""Tokenises records once; later runs map the tokens from a file.
 
-The file is named by the hash of everything that its content depends on: the
-rendered texts and the tokenizer. So it holds for any data set and template,
-and a change of either is another file. How long a row is, and what counts in
-it, is decided later.
+The name of the file is a hash of the rendered texts and the tokenizer, which
+determine its content. If either changes, another file is made. The length of
+rows and the tokens that count are decided later.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from fedjax_llm.data import templates
 if TYPE_CHECKING:
   import transformers
 
-_VERSION = 1  # Of the file's format and of how texts become tokens.
-_CHUNK = 1000  # Texts that the tokenizer's threads share at a time.
+_VERSION = 1  # The version of the file format and of the tokenisation.
+_CHUNK = 1000  # The number of texts in one call of the tokenizer.
 
 
 class Tokenised(NamedTuple):
@@ -32,8 +31,8 @@ class Tokenised(NamedTuple):
 
   Attributes:
     tokens: int32 [all tokens]; record `i` is `tokens[starts[i]:starts[i + 1]]`.
-    starts: int64 [records + 1].
-    prompts: int32 [records], how many of a record's tokens are its prompt.
+    starts: int64 [records + 1], the first token of each record and the end.
+    prompts: int32 [records], the number of prompt tokens of each record.
   """
 
   tokens: np.ndarray
@@ -47,31 +46,30 @@ def tokenise(
   *,
   end: bool = True,
 ) -> Tokenised:
-  """Tokenises prompts and answers, or maps what an earlier call has left.
+  """Tokenises prompts and answers, or maps the file of an earlier call.
 
-  A prompt becomes the tokens it has alone, as when a model is to continue it,
-  after the special tokens that the tokenizer puts at a start. Where tokenising
-  prompt and answer together starts with these, the rest is the answer's;
-  elsewhere, as where a token reaches over the border, the answer is tokenised
-  alone. The answer ends with the tokenizer's end token, once, if it has one. An
-  answer that is blank has no tokens, not even that.
+  A prompt is tokenised alone, as in generation, after the tokenizer's special
+  tokens for the start of a text. The tokens of the answer are the rest of the
+  tokens of prompt and answer together. If these do not begin with the prompt's
+  tokens, because a token spans the border, the answer is tokenised alone. The
+  answer ends with one end token if the tokenizer has one. A blank answer has no
+  tokens at all.
 
-  Files are kept in the folder FEDJAX_LLM_CACHE, by default `fedjax_llm` in the
-  user's cache, and replaced at once or not at all; a damaged one is made again.
+  The files are in the folder FEDJAX_LLM_CACHE, by default `fedjax_llm` in the
+  user's cache. They are written atomically. A damaged file is made again.
 
   Args:
     texts: the records.
-    tokenizer: a fast one; its threads share the work.
+    tokenizer: a fast tokenizer.
     end: whether answers end with the end token.
 
   Raises:
-    ValueError: if the tokenizer is not a fast one, or the cache cannot be
-      written.
+    ValueError: if the tokenizer is not fast, or the cache cannot be written.
   """
   if not tokenizer.is_fast:
     raise ValueError(
-      f"expected a fast tokenizer, got {type(tokenizer).__name__}. Save it with"
-      " a tokenizer.json."
+      f"expected a fast tokenizer, got {type(tokenizer).__name__}. Take a model"
+      " with a tokenizer.json."
     )
   texts = list(texts)
   name = _fingerprint(texts, tokenizer, end)
@@ -83,8 +81,8 @@ def tokenise(
       _write(path, fresh)
     except OSError as error:
       raise ValueError(
-        f"cannot keep tokens in {path.parent}: {error}. Set FEDJAX_LLM_CACHE to"
-        " a folder that can be written to."
+        f"expected a writable folder for tokens, got {path.parent}: {error}."
+        " Set FEDJAX_LLM_CACHE to a writable folder."
       ) from error
     found = _read(path) or fresh
   return found
@@ -93,7 +91,7 @@ def tokenise(
 def special_tokens(
   tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> tuple[list[int], list[int]]:
-  """The tokens that a tokenizer puts before and after a single text."""
+  """Returns the tokens that a tokenizer puts before and after a single text."""
   encoded = tokenizer("a", return_special_tokens_mask=True)
   ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
   first, last = special.index(0), len(ids) - special[::-1].index(0)
@@ -133,7 +131,7 @@ def _prompts_and_answers(
   texts: Sequence[templates.Text],
   tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> tuple[list[list[int]], list[list[int]]]:
-  """Their tokens, without special ones that the texts do not spell out."""
+  """Returns the tokens of prompts and answers, without added special tokens."""
   prompts = _ids([text.prompt for text in texts], tokenizer)
   wholes = _ids([text.prompt + text.answer for text in texts], tokenizer)
   answers: list[Any] = []
@@ -165,8 +163,8 @@ def _fingerprint(
   tokenizer: transformers.PreTrainedTokenizerBase,
   end: bool,
 ) -> str:
-  """SHA-256 of all that the tokens depend on."""
-  tokenizer("")  # Forgets the truncation and padding of its last call.
+  """Returns the SHA-256 of everything that the tokens depend on."""
+  tokenizer("")  # Resets the truncation and padding of the last call.
   pipeline = tokenizer.backend_tokenizer.to_str()
   settings = [_VERSION, end, tokenizer.eos_token_id, pipeline]
   digest = hashlib.sha256(json.dumps(settings).encode())
@@ -182,7 +180,7 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, tokenised: Tokenised) -> None:
-  """SHA-256 of what follows: starts, prompts and tokens, as `numpy.save`s."""
+  """Writes the SHA-256 of the rest; then starts, prompts and tokens."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
     try:
@@ -200,9 +198,9 @@ def _write(path: pathlib.Path, tokenised: Tokenised) -> None:
 
 
 def _read(path: pathlib.Path) -> Tokenised | None:
-  """What `_write` wrote, the tokens mapped; None if it is not there or damaged.
+  """Maps a file of `_write`; returns None if it is missing or damaged.
 
-  Everything is read once to compare the hash.
+  Reads the whole file once to compare the hash.
   """
   if not path.is_file():
     return None
@@ -218,6 +216,6 @@ def _read(path: pathlib.Path) -> Tokenised | None:
 
 
 def _digest(file: Any) -> bytes:
-  """SHA-256 of what follows the first 32 bytes."""
+  """Returns the SHA-256 of everything after the first 32 bytes."""
   file.seek(32)
   return hashlib.file_digest(file, "sha256").digest()

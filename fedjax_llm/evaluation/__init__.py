@@ -1,1 +1,1 @@
-"""How good a model is: likelihood, classification, multiple choice."""
+"""Evaluation of models: likelihood, classification and multiple choice."""

@@ -1,8 +1,9 @@
 """C-Eval (Huang et al., 2023): 52 subjects in Chinese.
 
-Asked and averaged as by `llama.py` of github.com/hkust-nlp/ceval at cba65ae:
-five shots without explanations, the letter right after the colon, every subject
-counts the same. The split is "val"; the answers of "test" are not in the zip.
+Prompts and averages are those of `llama.py` in github.com/hkust-nlp/ceval at
+cba65ae: five shots without explanations, the letter right after the colon, and
+the same weight for every subject. The split is "val", because the zip does not
+have the answers of "test".
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedjax_llm.evaluation import exams
 
-# Of each category, the subjects and what they are called in Chinese.
+# The subjects of each category, with their names in Chinese.
 _NAMES = {
   "STEM": {
     "computer_network": "计算机网络",
@@ -101,12 +102,12 @@ def _read(number: int, row: Mapping[str, Any]) -> exams.Question:
 
 
 def exam(*, chinese_names: bool = False) -> exams.Exam:
-  """C-Eval.
+  """Returns the exam C-Eval.
 
   Args:
-    chinese_names: whether a prompt names the subject in Chinese, as the
-      authors' README has it; their program for LLaMA writes the English handle,
-      such as "computer_network".
+    chinese_names: whether prompts have the Chinese name of the subject, as in
+      the authors' README. Otherwise they have the English identifier, such as
+      "computer_network", as in the authors' program for LLaMA.
   """
 
   def header(subject):

@@ -1,9 +1,9 @@
 """Classification of held-out rows: loss, accuracy, precision, recall and F1.
 
-Micro means are of all decisions, macro means of the labels. As scikit-learn has
-it by default, a quotient of nothing by nothing is 0, and the macro means are of
-all labels where a row may have several, but where it has one, only of those
-that occur or are predicted.
+Micro means are over all decisions; macro means are over labels. The conventions
+are the defaults of scikit-learn. 0 / 0 counts as 0. If rows have one label, the
+macro means leave out labels that neither occur nor are predicted. If rows may
+have several labels, the macro means are over all labels.
 """
 
 from collections.abc import Callable
@@ -18,30 +18,32 @@ from fedjax_llm.evaluation import scoring
 def evaluator(
   score_fn: Callable[..., dict[str, Any]], rows: Any, *, batch_size: int = 8
 ) -> Callable[[Any, Any], dict[str, float]]:
-  """Makes the evaluation of a classifier on `rows`.
+  """Makes the function that evaluates a classifier on `rows`.
 
   Args:
     score_fn: `models.classification.score_fn(model)`.
-    rows: `data.batches.Labelled`, or other rows with `labels`; kept on the
-      device.
-    batch_size: rows scored at once.
+    rows: a `data.batches.Labelled`, or other rows with `labels`. They are kept
+      on the device.
+    batch_size: number of rows in a batch.
 
   Returns:
-    `evaluate(factors, params)` -> `loss` (mean over rows, in nats) and what
-    `summary` tells.
+    A function `evaluate(factors, params)`. It returns `loss`, the mean over
+    rows in nats, and the values of `summary`. It raises a `ValueError` if the
+    model does not have one of the labels.
 
   Raises:
-    ValueError: if there are no rows; and from `evaluate`, if a label is none
-      of the model's.
+    ValueError: if there are no rows.
   """
   labels = np.asarray(rows.labels)
   if not len(labels):
-    raise ValueError("expected held-out rows to classify, got none.")
+    raise ValueError(
+      "expected held-out rows to classify, got none. Hold out a larger share."
+    )
   score = scoring.scorer(score_fn, rows, batch_size)
 
   def evaluate(factors, params):
     scores = score(factors, params)
-    # Summed in float64: the same whatever the batch size.
+    # Summed in float64, so that the batch size does not change the result.
     loss = float(np.mean(scores["loss"], dtype=np.float64))
     return {"loss": loss, **summary(scores["scores"], labels)}
 
@@ -52,29 +54,30 @@ def summary(
   scores: Float[np.ndarray, "rows labels"],
   labels: Num[np.ndarray, "rows ..."],
 ) -> dict[str, float]:
-  """How good the predictions of a classifier are.
+  """Returns the accuracy of predictions and other measures.
 
   Args:
-    scores: logits.
-    labels: int [rows], the label of each, of which the largest score predicts
-      one; or [rows, labels] of ones and zeros, predicted by a score over 0.
+    scores: the logits.
+    labels: int [rows], the label of each row; the largest score is the
+      prediction. If rows may have several labels, [rows, labels] of ones and
+      zeros; each label with a positive score is predicted.
 
   Returns:
-    `accuracy`, the share of rows whose label, or labels all together, are
-    predicted; and `macro_f1`. Where a row may have several labels, also
-    `macro_precision`, `macro_recall`, `micro_precision`, `micro_recall` and
-    `micro_f1`; where it has one, the micro means are all the accuracy.
+    `accuracy`, the share of rows with exactly the predicted labels; and
+    `macro_f1`. If rows may have several labels, also `macro_precision`,
+    `macro_recall`, `micro_precision`, `micro_recall` and `micro_f1`. (If rows
+    have one label, all micro means equal the accuracy.)
 
   Raises:
-    ValueError: if a label is none of the scored ones.
+    ValueError: if a label has no score.
   """
   number = scores.shape[-1]
   if labels.ndim > 1:
     predicted, actual = scores > 0, labels > 0.5
   elif labels.min() < 0 or labels.max() >= number:
     raise ValueError(
-      f"expected labels in [0, {number}), those of the model, got"
-      f" {labels.min()} to {labels.max()}."
+      f"expected labels in [0, {number}), the labels of the model, got"
+      f" {labels.min()} to {labels.max()}. Give the head more labels."
     )
   else:
     one_of = np.eye(number, dtype=bool)
@@ -94,7 +97,12 @@ def summary(
 
 
 def _means(counts: np.ndarray) -> dict[str, float]:
-  """Means over the columns (predicted rightly, predicted, actual)."""
+  """Returns means over labels.
+
+  Args:
+    counts: [3, labels], how often each label was predicted correctly, was
+      predicted, and was the actual label.
+  """
   right, predicted, actual = counts
   mean = lambda part, whole: float(np.mean(part / np.maximum(whole, 1)))
   return {

@@ -1,4 +1,4 @@
-"""What came out of an exam: accuracies, how sure they are, who is better."""
+"""Results of exams: accuracies, standard errors, and comparisons of models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,15 @@ from fedjax_llm.evaluation import exams, multiple_choice
 
 
 class Result(NamedTuple):
-  """How a model did in a subject.
+  """The answers of a model to the questions of a subject.
 
   Attributes:
-    subject: its name.
-    ids: of the questions.
-    chosen: a letter each; empty where the prompt had no room in the context.
-    answers: the right letters; empty where they are not told.
-    shots: how many each had; 0 too where there was no room.
+    subject: the name of the subject.
+    ids: the ids of the questions.
+    chosen: the letter chosen for each question; empty if the prompt was longer
+      than the context.
+    answers: the correct letter of each question; empty if unknown.
+    shots: the number of shots in each prompt; 0 if the prompt was too long.
   """
 
   subject: str
@@ -30,7 +31,7 @@ class Result(NamedTuple):
 
   @property
   def right(self) -> Bool[np.ndarray, " questions"]:
-    """Which answers are right; a question without room has none."""
+    """Whether each answer is correct; a missing answer is not."""
     return np.array(self.chosen) == np.array(self.answers)
 
 
@@ -39,7 +40,13 @@ def result(
   groups: Sequence[multiple_choice.Group],
   scores: Mapping[int, np.ndarray],
 ) -> Result:
-  """What the scores of a paper's questions choose."""
+  """Returns the answers with the highest scores.
+
+  Args:
+    paper: the questions of a subject.
+    groups: the tokenised questions of the paper.
+    scores: the scores of the letters, by the number of the question.
+  """
   shots = {x: group.shots for group in groups for x in group.questions}
   numbers = range(len(paper.questions))
   chosen = {x: exams.LETTERS[int(np.argmax(scores[x]))] for x in scores}
@@ -56,16 +63,15 @@ def accuracy(
   right: Sequence[Bool[np.ndarray, " questions"]],
   averaged_over: Literal["questions", "subjects"],
 ) -> dict[str, float]:
-  """The accuracy of a group of subjects.
+  """Returns the accuracy of a group of subjects.
 
   Args:
-    right: of each subject, which answers are.
-    averaged_over: whether every question counts the same, or every subject.
+    right: whether each answer is correct, one array for each subject.
+    averaged_over: "questions" or "subjects", which all have the same weight.
 
   Returns:
-    `accuracy`; its `standard_error`, the binomial one of all questions or, of
-    the mean of subjects, that of the sum of as many independent binomials; and
-    the number of `questions`.
+    `accuracy`; its `standard_error`, for independent binomial answers; and the
+    number of `questions`.
   """
   sizes = np.array([len(x) for x in right])
   means = np.array([x.mean() for x in right])
@@ -83,19 +89,20 @@ def accuracy(
 
 
 def summary(exam: exams.Exam, results: Sequence[Result]) -> dict[str, Any]:
-  """Accuracies of all, of each category and of each subject, as the exam has.
+  """Returns the accuracies of the exam, its categories and its subjects.
 
   Returns:
-    What `accuracy` tells of all; the other mean as `subject_mean` or
-    `question_mean`; how many questions are `unanswered` for want of context;
-    and the same for `categories` and `subjects` by name.
+    The values of `accuracy` for the whole exam; the other mean, as
+    `subject_mean` or `question_mean`; the number of questions that were
+    `unanswered` because the prompt was too long; and the values of `accuracy`
+    by name, for `categories` and for `subjects`.
 
   Raises:
-    ValueError: if the right answers are not told.
+    ValueError: if correct answers are unknown.
   """
-  if untold := [x.subject for x in results if not all(x.answers)]:
+  if unknown := [x.subject for x in results if not all(x.answers)]:
     raise ValueError(
-      f"expected questions with their answers, got {untold[0]} without. Take"
+      f"expected questions with their answers, got {unknown[0]} without. Take"
       " the split val, or write predictions only."
     )
   right = {x.subject: x.right for x in results}
@@ -121,16 +128,16 @@ def summary(exam: exams.Exam, results: Sequence[Result]) -> dict[str, Any]:
 def mcnemar(
   first: Bool[np.ndarray, " questions"], second: Bool[np.ndarray, " questions"]
 ) -> dict[str, float]:
-  """McNemar's exact test of two models that answered the same questions.
+  """Compares two models on the same questions by McNemar's exact test.
 
   Args:
-    first: which answers of one model are right.
-    second: those of the other.
+    first: whether each answer of the first model is correct.
+    second: whether each answer of the second model is correct.
 
   Returns:
-    How many are right in `only_first` and in `only_second`, and the two-sided
-    `p_value` of their being so unequal if each of these questions was as likely
-    to be one's as the other's.
+    `only_first` and `only_second`, the numbers of questions that only one model
+    answered correctly; and `p_value`, the two-sided p-value under the
+    hypothesis that both numbers have the same mean.
   """
   only_first = int((first & ~second).sum())
   only_second = int((second & ~first).sum())
@@ -148,14 +155,14 @@ def mcnemar(
 def comparison(
   exam: exams.Exam, first: Sequence[Result], second: Sequence[Result]
 ) -> dict[str, float]:
-  """The accuracy of the second model, and `mcnemar` over all questions."""
+  """Returns the accuracy of the second model and the values of `mcnemar`."""
   right = [np.concatenate([x.right for x in y]) for y in (first, second)]
   every = accuracy([x.right for x in second], exam.averaged_over)
   return {"accuracy": every["accuracy"], **mcnemar(*right)}
 
 
 def predictions(results: Sequence[Result]) -> dict[str, dict[str, str]]:
-  """The chosen letters by subject and id, as C-Eval's site takes them."""
+  """Returns the chosen letters by subject and id, as C-Eval's site expects."""
   return {
     x.subject: {
       id: letter for id, letter in zip(x.ids, x.chosen, strict=True) if letter
@@ -165,7 +172,10 @@ def predictions(results: Sequence[Result]) -> dict[str, dict[str, str]]:
 
 
 def table(exam: exams.Exam, shown: Mapping[str, Any]) -> str:
-  """A `summary` for people, in per cent; subjects follow their category."""
+  """Returns a `summary` as a Markdown table, in per cent.
+
+  The subjects of a category follow it.
+  """
   lines, left = [("all", "", shown)], set(shown["subjects"])
   for name, category in shown["categories"].items():
     lines.append((name, "", category))

@@ -1,7 +1,8 @@
-"""Exams: multiple-choice questions by subject, asked as their authors do.
+"""Exams: multiple-choice questions by subject, with the prompts of the authors.
 
-An `Exam` says how questions are read, asked and averaged: `ceval.EXAM`,
-`mmlu.EXAM`. Its files are the authors' zip, that zip unpacked, or the hub's.
+An `Exam`, such as `ceval.EXAM` or `mmlu.EXAM`, defines how questions are read,
+asked and averaged. The questions come from the authors' zip, from its unpacked
+folder, or from the hub.
 """
 
 import csv
@@ -20,13 +21,13 @@ Split = Literal["val", "test"]
 
 
 class Question(NamedTuple):
-  """A question as it is stored.
+  """A question of an exam.
 
   Attributes:
-    text: what is asked.
+    text: the question.
     options: the four answers to choose from.
-    answer: the letter of the right one; empty where it is not told.
-    id: in the authors' files, its number where they have none.
+    answer: the letter of the correct answer; empty if unknown.
+    id: the id in the authors' files, or the number of the question.
   """
 
   text: str
@@ -36,22 +37,24 @@ class Question(NamedTuple):
 
 
 class Exam(NamedTuple):
-  """What tells an exam from others.
+  """The definition of an exam.
 
   Attributes:
-    name: and that of the zip, `NAME.zip`.
-    hub: its name on the hub, where every subject is a config.
-    groups: the subjects of each category; a subject's category is the first
-      group that it is in.
-    split: which its scores are published for.
-    context: tokens of a prompt at most, whatever the model; None for no limit.
-    averaged_over: what counts as one in the accuracy of a group.
-    columns: of files without a line that names them.
-    hub_splits: what the hub calls a split otherwise.
-    read: a row with its number -> the question.
-    header: a subject -> what its prompts start with.
-    ask: a question -> its text, up to where the answer begins.
-    answer: of a letter, what follows that.
+    name: the name of the exam, and of its zip, `NAME.zip`.
+    hub: the name on the hub, where every subject is a config.
+    groups: the subjects of each category. The category of a subject is the
+      first group that has it.
+    split: the split of published scores.
+    context: the largest number of tokens in a prompt, for every model; None for
+      no limit.
+    averaged_over: the unit that has the same weight in an accuracy.
+    columns: the column names of files without a header line; None if files have
+      one.
+    hub_splits: the splits that the hub names differently, with their names.
+    read: function from the number and the fields of a row to a question.
+    header: function from a subject to the start of its prompts.
+    ask: function from a question to its prompt, up to the answer.
+    answer: function from a letter to the text of the answer in a prompt.
   """
 
   name: str
@@ -82,29 +85,34 @@ def papers(
   subjects: Sequence[str] = (),
   limit: int | None = None,
 ) -> list[multiple_choice.Paper]:
-  """The questions of an exam, with the first questions of `dev` as shots.
+  """Loads the questions of an exam, with the first questions of `dev` as shots.
 
   Args:
-    exam: which.
-    source: folder of the authors' zip, or of what is in it; or a hub name, by
-      default the exam's.
-    split: "val" or "test", by default the exam's.
-    shots: solved examples of a prompt.
-    subjects: all, if none are named.
-    limit: the first so many questions of each subject; None for all.
+    exam: the exam.
+    source: the authors' zip, its folder, or its unpacked folder; or a hub name.
+      None for the hub name of the exam.
+    split: "val" or "test"; None for the split of published scores.
+    shots: number of solved questions in a prompt.
+    subjects: names of subjects; empty for all.
+    limit: largest number of questions per subject; None for all.
+
+  Returns:
+    One paper for each subject.
 
   Raises:
-    ValueError: if there are no such questions.
+    ValueError: if a subject is unknown, or questions are missing.
   """
   if unknown := [x for x in subjects if x not in exam.subjects]:
     raise ValueError(
-      f"expected subjects of {exam.name}, got {', '.join(unknown)}. It has"
+      f"expected subjects of {exam.name}, got {', '.join(unknown)}. Choose from"
       f" {', '.join(exam.subjects)}."
     )
   if len(set(subjects)) < len(subjects):
     raise ValueError(f"expected each subject once, got {', '.join(subjects)}.")
   if shots < 0 or (limit is not None and limit < 1):
-    raise ValueError(f"expected shots >= 0 and limit >= 1: {shots=}, {limit=}.")
+    raise ValueError(
+      f"expected shots >= 0 and limit >= 1, got {shots=} and {limit=}."
+    )
   rows = _reader(exam, source or exam.hub)
 
   def questions(subject, split):
@@ -116,24 +124,27 @@ def papers(
     asked = questions(subject, split or exam.split)[:limit]
     if len(solved) < shots or not asked:
       raise ValueError(
-        f"expected {shots} solved questions of {subject} and some to ask, got"
-        f" {len(solved)} and {len(asked)}."
+        f"expected {shots} solved questions of {subject} and others to ask, got"
+        f" {len(solved)} and {len(asked)}. Take fewer shots."
       )
-    result.append(
-      multiple_choice.Paper(
-        subject,
-        exam.header(subject),
-        tuple(f"{exam.ask(x)}{exam.answer(x.answer)}\n\n" for x in solved),
-        tuple(map(exam.ask, asked)),
-        tuple(x.id for x in asked),
-        tuple(x.answer for x in asked),
-      )
-    )
+    result.append(_paper(exam, subject, solved, asked))
   return result
 
 
+def _paper(exam, subject, solved, asked) -> multiple_choice.Paper:
+  """Returns the paper of a subject, with `solved` questions as shots."""
+  return multiple_choice.Paper(
+    subject,
+    exam.header(subject),
+    tuple(f"{exam.ask(x)}{exam.answer(x.answer)}\n\n" for x in solved),
+    tuple(map(exam.ask, asked)),
+    tuple(x.id for x in asked),
+    tuple(x.answer for x in asked),
+  )
+
+
 def lettered(question: Question) -> str:
-  """The question and its options, a line each, as both exams write them."""
+  """Returns the question and its options, each on its own line."""
   options = zip(LETTERS, question.options, strict=True)
   return "\n".join([question.text, *(f"{x}. {text}" for x, text in options)])
 
@@ -141,7 +152,7 @@ def lettered(question: Question) -> str:
 def _reader(
   exam: Exam, source: str | os.PathLike
 ) -> Callable[[str, str], Iterable[Mapping[str, Any]]]:
-  """Makes `rows(subject, split)`."""
+  """Makes the function `rows(subject, split)`."""
   path = pathlib.Path(source).expanduser()
   if not path.exists():
 
@@ -156,8 +167,10 @@ def _reader(
   def from_file(subject, split):
     file = root / split / f"{subject}_{split}.csv"
     if not file.is_file():
-      raise ValueError(f"expected a file {file}, found none.")
-    # Cells may hold line breaks, which stay as they are.
+      raise ValueError(
+        f"expected a file {file}, found none. Unpack the authors' zip again."
+      )
+    # Line breaks within cells are kept.
     text = io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")
     return list(csv.DictReader(text, fieldnames=exam.columns))
 
@@ -165,7 +178,7 @@ def _reader(
 
 
 def _root(exam: Exam, path: pathlib.Path) -> Any:
-  """What `dev`, `val` and `test` are in, in a folder or a zip."""
+  """Returns the folder with `dev`, `val` and `test`, in a folder or a zip."""
   archive = path if path.is_file() else path / f"{exam.name}.zip"
   root: Any = zipfile.Path(archive) if archive.is_file() else path
   for candidate in (root, root / "data"):
@@ -173,5 +186,5 @@ def _root(exam: Exam, path: pathlib.Path) -> Any:
       return candidate
   raise ValueError(
     f"expected {exam.name}.zip or its folders dev, val and test in {path},"
-    " found neither."
+    " found neither. Give the folder of the authors' zip."
   )

@@ -12,29 +12,30 @@ from fedjax_llm.evaluation import scoring
 def evaluator(
   score_fn: Callable[..., dict[str, Any]], rows: Any, *, batch_size: int = 8
 ) -> Callable[[Any, Any], dict[str, float]]:
-  """Makes the evaluation of a language model on `rows`.
+  """Makes the function that evaluates a language model on `rows`.
 
   Args:
     score_fn: `models.language.score_fn(model)`.
-    rows: `data.batches.Examples`; kept on the device.
-    batch_size: rows scored at once.
+    rows: a `data.batches.Examples`. It is kept on the device.
+    batch_size: number of rows in a batch.
 
   Returns:
-    `evaluate(factors, params)` -> `loss` (mean nats a token over all tokens
-    that count), `perplexity` (its exponential) and `accuracy` (share of tokens
-    that the model ranks first).
+    A function `evaluate(factors, params)` that returns `loss`, the mean over
+    all tokens that count, in nats; `perplexity`, its exponential; and
+    `accuracy`, the share of tokens that the model ranks first.
 
   Raises:
     ValueError: if no token of `rows` counts.
   """
   if not np.any(rows.mask):
     raise ValueError(
-      "expected held-out text with a token to predict, got none."
+      "expected held-out text with a token to predict, got none. Hold out more"
+      " text."
     )
   score = scoring.scorer(score_fn, rows, batch_size)
 
   def evaluate(factors, params):
-    # Summed on the host in float64: the same whatever the batch size.
+    # Summed in float64, so that the batch size does not change the result.
     scores = score(factors, params)
     totals = {
       name: float(np.sum(x, dtype=np.float64)) for name, x in scores.items()
@@ -45,7 +46,13 @@ def evaluator(
 
 
 def summary(loss: float, right: float, tokens: float) -> dict[str, float]:
-  """Means from sums: nats, tokens ranked first, and tokens that count."""
+  """Returns the means from sums over tokens.
+
+  Args:
+    loss: the summed loss, in nats.
+    right: the number of tokens that the model ranks first.
+    tokens: the number of tokens that count.
+  """
   mean = loss / tokens
   return {
     "loss": mean,

@@ -1,8 +1,8 @@
 """MMLU (Hendrycks et al., 2021): 57 subjects in English.
 
-Asked and averaged as by `evaluate.py` of github.com/hendrycks/test at 4450500:
-five shots, the letter after a space, a prompt of 2,048 tokens at most, every
-question counts the same. The split is "test".
+Prompts and averages are those of `evaluate.py` in github.com/hendrycks/test at
+4450500: five shots, the letter after a space, at most 2,048 tokens in a prompt,
+and the same weight for every question. The split is "test".
 """
 
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ GROUPS = {
 
 
 def _read(number: int, row: Mapping[str, Any]) -> exams.Question:
-  """A line of the authors' files, or a row of the hub's."""
+  """Reads a line of the authors' files, or a row of the hub's data set."""
   if "choices" in row:
     options, answer = row["choices"], exams.LETTERS[row["answer"]]
   else:
@@ -89,7 +89,7 @@ def _read(number: int, row: Mapping[str, Any]) -> exams.Question:
 
 
 def _header(subject: str) -> str:
-  # Two spaces after "about", as `format_subject` has it.
+  # `format_subject` of the authors writes two spaces after "about".
   return (
     "The following are multiple choice questions (with answers) about "
     f" {subject.replace('_', ' ')}.\n\n"

@@ -1,9 +1,9 @@
-"""Multiple choice: which of a few tokens a model would write after a prompt.
+"""Multiple choice: compares the logits of a few tokens after a prompt.
 
-All questions of a paper begin with the same shots. What their prompts have in
-common in tokens is read once, into a cache; the questions then follow on it, a
-batch at a time. Lengths are padded to powers of two, so that all papers of an
-exam share a few programs.
+All questions of a paper start with the same shots. The model reads the tokens
+that their prompts share once, into a cache. Then it reads the rest of each
+prompt, in batches. Lengths are padded to powers of two, so that all papers of
+an exam share a few compiled programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedjax_llm.models import attention
 if TYPE_CHECKING:
   import transformers
 
-# The shortest lengths that are compiled for: of what is shared, of the rest.
+# The smallest padded lengths: of the shared tokens and of the rest.
 _SHORTEST_PREFIX = 512
 _SHORTEST_REST = 64
 
@@ -34,17 +34,16 @@ _SHORTEST_REST = 64
 class Paper(NamedTuple):
   """The questions of a subject, as texts.
 
-  The prompt of a question is the header, shots and the question, with nothing
-  between them.
+  A prompt is the header, the shots and a question, with nothing in between.
 
   Attributes:
-    subject: its name.
-    header: what a prompt starts with.
-    shots: solved examples, the last of which are left out where a prompt is
-      too long.
-    questions: of which each ends where the answer is to begin.
-    ids: of the questions.
-    answers: a letter each; empty where it is not told.
+    subject: the name of the subject.
+    header: the start of every prompt.
+    shots: solved questions. If a prompt is too long, the last shots are left
+      out.
+    questions: the texts of the questions, up to the answer.
+    ids: the ids of the questions.
+    answers: the letter of each correct answer; empty if unknown.
   """
 
   subject: str
@@ -56,13 +55,13 @@ class Paper(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Questions of a paper that have room for the same number of shots.
+  """Questions of a paper whose prompts have the same number of shots.
 
   Attributes:
-    shots: how many.
-    questions: their numbers in the paper.
-    prefix: tokens that all their prompts begin with.
-    rests: the other tokens of each prompt; at least one.
+    shots: the number of shots.
+    questions: the numbers of the questions in the paper.
+    prefix: the tokens that all prompts start with.
+    rests: the other tokens of each prompt, at least one.
   """
 
   shots: int
@@ -77,18 +76,18 @@ def tokenise(
   *,
   context: int,
 ) -> list[Group]:
-  """The tokens of all prompts, each with as many shots as there is room for.
+  """Tokenises all prompts of a paper, each with as many shots as fit.
 
-  Every prompt is tokenised as a whole, after the special tokens that the
-  tokenizer puts at a start; what is shared is found in the tokens.
+  Each prompt is tokenised as a whole, with the tokenizer's special tokens at
+  its start. The shared prefix is found by comparing tokens.
 
   Args:
     paper: the questions.
-    tokenizer: that of the model.
-    context: tokens of a prompt at most.
+    tokenizer: the tokenizer of the model.
+    context: largest number of tokens in a prompt.
 
   Returns:
-    The groups. A question that is too long without any shots is in none.
+    The groups. A question that does not fit even without shots is in no group.
   """
   _, after = tokenised.special_tokens(tokenizer)
   left, groups = list(range(len(paper.questions))), []
@@ -110,7 +109,7 @@ def tokenise(
 
 
 def _group(shots, numbers, prompts) -> Group:
-  # Each keeps a token of its own, the one that predicts the answer.
+  # The prefix leaves each prompt its last token, which predicts the answer.
   shortest = min(map(len, prompts)) - 1
   shared = len(os.path.commonprefix([ids[:shortest] for ids in prompts]))
   return Group(
@@ -121,10 +120,10 @@ def _group(shots, numbers, prompts) -> Group:
 def choice_tokens(
   answers: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase
 ) -> list[int]:
-  """The token that stands for each answer, such as " A": its last.
+  """Returns the last token of each answer, such as " A".
 
   Raises:
-    ValueError: if two answers have the same.
+    ValueError: if two answers have the same last token.
   """
   tokens = [
     tokenizer(text, add_special_tokens=False)["input_ids"][-1]
@@ -132,8 +131,8 @@ def choice_tokens(
   ]
   if len(set(tokens)) < len(tokens):
     raise ValueError(
-      f"expected a tokenizer that tells {', '.join(map(repr, answers))} apart"
-      f" by their last tokens, got {tokens}."
+      "expected a tokenizer with different last tokens for"
+      f" {', '.join(map(repr, answers))}, got {tokens}. Take another model."
     )
   return tokens
 
@@ -147,29 +146,30 @@ def scores(
   *,
   batch_size: int = 8,
 ) -> dict[int, Float[np.ndarray, " choices"]]:
-  """Logits of the choices as the next token after every prompt.
+  """Computes the next-token logits of the choices after every prompt.
 
   Args:
     model: a language model with an `empty_cache`.
-    params: the base model's parameters.
-    factors: what was trained; None for a model without an adapter.
-    groups: of a paper's questions; none longer than the model's context.
-    choices: token ids.
-    batch_size: questions scored at once.
+    params: the parameters of the base model.
+    factors: the trained parameters; None for a model without an adapter.
+    groups: the tokenised questions of a paper. No prompt is longer than the
+      context of the model.
+    choices: the token ids of the choices.
+    batch_size: number of questions in a batch.
 
   Returns:
-    For the number of each question, the logits. The largest is the answer.
+    The logits of the choices, by the number of the question.
 
   Raises:
-    ValueError: for a token that the model does not have.
-    FloatingPointError: if logits are not finite, which choose nothing.
+    ValueError: if the model does not have one of the tokens.
+    FloatingPointError: if a logit is not finite.
   """
   size = model.config.vocab_size
   tokens = [row for group in groups for row in (group.prefix, *group.rests)]
   if (most := max(itertools.chain(choices, *tokens))) >= size:
     raise ValueError(
-      f"the tokenizer wrote token {most}, the model has only {size}. Take the"
-      " tokenizer that it was trained with."
+      f"expected token ids below {size}, the vocabulary of the model, got"
+      f" {most}. Take the tokenizer of the model."
     )
   variables = {"params": params}
   if factors is not None:
@@ -177,7 +177,7 @@ def scores(
   chosen, result = jnp.array(choices, jnp.int32), {}
   for group in groups:
     cache = _prefill(model, variables, *_prefix(model, group.prefix))
-    # Neighbours are of about the same length.
+    # Sorted, so that the rows of a batch have about the same length.
     order = np.argsort([len(x) for x in group.rests], kind="stable").tolist()
     for start in range(0, len(order), batch_size):
       batch = order[start : start + batch_size]
@@ -187,8 +187,8 @@ def scores(
       logits = jax.device_get(logits)
       if not np.isfinite(logits[: len(batch)]).all():
         raise FloatingPointError(
-          "the model has logits that are not finite: it has diverged, or"
-          " computes in a type that is too short for it."
+          "expected finite logits, got NaN or infinity. The model has diverged,"
+          " or its dtype has too small a range."
         )
       numbers = [group.questions[x] for x in batch]
       result |= dict(zip(numbers, logits, strict=False))
@@ -196,20 +196,23 @@ def scores(
 
 
 def _width(model, length, shortest):
-  """A power of two, or what the model has positions for."""
+  """Returns the padded length: a power of two within the model's positions."""
   width = max(shortest, 1 << max(length - 1, 0).bit_length())
   return max(length, min(width, model.config.max_position_embeddings))
 
 
 def _prefix(model, prefix):
-  """Tokens and segments [1, width], padded on the left."""
+  """Returns tokens and segments [1, width], padded on the left."""
   padding = _width(model, len(prefix), _SHORTEST_PREFIX) - len(prefix)
   tokens = np.array([[0] * padding + prefix], np.int32)
   return tokens, np.array([[0] * padding + [1] * len(prefix)], np.int32)
 
 
 def _rows(model, rests):
-  """All but the last tokens, padded on the right, how many, and the last."""
+  """Returns the first tokens of rows, their numbers, and the last tokens.
+
+  The first tokens of a row are all but the last one, padded on the right.
+  """
   lengths = np.array([len(x) - 1 for x in rests], np.int32)
   width = _width(model, int(lengths.max()), _SHORTEST_REST)
   tokens = np.zeros((len(rests), width), np.int32)
@@ -225,9 +228,9 @@ def _prefill(model, variables, tokens, segments) -> attention.Cache:
 
 
 def _then(model, variables, tokens, segments, cache) -> attention.Cache:
-  """The cache with these tokens in it.
+  """Returns the cache with these tokens in it.
 
-  Their logits, of the whole vocabulary at every place, are never computed.
+  The unused logits are never computed, because XLA removes them.
   """
   return model.apply(variables, tokens, segments, cache=cache)[1]
 
@@ -242,7 +245,11 @@ def _ask(
   last: Int[Array, " batch"],
   choices: Int[Array, " choices"],
 ) -> Float[Array, "batch choices"]:
-  """Logits after the prefix in `cache`, each row's tokens, and its last one."""
+  """Computes the logits of the choices.
+
+  A row follows the prefix in `cache` with the first `lengths` of its `tokens`
+  and with its `last` token.
+  """
   batch, width = tokens.shape
 
   def grow(x, rows, slots):
@@ -261,7 +268,8 @@ def _ask(
   cache = _then(model, variables, tokens, segments, cache)
 
   def after_last(keys, values, segments, length, token):
-    # It follows its row's own end: windows count slots, padded or not.
+    # The last token goes right after its row's tokens, over the padding,
+    # because sliding windows count slots.
     own = (keys[:, None], values[:, None], segments[None], prefix + length)
     logits, _ = model.apply(
       variables, token[None, None], cache=attention.Cache(*own)

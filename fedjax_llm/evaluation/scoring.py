@@ -1,4 +1,4 @@
-"""Scores of held-out rows, a batch at a time."""
+"""Scores held-out rows in batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,18 @@ import numpy as np
 def scorer(
   score_fn: Callable[..., dict[str, Any]], rows: Any, batch_size: int
 ) -> Callable[[Any, Any], dict[str, np.ndarray]]:
-  """Makes a function that scores all of `rows`.
+  """Makes the function that scores all of `rows`.
 
   Args:
-    score_fn: `fn(factors, params, rows)` -> arrays, each of one entry a row.
-    rows: a tree of arrays of equal length; kept on the device.
-    batch_size: rows scored at once.
+    score_fn: function `score_fn(factors, params, rows)` that returns arrays
+      with one entry for each row.
+    rows: a tree of arrays with the same number of rows. It is kept on the
+      device.
+    batch_size: number of rows in a batch.
 
   Returns:
-    `scores(factors, params)` -> the arrays of `score_fn` for all rows, on the
-    host. What fills up the last batch is not among them.
+    A function `scores(factors, params)` that returns the arrays of `score_fn`
+    for all rows, on the host, without the padding of the last batch.
   """
   count = len(jax.tree.leaves(rows)[0])
   missing = -count % batch_size

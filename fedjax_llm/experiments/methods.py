@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, levels, quantize, sparse
+from fedjax_llm.compression import base, grouped, levels, quantize, sparse
 from fedjax_llm.experiments import tasks
 from fedjax_llm.federated import channels, clients, densities, parameters
 from fedjax_llm.federated.algorithms import (
@@ -172,7 +172,7 @@ def _quantised(k: Recipe) -> Any:
 def apart(k: Recipe) -> Callable[[float], base.Compressor]:
   """A Top-K each for all `a`, for all `b` and for a head."""
   owners = parameters.owners(k.task.trainable)
-  return functools.partial(sparse.top_k_per_group, owners)
+  return functools.partial(grouped.top_k_per_group, owners)
 
 
 def _adapter_lth(k: Recipe) -> Any:

@@ -1,12 +1,16 @@
 """Aggregators: from the decoded updates of a cohort to one update.
 
-Each client adds a share, and shares add up, so that a mean over any number of
-clients needs the memory of one update. A client of weight zero is not there.
+They are the one home of weighting. A cohort tells each client's number of
+examples; the aggregator says what that is worth: `weighted_mean` weights by
+examples, `uniform_mean` counts every client once. Each client adds a share, and
+shares add up, so that a mean over any number of clients needs the memory of one
+update. A client of weight zero is left out by all of them.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -17,15 +21,15 @@ class Aggregator(NamedTuple):
   """A reduction over clients.
 
   Attributes:
-    init: () -> its state before the first round, a tree of arrays; () if it
-      has no memory.
+    init: () -> the state before the first round, a tree of arrays; () if there
+      is none.
     share: (update [n], weight, state) -> what one client adds, a tree.
-    finish: (sum of the shares, state, key) -> one update [n], zeros if nobody
-      was there, and the next state.
-    steps_when_empty: whether the server steps in a round of nobody too, as
-      privacy asks: that nobody was there must not show.
-    noise_multiplier: standard deviation of the noise in the sum, in clip norms;
-      None if updates are not clipped one by one, so that no privacy holds.
+    finish: (sum of the shares, state, key) -> one update [n], zeros if no
+      client took part, and the next state.
+    steps_when_empty: whether the server also steps in a round in which no
+      client took part. Privacy needs it: nobody may see that all were absent.
+    noise_multiplier: the standard deviation of the noise in the sum, in clip
+      norms; None if clients' updates are not clipped, so that no privacy holds.
   """
 
   init: Callable[[], State]
@@ -36,7 +40,7 @@ class Aggregator(NamedTuple):
 
 
 def weighted_mean() -> Aggregator:
-  """The mean weighted by the cohort's weights (FedAvg's n_i, for instance)."""
+  """The mean weighted by the clients' numbers of examples, as in FedAvg."""
 
   def share(update, weight, state):
     del state
@@ -53,7 +57,7 @@ def weighted_mean() -> Aggregator:
 
 
 def uniform_mean() -> Aggregator:
-  """The plain mean, whatever the clients' weights, as FLASC takes it."""
+  """The mean that counts every client once, as in FLASC."""
   mean = weighted_mean()
   share = lambda update, weight, state: mean.share(
     update, jnp.sign(weight), state
@@ -62,7 +66,7 @@ def uniform_mean() -> Aggregator:
 
 
 def sum_updates() -> Aggregator:
-  """The plain sum, K times the mean, as CG-FedLLM's Algorithm 1 has it."""
+  """The sum that counts every client once, as in CG-FedLLM's Algorithm 1."""
 
   def share(update, weight, state):
     del state
@@ -72,10 +76,10 @@ def sum_updates() -> Aggregator:
 
 
 def mean_over_senders() -> Aggregator:
-  """The mean of each entry over the clients that sent it, by their weights.
+  """The weighted mean of each entry over the clients that sent it.
 
-  For uploads that are parts: what a client did not send arrives as zero, and
-  so is an entry that was sent as exactly zero taken for one that was not.
+  Entries that a client did not send arrive as zero. An exact zero counts as not
+  sent.
   """
 
   def share(update, weight, state):
@@ -90,3 +94,13 @@ def mean_over_senders() -> Aggregator:
     return update / jnp.where(weight > 0, weight, 1), state
 
   return Aggregator(lambda: (), share, finish)
+
+
+def normalised(weights: Float[Array, " clients"]) -> Float[Array, " clients"]:
+  """Divides the weights by their sum; zeros stay zeros."""
+  return weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
+
+
+def weighted_sum(trees: Any, weights: Float[Array, " clients"]) -> Any:
+  """Adds up trees [clients, ...], each multiplied by its weight."""
+  return jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), trees)

@@ -1,34 +1,58 @@
 """Channels: how both directions of a round are compressed, for each tier.
 
-Clients of all tiers train in one shape, so that they run as one program; only
-their messages differ, and a message's size is static. So every tier's message
-is written, and each client takes its own.
+Clients of all tiers train in one shape, so that they run as one program. Only
+their messages differ, and the size of a message is static. So each client
+encodes the message of every tier, and the one of its own tier is taken.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_llm.compression import base, wire
 
+# A round counts bytes in int32.
+_MOST_BYTES = 2**31 - 1
 
-class Channel(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
   """How both directions are compressed, and what is trained in between.
 
   Attributes:
-    download: of the trainable parameters.
-    upload: of a client's update; or a function that makes the compressor from
-      the payload that the client received, because what both ends know after
-      the download needs no bytes.
-    trains: which entries a client trains, made from the payload it received,
-      as by `sparse.support`; None for all of them.
+    download: the compressor of the trainable parameters.
+    upload: the compressor of a client's update; or a function that makes it
+      from the payload that the client received, because what both ends know
+      after the download needs no bytes.
+    trains: a function from the payload that a client received to a mask of the
+      entries that it trains, such as `sparse.support`; None for all entries.
+
+  Raises:
+    ValueError: if the download is for updates, such as `error_feedback`.
   """
 
   download: base.Compressor = base.identity()
   upload: base.Compressor | Callable[[Any], base.Compressor] = base.identity()
   trains: Callable[[Any], Any] | None = None
+
+  def __post_init__(self):
+    """Refuses a download by which clients would drift from the server."""
+    if not isinstance(self.download, base.Compressor):
+      raise ValueError(
+        "Channel expected a Compressor as download, such as top_k(1 / 4), got"
+        f" {self.download!r}."
+      )
+    if self.download.for_updates:
+      raise ValueError(
+        "Channel expected a download for parameters, got one for updates, such"
+        " as error_feedback: what it lost in one round would be added to the"
+        " parameters of the next. To send what changed since a client's last"
+        " download, use algorithms.delta_downloads."
+      )
 
   def uplink(self, payload: Any) -> base.Compressor:
     """The upload compressor of a client that received `payload`."""
@@ -38,11 +62,11 @@ class Channel(NamedTuple):
 
 
 class Tiers(NamedTuple):
-  """Clients of different capability: they train alike, their messages differ.
+  """Clients of different capability. They train alike; their messages differ.
 
   Attributes:
-    channels: of each tier.
-    of_client: numbers of clients -> numbers of their tiers.
+    channels: the channel of each tier.
+    of_client: a function from client numbers to tier numbers.
   """
 
   channels: Sequence[Channel]
@@ -50,13 +74,13 @@ class Tiers(NamedTuple):
 
 
 class Message(NamedTuple):
-  """One client's answer as it arrives, and what sending it took.
+  """One client's answer as it arrives, and the size of its message.
 
   Attributes:
     received: the decoded vector.
-    memory: the sender's states, of every tier.
-    nbytes: int32, the length of the payload.
-    entries: int32, how many numbers it carries.
+    memory: the sender's states, one for each tier.
+    nbytes: int32, the length of the message.
+    entries: int32, the number of values that it carries.
   """
 
   received: Any
@@ -65,8 +89,24 @@ class Message(NamedTuple):
   entries: Any
 
 
+def sizes(*payloads: Any) -> np.ndarray:
+  """The bytes and values of payloads that travel together: int32 [2].
+
+  Raises:
+    ValueError: if there are 2**31 bytes or more, which a round cannot count.
+  """
+  nbytes = sum(map(wire.nbytes, payloads))
+  if nbytes > _MOST_BYTES:
+    raise ValueError(
+      f"expected messages below 2 GiB, got one of {nbytes} bytes in one round."
+      " Train fewer parameters, such as LoRA factors, or compress the messages:"
+      " Channel(top_k(1 / 4), top_k(1 / 16))."
+    )
+  return np.array([nbytes, sum(map(wire.entries, payloads))], np.int32)
+
+
 def tiers_of(channel: Channel | Tiers | None) -> Tiers:
-  """The tiers; one that everybody is of, if there is one channel."""
+  """The tiers; if there is one channel, a single tier for all clients."""
   if isinstance(channel, Tiers):
     if not channel.channels:
       raise ValueError("Tiers expected at least one channel, got none.")
@@ -75,7 +115,7 @@ def tiers_of(channel: Channel | Tiers | None) -> Tiers:
 
 
 def trains(tiers: Tiers, payloads: Sequence[Any]) -> Any:
-  """What clients train: a mask for each tier, or None if that is everything."""
+  """The masks of what clients train, one for each tier; None for everything."""
   if all(channel.trains is None for channel in tiers.channels):
     return None
   return tuple(
@@ -92,7 +132,16 @@ def upload(
   memory: Any,
   key: Any,
 ) -> Message:
-  """Sends a client's update as its tier does."""
+  """Sends a client's update through the channel of its tier.
+
+  Args:
+    tiers: all tiers.
+    payloads: what each tier received.
+    tier: the client's tier, traced.
+    update: the client's update.
+    memory: the client's states, one for each tier.
+    key: the random key of the upload.
+  """
 
   def branch(number, channel, payload):
     def fn(update, memory, key):
@@ -100,12 +149,7 @@ def upload(
         channel.uplink(payload), update, memory[number], key
       )
       states = (*memory[:number], message.state, *memory[number + 1 :])
-      return Message(
-        message.received,
-        states,
-        jnp.int32(wire.nbytes(message.payload)),
-        jnp.int32(wire.entries(message.payload)),
-      )
+      return Message(message.received, states, *sizes(message.payload))
 
     return fn
 
@@ -119,16 +163,25 @@ def upload(
 
 
 def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
-  """The state of the upload compressor for each client: [population, ...]."""
+  """The state of the upload compressor for each client: [population, ...].
 
-  def first(vector):
+  Raises:
+    ValueError: if `population` is missing, or a message of this channel cannot
+      be sent.
+  """
+  key = jax.random.key(0)
+
+  def start(vector):
     state = channel.download.init(vector)
-    key = jax.random.key(0)
     payload, _ = channel.download.encode(vector, state, key)
-    return channel.uplink(payload).init(vector)
+    compressor = channel.uplink(payload)
+    state = compressor.init(vector)
+    return state, (payload, compressor.encode(vector, state, key)[0])
 
   # Traced first, so that what the round would refuse is refused here.
-  shapes = jax.eval_shape(first, vector)
+  shapes, payloads = jax.eval_shape(start, vector)
+  for payload in payloads:
+    sizes(payload)
   if not jax.tree.leaves(shapes):
     return shapes
   if population is None:
@@ -137,4 +190,4 @@ def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
       " the upload compressor keeps a state for each."
     )
   copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
-  return jax.tree.map(copies, jax.jit(first)(vector))
+  return jax.tree.map(copies, jax.jit(lambda x: start(x)[0])(vector))

@@ -1,7 +1,6 @@
 """What happens at the clients: local training, mapped over the cohort."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +10,17 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from fedjax_llm.federated import local_training, mapping
+
+# See `local_update`.
 LossFn = Callable[..., tuple[Array, Array]]
 
-
-# Clients trained at once on an accelerator, unless `Placement` is told.
+# Clients trained at once on an accelerator, unless `Placement` says otherwise.
 _ON_ACCELERATOR = 4
+# At most so many trainable numbers are few: a round measures the cosines. They
+# cost 8 bytes a number and, at this bound, 22 milliseconds a client on a CPU of
+# two cores (benchmarks/round_cosines.py).
+FEW = 2**22
 
 
 def device_mesh(
@@ -33,16 +38,22 @@ def device_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where clients train: on which devices, and how many at once on each.
+  """How a round is computed: where, how much at once, and what is measured.
+
+  It changes the cost of a round, not its result, except for the order of
+  additions.
 
   Attributes:
-    mesh: its Auto axis "clients" shares the clients out over devices; all
-      devices if not given. The state of a round is replicated on it; place
-      `frozen` and `examples` alike, or every round copies them.
+    mesh: the devices. Its Auto axis "clients" shares the clients out over
+      them; all devices if not given. The state of a round is replicated on the
+      mesh; place `frozen` and `examples` alike, or every round copies them.
     clients_per_step: how many clients at most are vmapped at once on a device,
       at least 1; if not given, 1 on a CPU and 4 elsewhere. With 1 nothing is
-      vmapped and no padding is computed. What does not divide the clients is
-      filled up with clients computed twice.
+      vmapped and no padding is computed. If it does not divide the clients,
+      the last step repeats some of them, which are not counted.
+    cosines: whether a round measures `update_cosine` and `innovation_cosine`,
+      for which each client adds two more vectors of the trainable parameters.
+      If not given, only where these are few: at most `FEW` numbers.
 
   Raises:
     ValueError: if `clients_per_step` is below 1, or `mesh` has no axis
@@ -51,6 +62,7 @@ class Placement:
 
   mesh: jax.sharding.Mesh = dataclasses.field(default_factory=device_mesh)
   clients_per_step: int | None = None
+  cosines: bool | None = None
 
   def __post_init__(self):
     if self.at_once < 1:
@@ -74,22 +86,35 @@ class Placement:
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     return 1 if is_cpu else _ON_ACCELERATOR
 
+  def has_cosines(self, size: int) -> bool:
+    """Whether a round of `size` trainable numbers measures the cosines."""
+    return size <= FEW if self.cosines is None else self.cosines
+
   @property
   def everywhere(self) -> jax.sharding.NamedSharding:
     """The sharding of an array that every device has whole."""
     return jax.sharding.NamedSharding(self.mesh, jax.P())
 
 
+def replicate(tree: Any, placement: Placement | None) -> Any:
+  """Puts a whole copy of `tree` on every device of the placement."""
+  placement = placement or Placement()
+  if placement.mesh.size == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, placement.everywhere)
+
+
 class Cohort(NamedTuple):
-  """The clients of one round, and which examples each step of theirs uses.
+  """The clients of one round, and which examples each of their steps uses.
 
   Attributes:
     clients: int32 [cohort], numbers of the clients in the population.
     indices: int32 [cohort, steps, batch], rows of the examples.
     mask: bool [cohort, steps, batch]; False where there is no example. A step
       without any leaves the client as it was.
-    weights: float32 [cohort], of the clients in a weighted mean; a client of
-      weight zero is left out of any mean.
+    weights: float32 [cohort], each client's number of examples; zero for a
+      client that does not take part. What a weight is worth is the
+      aggregator's choice.
   """
 
   clients: Any
@@ -98,136 +123,49 @@ class Cohort(NamedTuple):
   weights: Any
 
 
-class Training(NamedTuple):
-  """What local training returns.
+def takes_part(weights: Any) -> Any:
+  """Whether clients of these weights take part: positive and finite ones."""
+  return jnp.isfinite(weights) & (weights > 0)
 
-  Attributes:
-    trainable: the trained parameters.
-    loss: summed loss over all steps, each before its update.
-    count: over how many tokens (or examples) it was summed.
+
+def check_cohort(cohort: Cohort) -> Cohort:
+  """Returns the cohort; nothing is checked while JAX traces it.
+
+  Raises:
+    ValueError: if a weight is negative, infinite or NaN.
   """
-
-  trainable: Any
-  loss: Any
-  count: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalUpdate:
-  """The training that one client does in one round; call it as a function.
-
-  Any function of the same arguments serves as well, but promises no privacy.
-
-  Attributes:
-    train: `(trainable, frozen, examples, indices, mask, key, trains=None) ->
-      Training`.
-    example_noise_multiplier: the standard deviation of the noise in the sum of
-      a batch's clipped gradients, in clip norms; None if the gradients of
-      single examples are not clipped.
-  """
-
-  train: Callable[..., Training]
-  example_noise_multiplier: float | None = None
-
-  def __call__(self, *arguments: Any, **options: Any) -> Training:
-    """Calls `train`."""
-    return self.train(*arguments, **options)
-
-
-def example_noise_multiplier(
-  local_update: Callable[..., Training],
-) -> float | None:
-  """The noise multiplier of private training; None of any other function."""
-  if isinstance(local_update, LocalUpdate):
-    return local_update.example_noise_multiplier
-  return None
+  if isinstance(cohort.weights, jax.core.Tracer):
+    return cohort
+  weights = np.asarray(cohort.weights)
+  if not (np.isfinite(weights) & (weights >= 0)).all():
+    raise ValueError(
+      f"Cohort expected finite weights of at least 0, got {weights.tolist()}. A"
+      " weight is a client's number of examples; 0 leaves the client out."
+    )
+  return cohort
 
 
 def local_update(
   loss_fn: LossFn, optimizer: optax.GradientTransformation
-) -> LocalUpdate:
+) -> local_training.LocalUpdate:
   """Makes the training that one client does in one round.
 
   Args:
     loss_fn: `(trainable, frozen, examples, mask, key) -> (total, count)`: the
       summed loss of a batch and what to divide it by. Padded examples, where
       `mask` [batch] is False, must add to neither.
-    optimizer: steps on the gradient of total / count; its state starts afresh
+    optimizer: steps on the gradient of total / count. Its state starts afresh
       in every round.
 
   Returns:
-    A `LocalUpdate`: a loop over the steps of `indices` and `mask` [steps,
-    batch]. A step whose mask is all False changes neither the parameters nor
-    the optimizer's state; such steps at the end are not computed, unless the
-    client is vmapped with one that has more. Where `trains`, a tree of masks,
-    is False, gradients and updates are zero.
+    A `local_training.LocalUpdate`: a loop over the steps of `indices` and
+    `mask` [steps, batch]. A step whose mask is all False changes neither the
+    parameters nor the optimizer's state; such steps at the end are not
+    computed, unless the client is vmapped with one that has more. Where
+    `trains`, a tree of masks, is False, gradients and updates are zero.
   """
-
-  def mean_loss(trainable, frozen, examples, mask, key):
-    total, count = loss_fn(trainable, frozen, examples, mask, key)
-    return total / jnp.maximum(count, 1), (total, count)
-
-  def gradient_fn(*batch, trains):
-    gradient, sums = jax.grad(mean_loss, has_aux=True)(*batch)
-    return only(trains, gradient), sums
-
-  return local_steps(gradient_fn, optimizer)
-
-
-def local_steps(
-  gradient_fn: Callable[..., tuple[Any, tuple[Array, Array]]],
-  optimizer: optax.GradientTransformation,
-  *,
-  example_noise_multiplier: float | None = None,
-) -> LocalUpdate:
-  """Makes a client's training from a custom batch-gradient function.
-
-  Args:
-    gradient_fn: `(trainable, frozen, examples, mask, key, trains=) ->
-      (gradient, (total, count))`, of a batch; see `local_update`. The gradient
-      is zero where `trains` is False.
-    optimizer: steps on the gradient.
-    example_noise_multiplier: see `LocalUpdate`.
-  """
-
-  def fn(trainable, frozen, examples, indices, mask, key, trains=None):
-    def gradients(trainable, number):
-      rows = lambda x: jnp.asarray(x)[indices[number]]
-      batch = jax.tree.map(rows, examples)
-      step_key = jax.random.fold_in(key, number)
-      return gradient_fn(
-        trainable, frozen, batch, mask[number], step_key, trains=trains
-      )
-
-    def step(number, carry):
-      trainable, state, loss, count = carry
-      gradient, (total, seen) = gradients(trainable, number)
-      updates, state = optimizer.update(gradient, state, trainable)
-      # For optimizers that decay what has no gradient.
-      updates = only(trains, updates)
-      trainable = optax.apply_updates(trainable, updates)
-      after = (trainable, state, loss + total, count + seen)
-      keep = lambda new, old: jnp.where(is_real[number], new, old)
-      return jax.tree.map(keep, after, carry)
-
-    # Not a condition in each step: that would be vmapped to a selection with
-    # all its operands batched, `frozen` too.
-    is_real = mask.any(axis=1)
-    steps = jnp.max(jnp.where(is_real, jnp.arange(len(mask)) + 1, 0))
-    _, sums = jax.eval_shape(gradients, trainable, 0)
-    zeros = jax.tree.map(jnp.zeros_like, sums)
-    start = (trainable, optimizer.init(trainable), *zeros)
-    trainable, _, loss, count = jax.lax.fori_loop(0, steps, step, start)
-    return Training(trainable, loss, count)
-
-  return LocalUpdate(fn, example_noise_multiplier)
-
-
-def only(trains: Any, tree: Any) -> Any:
-  """The tree with zeros where `trains` is False; all of it if that is None."""
-  if trains is None:
-    return tree
-  return jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), trains, tree)
+  gradient_fn = local_training.batch_gradient(loss_fn)
+  return local_training.local_steps(gradient_fn, optimizer)
 
 
 def map_clients(
@@ -236,96 +174,19 @@ def map_clients(
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
   """Maps `fn` over clients, adding up its first result, stacking its second.
 
-  Memory grows with `clients_per_step`, not with the cohort, except for what
-  is stacked. All placements agree up to the order of additions.
+  Memory grows with `clients_per_step`, and with the cohort only by what is
+  stacked. All placements agree up to the order of additions.
 
   Args:
     fn: `(shared, client) -> (summand, output)`.
-    placement: where clients train; on all devices if not given.
+    placement: see `Placement`; all devices if not given.
 
   Returns:
     `fn(shared, clients) -> (sum, outputs)`; `clients` has a leading axis, and
     so have `outputs`.
   """
   placement = placement or Placement()
-  on_device = functools.partial(_in_steps, fn)
-  devices = placement.mesh.shape["clients"]
-  if devices > 1:
-    on_device = _over(placement.mesh, on_device)
-  return _chunked(on_device, devices, placement.at_once)
-
-
-def map_in_steps(
-  fn: Callable[[Any, Any], tuple[Any, Any]], at_once: int | None
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-  """`map_clients` of rows within one client: on the device where it runs.
-
-  Args:
-    fn: `(shared, row) -> (summand, output)`.
-    at_once: how many rows are vmapped at once; None for all.
-  """
-  return _chunked(functools.partial(_in_steps, fn), 1, at_once)
-
-
-def _chunked(on_devices, devices, at_once):
-  """Cuts what is mapped over into [devices * steps, at_once, ...]."""
-
-  def mapped(shared, clients):
-    count = jax.tree.leaves(clients)[0].shape[0]
-    on_each = -(-count // devices)
-    steps = -(-on_each // (at_once or on_each))
-    size = -(-on_each // steps)
-    # Chunks that would not be full repeat clients, which are not added.
-    number = np.arange(devices * steps * size).reshape(-1, size)
-    chunks = jax.tree.map(lambda x: x[number % count], clients)
-    total, outputs = on_devices(shared, (number < count, chunks))
-    unchunk = lambda x: x.reshape(-1, *x.shape[2:])[:count]
-    return total, jax.tree.map(unchunk, outputs)
-
-  return mapped
-
-
-def _over(mesh, fn):
-  """Shares chunks out over the devices of `mesh`, and adds up their sums."""
-
-  def on_device(shared, chunks):
-    total, outputs = fn(shared, chunks)
-    return jax.lax.psum(total, "clients"), outputs
-
-  return jax.shard_map(
-    on_device,
-    mesh=mesh,
-    in_specs=(jax.P(), jax.P("clients")),
-    out_specs=(jax.P(), jax.P("clients")),
-    # Else the carry of every loop would have to be declared as varying.
-    check_vma=False,
-  )
-
-
-def _in_steps(fn, shared, chunks):
-  """Maps over chunks of clients [steps, size, ...], one after the other."""
-  together = functools.partial(_together, fn, shared)
-  shapes, _ = jax.eval_shape(together, jax.tree.map(lambda x: x[0], chunks))
-
-  def add(total, chunk):
-    summand, outputs = together(chunk)
-    return jax.tree.map(jnp.add, total, summand), outputs
-
-  return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), chunks)
-
-
-def _together(fn, shared, chunk):
-  """Maps over one chunk of clients, vmapped unless there is only one."""
-
-  def one(is_counted, client):
-    summand, output = fn(shared, client)
-    return jax.tree.map(lambda x: jnp.where(is_counted, x, 0), summand), output
-
-  if len(chunk[0]) == 1:
-    summand, output = one(*jax.tree.map(lambda x: x[0], chunk))
-    return summand, jax.tree.map(lambda x: x[None], output)
-  summands, outputs = jax.vmap(one)(*chunk)
-  return jax.tree.map(lambda x: x.sum(0), summands), outputs
+  return mapping.over_devices(fn, placement.mesh, placement.at_once)
 
 
 def in_turn(tiers: int) -> Callable[[Any], Any]:

@@ -154,7 +154,7 @@ def with_codec(
     # Copied, so that donating the state leaves the caller's arrays alone.
     codec = jax.tree.map(jnp.array, coding.codec)
     held = jnp.zeros(population, jnp.int32)
-    return rounds.replicate(
+    return clients.replicate(
       CodecState(state, codec, jnp.int32(1), held), placement
     )
 
@@ -163,7 +163,7 @@ def with_codec(
       state.inner, frozen, examples, cohort, key
     )
     old = state.held[cohort.clients]
-    present = (cohort.weights > 0) & metrics["finite"]
+    present = clients.takes_part(cohort.weights) & metrics["finite"]
     new = jnp.where(present, state.version, old)
     setup = jnp.where(old < state.version, coding.setup_bytes, 0)
     metrics = metrics | {"download_bytes": metrics["download_bytes"] + setup}
@@ -175,7 +175,7 @@ def with_codec(
       metrics |= {"upload_bytes": metrics["upload_bytes"] + raw}
     held = state.held.at[cohort.clients].set(new)
     after = state._replace(inner=after, held=held)
-    return rounds.replicate(after, placement), metrics
+    return clients.replicate(after, placement), metrics
 
   def received(state, key):
     return first.received(state.inner, key)

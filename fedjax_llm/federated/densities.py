@@ -1,7 +1,7 @@
-"""Densities: which share of a vector is sent, the same always or by rounds.
+"""Densities: the share of a vector that is sent, constant or by rounds.
 
 The size of a message is static, so every density is a stage of
-`schedules.staged` and a compiled branch: let them be few.
+`schedules.staged` and a compiled branch: use only a few.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,14 @@ def decaying(
   rounds: int,
   floor: float = 0.0,
 ) -> dict[int, float]:
-  """The densities `start * decay ** (round // every)`, but at least `floor`.
+  """Returns densities `start * decay ** (round // every)`, at least `floor`.
 
   Args:
-    start: of the first rounds, in (0, 1].
-    decay: what a density is of the one before it, in (0, 1]; 1 for none.
-    every: for how many rounds each density holds, at least 1.
-    rounds: how many rounds there will be, at least 1; later ones keep the last
-      density.
-    floor: the last density, in [0, 1].
+    start: the first density, in (0, 1].
+    decay: each density over the one before it, in (0, 1]; 1 for no decay.
+    every: how many rounds each density holds, at least 1.
+    rounds: the number of rounds, at least 1; later ones keep the last density.
+    floor: the least density, in [0, 1].
 
   Returns:
     Densities by the round they begin with, at most `ceil(rounds / every)`.
@@ -51,10 +50,10 @@ def decaying(
 
 
 def stages(*densities: Density) -> dict[int, tuple[float, ...]]:
-  """The densities that hold together, by the round they begin with.
+  """Joins schedules of densities: tuples by the round they begin with.
 
   Raises:
-    ValueError: if a schedule says nothing of round 0.
+    ValueError: if a schedule has no density for round 0.
   """
   schedules = [x if isinstance(x, Mapping) else {0: x} for x in densities]
   for schedule in schedules:

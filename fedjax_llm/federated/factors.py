@@ -1,8 +1,8 @@
-"""LoRA factors: their products, stacks and truncations, wherever in a tree.
+"""LoRA factors: their products, stacks and truncations, anywhere in a tree.
 
-A pair is `a` [..., inputs, rank] and `b` [..., rank, outputs] of one module;
-leading axes, such as stacked layers, agree. What else is trained, such as a
-head, is in no pair.
+A pair is `a` [..., inputs, rank] and `b` [..., rank, outputs] of one module,
+with the same leading axes, such as stacked layers. Other trainable parameters,
+such as a head, are in no pair.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fedjax_llm.compression import base, sparse
-from fedjax_llm.federated import channels
+from fedjax_llm.federated import channels, clients
 
 Path = tuple[str, ...]
 
@@ -34,10 +34,10 @@ class Pair(NamedTuple):
 
 
 def pairs(tree: Mapping[str, Any]) -> dict[Path, Pair]:
-  """All pairs of a tree, by the paths of their modules.
+  """Returns all pairs of a tree, by the paths of their modules.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if the tree has no pair.
   """
   flat: Any = flax.traverse_util.flatten_dict(dict(tree))
   found = {
@@ -52,7 +52,7 @@ def pairs(tree: Mapping[str, Any]) -> dict[Path, Pair]:
 
 
 def put(tree: Mapping[str, Any], new: Mapping[Path, Pair]) -> Any:
-  """The tree with other pairs in it."""
+  """Returns the tree with these pairs replaced."""
   flat: Any = flax.traverse_util.flatten_dict(dict(tree))
   for path, pair in new.items():
     flat |= {(*path, "a"): pair.a, (*path, "b"): pair.b}
@@ -60,27 +60,44 @@ def put(tree: Mapping[str, Any], new: Mapping[Path, Pair]) -> Any:
 
 
 def rank(tree: Mapping[str, Any]) -> int:
-  """The largest rank of the pairs of a tree."""
+  """Returns the largest rank of a tree's pairs."""
   return max(pair.a.shape[-1] for pair in pairs(tree).values())
 
 
 def entry_ranks(tree: Mapping[str, Any]) -> Any:
-  """Which rank each entry of the flat vector belongs to, counted from 0.
+  """Returns the rank that each entry of the flat vector belongs to, from 0 on.
 
   A rank is a column of `a` and a row of `b`.
 
   Returns:
-    NumPy int [n]; -1 for what is in no pair.
+    NumPy int [n]; -1 for entries in no pair.
   """
-  none = jax.tree.map(lambda x: np.full(np.shape(x), -1), tree)
+  owners, ranks = rank_owners(tree)
+  within = np.concatenate([np.arange(x) for x in ranks])
+  return np.where(owners < 0, -1, within[owners])
 
-  def of(pair):
-    number = np.arange(pair.a.shape[-1])
-    in_b = np.broadcast_to(number[:, None], pair.b.shape)
-    return Pair(np.broadcast_to(number, pair.a.shape), in_b)
 
-  numbered = put(none, {path: of(x) for path, x in pairs(tree).items()})
-  return np.concatenate([x.ravel() for x in jax.tree.leaves(numbered)])
+def rank_owners(tree: Mapping[str, Any]) -> tuple[Any, list[int]]:
+  """Which rank of which layer each entry of the flat vector belongs to.
+
+  Returns:
+    NumPy int [n], numbers that count the ranks of all layers, with -1 for what
+    is in no pair; and how many ranks each layer has.
+  """
+  owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), tree)
+  numbered, ranks, count = {}, [], 0
+  for path, pair in pairs(tree).items():
+    *layers, _, rank = pair.a.shape
+    number = count + np.arange(math.prod(layers) * rank)
+    number = number.reshape(*layers, rank)
+    numbered[path] = Pair(
+      np.broadcast_to(number[..., None, :], pair.a.shape),
+      np.broadcast_to(number[..., :, None], pair.b.shape),
+    )
+    ranks += [rank] * math.prod(layers)
+    count += number.size
+  leaves = jax.tree.leaves(put(owners, numbered))
+  return np.concatenate([x.ravel() for x in leaves]), ranks
 
 
 def tiers(
@@ -89,22 +106,22 @@ def tiers(
   of_client: Callable[[Any], Any] | None = None,
   upload: base.Compressor | None = None,
 ) -> channels.Tiers:
-  """Clients that receive and send the first ranks of all pairs, zeros above.
+  """Makes tiers that receive and send only the first ranks of all pairs.
 
-  What is in no pair travels whole. Ranks above need no freezing: where a column
-  of `a` and a row of `b` are both zero, so are both gradients.
+  What is in no pair travels whole. Ranks that are not sent need no freezing:
+  where a column of `a` and a row of `b` are both zero, so are both gradients.
 
   Args:
-    tree: what is trained, of which only shapes count.
-    ranks: of each tier, in [1, rank of the pairs].
-    of_client: numbers of clients -> numbers of their tiers; None for their
-      remainders, as in the code of FLASC's authors.
-    upload: what compresses the entries that are sent up; None for nothing.
+    tree: the trainable parameters; only their shapes count.
+    ranks: the rank of each tier, in [1, rank of the pairs].
+    of_client: numbers of clients -> numbers of their tiers. If not given,
+      client i is in tier i modulo tiers, as in the code of FLASC's authors.
+    upload: compresses the entries that are uploaded; None for no compression.
 
   Raises:
-    ValueError: if a rank is out of range, or there is none.
+    ValueError: if a rank is out of range, or there is no tier.
   """
-  largest, owners, count = rank(tree), entry_ranks(tree), len(ranks)
+  largest, owners = rank(tree), entry_ranks(tree)
   if not ranks or not all(1 <= x <= largest for x in ranks):
     raise ValueError(
       f"expected ranks of tiers in [1, {largest}], the rank of the adapter, got"
@@ -116,26 +133,26 @@ def tiers(
     return channels.Channel(kept, base.chain(kept, upload) if upload else kept)
 
   return channels.Tiers(
-    tuple(channel(x) for x in ranks), of_client or (lambda x: x % count)
+    tuple(channel(x) for x in ranks), of_client or clients.in_turn(len(ranks))
   )
 
 
 def products(pairs: Mapping[Path, Pair], scale: float = 1.0) -> dict[str, Any]:
-  """The tree of `{"delta": scale * a @ b}`, each [..., inputs, outputs]."""
+  """Returns a tree of `{"delta": scale * a @ b}`, [..., inputs, outputs]."""
   return flax.traverse_util.unflatten_dict(
     {(*path, "delta"): scale * x.a @ x.b for path, x in pairs.items()}
   )
 
 
 def stack(pair: Pair, weights: Float[Array, " clients"]) -> Pair:
-  """A pair whose product is the weighted sum of the clients' products.
+  """Returns a pair whose product is the weighted sum of the clients' products.
 
   Args:
-    pair: of all clients, a leading axis.
-    weights: of each.
+    pair: the factors of all clients, with a leading axis.
+    weights: the weight of each client.
 
   Returns:
-    Factors side by side, of the sum of the ranks.
+    The factors side by side: its rank is the sum of their ranks.
   """
   clients = weights.shape[0]
   weights = weights.reshape(clients, *(1,) * (pair.b.ndim - 1))
@@ -150,27 +167,27 @@ def stack(pair: Pair, weights: Float[Array, " clients"]) -> Pair:
 def stacks(
   trees: Mapping[str, Any], weights: Float[Array, " clients"]
 ) -> dict[Path, Pair]:
-  """The `stack` of every pair of trees [clients, ...]."""
+  """Returns the `stack` of every pair of trees [clients, ...]."""
   return {path: stack(x, weights) for path, x in pairs(trees).items()}
 
 
 def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
-  """The pair of `rank` whose product is nearest: a truncated SVD.
+  """Returns the pair of `rank` whose product is nearest: a truncated SVD.
 
   The product itself, [inputs, outputs], is not formed: two QRs leave a core no
-  larger than the pair's rank. Singular vectors have the sign with which the
-  largest entry of a column of `a` is positive, so that the result does not hang
-  on rounding.
+  larger than the pair's rank. The signs of singular vectors are chosen so that
+  the largest entry of each column of `a` is positive; otherwise they would
+  depend on rounding.
 
   Args:
-    pair: of any rank.
-    rank: of the result, whose factors are zero beyond the rank of the product.
-    balanced: split singular values evenly, `a = U sqrt(S)`, `b = sqrt(S) V'`;
-      else `a = U`, `b = S V'`.
+    pair: factors of any rank.
+    rank: the rank of the result; factors are zero beyond the product's rank.
+    balanced: whether to split singular values evenly, `a = U sqrt(S)`,
+      `b = sqrt(S) V'`; else `a = U`, `b = S V'`.
   """
   if pair.a.ndim > 2:
-    # One by one. A QR of many, on a CPU, waits for threads of the pool that it
-    # runs in: two of them at once, on two cores, wait for ever (jaxlib 0.10).
+    # One by one. On a CPU, a batched QR waits for threads of the pool that it
+    # runs in: two at once on two cores wait for ever (jaxlib 0.10).
     return jax.lax.map(lambda x: truncate(x, rank, balanced=balanced), pair)
   left, upper = jnp.linalg.qr(pair.a)
   right, lower = jnp.linalg.qr(pair.b.T)
@@ -189,7 +206,7 @@ def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
 
 
 def redraw(pair: Pair, key: PRNGKeyArray) -> Pair:
-  """A pair of a product of zero: `a` random as at LoRA's start, `b` zero."""
+  """Returns a pair whose product is zero: `a` random as at the start, `b` 0."""
   bound = 1 / math.sqrt(pair.a.shape[-2])
   a = jax.random.uniform(
     key, pair.a.shape, pair.a.dtype, minval=-bound, maxval=bound
@@ -198,7 +215,7 @@ def redraw(pair: Pair, key: PRNGKeyArray) -> Pair:
 
 
 def squared_norm(pair: Pair) -> Float[Array, ""]:
-  """The squared Frobenius norm of a product, which is not formed."""
+  """Returns the squared Frobenius norm of a product without forming it."""
   turn = lambda x: jnp.swapaxes(x, -1, -2)
   # tr((a b)' (a b)) = tr(a' a  b b').
   return jnp.sum((turn(pair.a) @ pair.a) * (pair.b @ turn(pair.b)))

@@ -1,18 +1,18 @@
 """Links and availability: what a round costs its users, and who answers.
 
-All of it is NumPy on the host, around the compiled round, which needs to know
-of none of it: a client that does not answer is one of weight zero without
-examples, which every method leaves out, with its memory as it was.
+All of it is NumPy on the host, around the compiled round: a client that does
+not answer gets weight zero and no examples, so that every method leaves it out
+and keeps its memory as it was.
 
 A round of one client takes
 
   latency + 8 download_bytes / (1e6 download_mbits) + steps * seconds_per_step
   + latency + 8 upload_bytes / (1e6 upload_mbits)
 
-seconds. Bytes are paid for by whoever got or sent them: a client that drops out
-before the round has neither, one that drops out during it has downloaded. One
-that comes too late for the deadline, or after enough others have answered, has
-paid for its whole upload, though it counts for nothing.
+seconds. Bytes are counted for the clients that received or sent them. A client
+that drops out before the round has none; one that drops out during the round
+has downloaded. One that answers after the deadline, or after enough others, has
+uploaded too, although its answer does not count.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class Link(NamedTuple):
   """The link and the speed of a client.
 
   Attributes:
-    download_mbits: megabits, 1e6 bits, a second that it receives.
-    upload_mbits: megabits a second that it sends; on most links of homes and
-      phones 4 to 16 times fewer.
-    latency_seconds: of each of the two messages.
-    seconds_per_step: of a local step on a batch.
+    download_mbits: the megabits (1e6 bits) per second that it receives.
+    upload_mbits: the megabits per second that it sends; at homes and on phones
+      mostly 4 to 16 times fewer.
+    latency_seconds: the latency of each of the two messages.
+    seconds_per_step: the time of a local step on a batch.
   """
 
   download_mbits: float
@@ -48,12 +48,12 @@ class Link(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What became of the clients of a cohort in a round; all bool [cohort].
+  """What the clients of a cohort did in a round; all bool [cohort].
 
   Attributes:
-    selected: who was to take part: those of positive weight.
-    started: who received the download.
-    uploaded: who sent an answer, in time or not.
+    selected: which were selected: those of positive weight.
+    started: which received the download.
+    uploaded: which sent an answer, in time or not.
     answered: whose answer counts.
   """
 
@@ -63,22 +63,23 @@ class Outcome(NamedTuple):
   answered: Any
 
   def cohort(self, cohort: clients.Cohort) -> clients.Cohort:
-    """The cohort, in which those that do not answer train nothing."""
+    """The cohort, in which clients that do not answer train nothing."""
     return cohort._replace(
       mask=cohort.mask & self.answered[:, None, None],
       weights=np.where(self.answered, cohort.weights, 0),
     )
 
   def sent(self, metrics: Mapping[str, Any], trainable: int) -> dict[str, int]:
-    """Sums of a round's messages, of those that were really sent.
+    """Adds up the round's messages that were really sent.
 
     Args:
-      metrics: of the round, with sizes for the whole cohort.
-      trainable: messages of fewer numbers than these are sparse ones.
+      metrics: the round's metrics, with sizes for the whole cohort.
+      trainable: the number of trainable parameters; a message with fewer
+        entries is sparse.
 
     Returns:
-      Bytes of each direction, of all messages and of the largest; how many
-      numbers they hold; how many messages are sparse, with how many numbers.
+      For each direction the bytes of all messages and of the largest, and the
+      number of entries; and the number of sparse messages and their entries.
     """
     sums = {"trainable": trainable, "sparse_messages": 0, "sparse_entries": 0}
     senders = {"download": self.started, "upload": self.uploaded}
@@ -99,17 +100,18 @@ class Network:
   """The links of all clients, and how reliable these are.
 
   Attributes:
-    tiers: of the clients.
-    of_client: numbers of clients -> numbers of their tiers; None deals the
-      tiers out in turn, client modulo tiers.
-    dropout_before: chance in [0, 1] that a selected client is not there when
+    tiers: the link of each tier.
+    of_client: numbers of clients -> numbers of their tiers. If not given,
+      client i is in tier i modulo tiers.
+    dropout_before: the chance in [0, 1] that a selected client is absent when
       the round starts.
-    dropout_during: chance in [0, 1] that one that has started does not answer.
-    deadline_seconds: the server waits no longer; None for as long as it takes.
-    over_selection: at least 1; times as many clients are selected as are
-      wanted, and the first to answer count (Bonawitz et al., 2019, arXiv
+    dropout_during: the chance in [0, 1] that a client that has started does not
+      answer.
+    deadline_seconds: how long the server waits; None for as long as it takes.
+    over_selection: how many clients are selected over how many are wanted, at
+      least 1; the first to answer count (Bonawitz et al., 2019, arXiv
       1902.01046, selects 1.3 times as many).
-    seed: of the dropouts, each drawn from (seed, round, client).
+    seed: the seed of the dropouts, each drawn from (seed, round, client).
   """
 
   tiers: Sequence[Link]
@@ -157,7 +159,7 @@ class Network:
 
   @property
   def is_race(self) -> bool:
-    """Whether it depends on the clients' times who of them counts."""
+    """Whether the clients' times decide whose answers count."""
     return self.deadline_seconds is not None or self.over_selection > 1
 
   def round(
@@ -169,25 +171,29 @@ class Network:
     round_number: int,
     wanted: int,
   ) -> tuple[Any, Any, Outcome, float]:
-    """Runs a round of those of a cohort that answer.
+    """Runs a round with the clients of a cohort that answer.
 
     Args:
-      advance: (state, cohort) -> the next state and metrics on the host, those
-        of a `rounds.FederatedAlgorithm`; may donate the state.
-      state: before the round.
-      cohort: who is selected; a weight of zero stands for nobody.
-      round_number: names the draws.
-      wanted: at most so many answers count.
+      advance: (state, cohort) -> the next state, and the metrics of a
+        `rounds.FederatedAlgorithm` on the host; may donate the state.
+      state: the state before the round.
+      cohort: the selected clients; one of weight zero is not selected.
+      round_number: the number of the round, which names the draws.
+      wanted: how many answers count at most.
 
     Returns:
-      The next state, the metrics, in which messages have sizes that were not
-      sent, the outcome, and the simulated seconds of the round.
+      The next state; the metrics, which also have sizes of messages that were
+      not sent; the outcome; and the simulated seconds of the round.
+
+    Raises:
+      ValueError: if the cohort's weights are not finite or negative.
     """
+    clients.check_cohort(cohort)
     sizes = lambda metrics: (metrics["download_bytes"], metrics["upload_bytes"])
     seconds = np.zeros(len(cohort.clients))
     if self.is_race:
-      # Who answers depends on the sizes: those of a round of nobody, by the
-      # same program, which trains nothing.
+      # Whose answer counts depends on the sizes. They come from the same
+      # program with nobody in the cohort, which trains nothing.
       nobody = np.zeros(len(cohort.clients), bool)
       nobody = Outcome(*[nobody] * 4).cohort(cohort)
       _, metrics = advance(jax.tree.map(jnp.copy, state), nobody)
@@ -201,7 +207,7 @@ class Network:
     return state, metrics, outcome, waited
 
   def selected(self, clients_per_round: int) -> int:
-    """How many clients to select, where so many answers are wanted."""
+    """How many clients to select, to get `clients_per_round` answers."""
     # Rounded, because 10 * 1.1 is a little more than 11.
     return math.ceil(round(clients_per_round * self.over_selection, 6))
 
@@ -211,7 +217,7 @@ class Network:
     download_bytes: Int[np.ndarray, " cohort"],
     upload_bytes: Int[np.ndarray, " cohort"],
   ) -> Float[np.ndarray, " cohort"]:
-    """How long the round takes each client, from its start to its answer."""
+    """The seconds from the round's start to each client's answer."""
     number = np.asarray(cohort.clients)
     of_client = self.of_client or clients.in_turn(len(self.tiers))
     tiers = np.array(self.tiers, float)[np.asarray(of_client(number))]
@@ -233,11 +239,11 @@ class Network:
     round_number: int,
     wanted: int,
   ) -> Outcome:
-    """Who takes part in a round, and how far they come.
+    """Draws which clients of a round drop out, and whose answers count.
 
     Arguments are those of `round`, and the `seconds` of each client. If more
-    answer than are wanted, the first ones count; of two at the same time that
-    of the client that stands first in the cohort.
+    clients answer than are wanted, the first count; of two at the same time,
+    the one that comes first in the cohort.
     """
     selected = cohort.weights > 0
     present = self._present(round_number, cohort.clients)
@@ -256,12 +262,12 @@ class Network:
     *,
     wanted: int,
   ) -> float:
-    """When the server goes on: the simulated seconds of a round.
+    """The simulated seconds until the server goes on.
 
-    That is with the last answer that counts; or at the deadline, if there is
-    one and fewer have answered than are wanted and were selected. Without a
-    deadline the server is taken to know at once who will not answer, so a
-    round of which nobody does takes no time.
+    The server goes on with the last answer that counts. If there is a deadline
+    and too few clients have answered, it goes on at the deadline. Without a
+    deadline it knows at once who will not answer, so a round without answers
+    takes no time.
     """
     expected = min(wanted, outcome.selected.sum())
     if self.deadline_seconds and outcome.answered.sum() < expected:
@@ -271,7 +277,7 @@ class Network:
   def _present(
     self, round_number: int, numbers: Int[np.ndarray, " cohort"]
   ) -> Bool[np.ndarray, "cohort 2"]:
-    """Whether each client is there, before the round and during it."""
+    """Whether each client is present before the round, and during it."""
     streams = [
       draws.generator(self.seed, draws.Purpose.DROPOUT, round_number, client)
       for client in numbers
@@ -287,5 +293,5 @@ ASYMMETRIC = (
   Link(16, 2, 0.05, 0.1),
   Link(64, 16, 0.02, 0.05),
 )
-# Everybody answers, at once.
+# Every client answers at once.
 IDEAL = Network(tiers=(Link(math.inf, math.inf),), seed=0)

@@ -1,33 +1,34 @@
 """Parts of a tree: methods that train, send and step less than all of it.
 
-What is trained and what is fixed are two trees with `None` where the other has
-its leaves, so that JAX sees in each only what is there. `parametrised` runs any
-algorithm on the trained one; the fixed one is known to both ends, from the seed
-or from before the first round, and never travels.
+The trained and the fixed part are two trees; each has `None` where the other
+has a leaf. `parametrised` runs any algorithm on the trained part. Both ends
+know the fixed part, from the seed or from before the first round, and it never
+travels.
 """
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import aggregators, clients, rounds
 
 
 def split(tree: Any, is_chosen: Callable[[str], bool]) -> tuple[Any, Any]:
-  """The leaves whose path is chosen, and the rest.
+  """Splits a tree into the leaves whose path is chosen, and the rest.
 
   >>> split({"a": 1, "b": 2}, lambda path: path == "b")
   ({'a': None, 'b': 2}, {'a': 1, 'b': None})
 
   Args:
-    tree: of nested dictionaries.
-    is_chosen: from a path, such as "layers/self_attn/q_proj/a".
+    tree: nested dictionaries.
+    is_chosen: path -> bool; a path is, for instance,
+      "layers/self_attn/q_proj/a".
   """
   keep = lambda wanted: jax.tree.map_with_path(
     lambda path, x: x if is_chosen(_name(path)) == wanted else None, tree
@@ -36,7 +37,7 @@ def split(tree: Any, is_chosen: Callable[[str], bool]) -> tuple[Any, Any]:
 
 
 def combine(chosen: Any, rest: Any) -> Any:
-  """The tree that was split."""
+  """Joins the two trees that `split` returned."""
   return jax.tree.map(
     lambda x, y: y if x is None else x,
     chosen,
@@ -46,13 +47,13 @@ def combine(chosen: Any, rest: Any) -> Any:
 
 
 def factor(path: str) -> Literal["a", "b"] | None:
-  """Which LoRA factor a leaf is, by its path; None for a head or its kin."""
+  """Which LoRA factor a leaf is, by its path; None for others, as of a head."""
   name = path.split("/")[-1]
   return name if name in ("a", "b") else None
 
 
 def owners(tree: Any) -> np.ndarray:
-  """Of each entry of a raveled tree: 0 if of `a`, 1 if of `b`, 2 if neither."""
+  """Each entry's owner in the raveled tree: 0 for `a`, 1 for `b`, else 2."""
   number = lambda path: {"a": 0, "b": 1}.get(factor(path) or "", 2)
   leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
   return np.concatenate(
@@ -89,8 +90,8 @@ class PartState:
   """The state of an algorithm that trains a part.
 
   Attributes:
-    inner: the state of the algorithm that trains it.
-    fixed: what never moves.
+    inner: the state of the algorithm that trains the part.
+    fixed: the other part.
     join: (trained, fixed) -> the parameters as the model takes them.
   """
 
@@ -110,26 +111,35 @@ class PartState:
 
 
 def parametrised(
-  make: Callable[..., rounds.FederatedAlgorithm],
+  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *optimizers: Any,
+  *,
   divide: Callable[[Any], tuple[Any, Any]],
   join: Callable[[Any, Any], Any] = combine,
-  placement: clients.Placement | None = None,
-  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on other parameters than those that the model takes.
 
+  >>> import optax
+  >>> from fedjax_llm.federated.algorithms import flasc
+  >>> of_b_alone = lambda loss_fn: parametrised(
+  ...   lambda of_trained: flasc.flasc(
+  ...     of_trained,
+  ...     optax.sgd(0.1),
+  ...     flasc.server_adamw(1e-3),
+  ...     download_density=0.25,
+  ...     upload_density=0.25,
+  ...   ),
+  ...   loss_fn,
+  ...   divide=lambda tree: split(tree, lambda path: factor(path) == "b"),
+  ... )
+
   Args:
-    make: the algorithm's factory, such as `flasc.flasc`.
-    loss_fn: see `clients.local_update`.
-    *optimizers: of the clients and the server, as `make` takes them.
+    make: loss of what is trained -> the algorithm that trains it.
+    loss_fn: the model's loss, see `clients.local_update`.
     divide: the model's parameters -> what is trained in their place, and what
       both ends know beside it.
-    join: back, from these two. A function of a module, not a closure: states
-      are of one structure if theirs is the same.
-    placement: see `clients.Placement`; all devices if not given.
-    **parts: the other arguments of `make`.
+    join: (trained, fixed) -> the model's parameters. A function of a module,
+      not a closure: only then have two such algorithms states of one structure.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if nothing is trained.
@@ -139,7 +149,7 @@ def parametrised(
     frozen, fixed = shared
     return loss_fn(join(trained, fixed), frozen, examples, mask, key)
 
-  inner = make(inner_loss_fn, *optimizers, placement=placement, **parts)
+  inner = make(inner_loss_fn)
 
   def init(trainable):
     trained, fixed = divide(trainable)
@@ -148,8 +158,7 @@ def parametrised(
         "expected parameters that the method trains, found none among"
         f" {', '.join(paths(trainable))}."
       )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    fixed = rounds.replicate(jax.tree.map(jnp.array, fixed), placement)
+    fixed = rounds.first_state(fixed, inner.placement)
     return PartState(inner.init(trained), fixed, join)
 
   def round_fn(state, frozen, examples, cohort, key):
@@ -160,34 +169,49 @@ def parametrised(
   def received(state, key):
     return join(inner.received(state.inner, key), state.fixed)
 
-  residual = inner.residual and (lambda state: inner.residual(state.inner))
-  return rounds.FederatedAlgorithm(
-    init, round_fn, received, residual, inner.noise_multiplier
+  return inner._replace(
+    init=init,
+    round=round_fn,
+    received=received,
+    residual=inner.residual and (lambda state: inner.residual(state.inner)),
   )
 
 
 def partial(
-  make: Callable[..., rounds.FederatedAlgorithm],
+  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *optimizers: Any,
+  *,
   is_trained: Callable[[str], bool],
-  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on those leaves of the tree whose path `is_trained`.
 
-  The others stay what they are, bit for bit, and do not travel.
+  The others stay the same, bit for bit, and do not travel.
 
   Args:
-    make: as in `parametrised`.
-    loss_fn: as in `parametrised`.
-    *optimizers: as in `parametrised`.
-    is_trained: as in `split`.
-    **parts: as in `parametrised`.
+    make: see `parametrised`.
+    loss_fn: see `parametrised`.
+    is_trained: see `split`.
   """
-  return parametrised(
-    make,
-    loss_fn,
-    *optimizers,
-    divide=functools.partial(split, is_chosen=is_trained),
-    **parts,
-  )
+  divide = functools.partial(split, is_chosen=is_trained)
+  return parametrised(make, loss_fn, divide=divide)
+
+
+class Averaging(Protocol):
+  """Federated averaging and its kin, such as `flasc.flasc` with its densities.
+
+  `functools.partial` sets the arguments that are not named here.
+  """
+
+  def __call__(
+    self,
+    loss_fn: clients.LossFn,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation,
+    /,
+    *,
+    aggregate: aggregators.Aggregator | None,
+    population: int | None,
+    placement: clients.Placement | None,
+  ) -> rounds.FederatedAlgorithm:
+    """Makes the algorithm."""
+    ...

@@ -1,8 +1,8 @@
 """Rounds whose server aggregates the products of factors, not the factors.
 
 The mean of the clients' products `a @ b` is not the product of the mean
-factors. The server has all of them, so it can do better: decompose their mean
-product anew, or add to the base model what the factors cannot hold.
+factors. The server has all factors, so it can do better: decompose the mean
+product into new factors, or add to the base model what factors cannot express.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,13 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import (
+  answers,
   channels,
   clients,
+  downloads,
   draws,
   factors,
-  gathering,
+  local_training,
   rounds,
 )
 from fedjax_llm.models import lora
@@ -34,27 +36,30 @@ class State(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters that are trained.
+    download: the download compressor's state, for each tier.
     residual: what was added to the base model; () if nothing ever is.
-    missed: int32 [population, 2], how many bytes and numbers each client has
-      yet to fetch of the residual; () if there is none.
-    upload: states of the upload compressor, [population, ...].
+    missed: int32 [population, 2], the bytes and entries of the residual that
+      each client must still fetch; () if there is no residual.
+    upload: the upload compressor's states, for each tier [population, ...].
   """
 
   round: Any
   trainable: Any
+  download: Any
   residual: Any
   missed: Any
   upload: Any
 
 
 class Combined(NamedTuple):
-  """What a server makes of the answers.
+  """What a server computes from the answers.
 
   Attributes:
     trainable: the next parameters.
-    added: pairs by path, whose products go to the base model; None for none.
-    forwarded: bool [cohort], whose factors are sent on to the other clients so
-      that they can add the same; None for none.
+    added: pairs by path, whose products are added to the base model; None if
+      nothing is added.
+    forwarded: bool [cohort], the clients whose factors are sent to all others,
+      so that they can add the same; None if nothing is added.
   """
 
   trainable: Any
@@ -63,7 +68,7 @@ class Combined(NamedTuple):
 
 
 def product_round(
-  local_update: Callable[..., clients.Training],
+  local_update: Callable[..., local_training.Training],
   combine: Callable[..., Combined],
   tiers_of: Callable[[Any], channels.Tiers],
   *,
@@ -74,20 +79,20 @@ def product_round(
 ) -> rounds.FederatedAlgorithm:
   """Composes an algorithm that aggregates products of factors.
 
-  The residual is paid for by each client when it comes: of every round that it
-  missed, the factors that are forwarded or the dense change, whichever is
-  smaller; at most the dense sum. A client that is left out of a round is taken
-  for one that did not come. Sizes above 2 GB are counted as that.
+  A client downloads the residual when it takes part: for every round that it
+  missed the forwarded factors or the dense change, whichever is smaller; in
+  total at most the dense sum. A client that is left out of a round counts as
+  absent. Sizes above 2 GB are counted as 2 GB.
 
   Args:
     local_update: see `clients.local_update`.
-    combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`; the
-      weights are the cohort's, zero for who is left out.
-    tiers_of: trainable -> how messages are compressed; downloads have no state.
-    ranks: of the tiers; None if all are of full rank.
+    combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`. The
+      weights are the cohort's, zero for a client that is left out.
+    tiers_of: trainable -> how messages are compressed.
+    ranks: the rank of each tier; None if all have the full rank.
     scale: `LoRA.scale`, if products are added to the base model; else None.
-    population: number of clients; needed for a residual, or if the upload keeps
-      a state for each.
+    population: the number of clients; needed for a residual, or if the upload
+      keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -96,117 +101,91 @@ def product_round(
   """
   if scale is not None and population is None:
     raise ValueError(
-      "expected population, the number of clients: what each has yet to fetch"
-      " of the residual is counted."
+      "expected population, the number of clients: the bytes of the residual"
+      " that each must still fetch are counted."
     )
-  at_clients = gathering.gather(
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
     local_update,
-    _answer(tiers_of),
+    answers.by_tier(
+      tiers_of, own=lambda unravel, start, update: unravel(start - update)
+    ),
     placement=placement,
   )
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    upload = tuple(
-      channels.upload_states(x, vector, population)
-      for x in tiers_of(trainable).channels
-    )
+    each = tiers_of(trainable).channels
+    download = tuple(x.download.init(vector) for x in each)
+    upload = tuple(channels.upload_states(x, vector, population) for x in each)
     residual, missed = (), ()
     if scale is not None:
       zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
       residual = factors.products(zero)
       missed = jnp.zeros((population, 2), jnp.int32)
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    copy = jax.tree.map(jnp.array, trainable)
-    state = State(jnp.int32(0), copy, residual, missed, upload)
-    return rounds.replicate(state, placement)
+    state = State(jnp.int32(0), trainable, download, (), (), ())
+    return rounds.first_state(
+      state, placement, residual=residual, missed=missed, upload=upload
+    )
 
   def round_fn(state, frozen, examples, cohort, key):
     tiers = tiers_of(state.trainable)
-    messages = [_download(x, state.trainable) for x in tiers.channels]
-    payloads = tuple(x.payload for x in messages)
-    received = tuple(x.received for x in messages)
     if scale is not None:
       frozen = lora.add(frozen, state.residual)
-    answers = at_clients(
-      state.trainable,
-      state.round,
-      (state.trainable, payloads, received, frozen),
-      jax.tree.map(lambda x: x[cohort.clients], state.upload),
-      examples,
-      cohort,
-      key,
+    shared, download = downloads.broadcast(tiers, state, frozen, key)
+    arrived = at_clients(
+      state.round, shared, state.upload, examples, cohort, key
     )
     combined = combine(
       state.trainable,
-      answers.trained,
-      answers.weights,
+      arrived.own,
+      arrived.weights,
       draws.stream(key, draws.Purpose.SERVER, state.round),
     )
-    present = answers.weights > 0
     tier = tiers.of_client(cohort.clients)
-    sizes = [[wire.nbytes(x), wire.entries(x)] for x in payloads]
-    down = jnp.array(sizes, jnp.int32)[tier]
-    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
+    sizes = downloads.sizes(shared.payloads, tier)
     after = state._replace(
       round=state.round + 1,
       trainable=combined.trainable,
-      upload=jax.tree.map(put, state.upload, answers.memory),
+      download=download,
+      upload=arrived.memory,
     )
+    present = arrived.weights > 0
     if scale is not None:
-      old = state.missed[cohort.clients]
-      down = _add(down, old)
+      old = answers.take(state.missed, cohort.clients)
+      sizes = {
+        name: _add(sizes[name], old[:, i]) for i, name in enumerate(sizes)
+      }
       grown = factors.products(combined.added, scale)
-      has = put(state.missed, jnp.where(present[:, None], 0, old))
+      has = jnp.where(present[:, None], 0, old)
+      has = answers.put(state.missed, cohort.clients, has)
       sent = combined.forwarded[:, None] * _sizes(state.trainable, ranks)[tier]
       after = after._replace(
         residual=jax.tree.map(jnp.add, state.residual, grown),
         missed=_fetch(has, sent, _dense(state.residual)),
       )
     after = rounds.unless_nobody(present.any(), after, state)
-    metrics = {"download_bytes": down[:, 0], "download_entries": down[:, 1]}
-    return rounds.replicate(after, placement), answers.metrics | metrics
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
   def received_fn(state, key):
-    del key  # Downloads are not random.
-    last = tiers_of(state.trainable).channels[-1]
-    message = _download(last, state.trainable)
-    return ravel_pytree(state.trainable)[1](message.received)
+    tiers = tiers_of(state.trainable)
+    shared, _ = downloads.broadcast(tiers, state, (), key)
+    return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   residual = None if scale is None else lambda state: state.residual
-  return rounds.FederatedAlgorithm(init, round_fn, received_fn, residual)
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received_fn, residual, placement=placement
+  )
 
 
 def size(count: int, dtype: Any) -> list[int]:
-  """Bytes and numbers of a dense message of so many entries."""
+  """Bytes and entries of a dense message of `count` entries."""
   payload: Any = base.Dense(jax.ShapeDtypeStruct((count,), dtype))
   return [wire.nbytes(payload), count]
 
 
-def _answer(tiers_of):
-  """A client trains on what its tier receives, and answers as its tier does."""
-
-  def answer(shared, train, client, memory, key):
-    trainable, payloads, received, frozen = shared
-    tiers = tiers_of(trainable)
-    tier = tiers.of_client(client)
-    start = received[0] if len(received) == 1 else jnp.stack(received)[tier]
-    training = train(start, frozen)
-    update = start - ravel_pytree(training.trainable)[0]
-    message = channels.upload(tiers, payloads, tier, update, memory, key)
-    return start, training, message
-
-  return answer
-
-
-def _download(channel, trainable):
-  vector, _ = ravel_pytree(trainable)
-  state = channel.download.init(vector)
-  return base.transmit(channel.download, vector, state, jax.random.key(0))
-
-
 def _sizes(trainable, ranks):
-  """Sizes of the factors of one client of each tier: int32 [tiers, 2]."""
+  """Sizes of one client's factors, by tier: int32 [tiers, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   owners = owners[owners >= 0]
@@ -216,19 +195,19 @@ def _sizes(trainable, ranks):
 
 
 def _dense(residual):
-  """Size of all deltas, or of a change of them: int32 [2]."""
+  """The size of the dense residual, or of a change of it: int32 [2]."""
   leaves = jax.tree.leaves(residual)
   whole = size(sum(x.size for x in leaves), leaves[0].dtype)
   return np.minimum(whole, _LIMIT).astype(np.int32)
 
 
 def _fetch(missed, sent, dense):
-  """What clients have yet to fetch, a round later: int32 [population, 2].
+  """What clients must still fetch, a round later: int32 [population, 2].
 
   Args:
-    missed: of each client before.
-    sent: sizes of what is forwarded of each client of the cohort, [cohort, 2].
-    dense: size of a dense change, and of the dense sum.
+    missed: what each client had to fetch before the round.
+    sent: [cohort, 2], the sizes of what is forwarded of each client.
+    dense: the size of a dense change, and of the dense sum.
   """
   none = jnp.zeros(2, jnp.int32)
   new, _ = jax.lax.scan(lambda total, x: (_add(total, x), None), none, sent)

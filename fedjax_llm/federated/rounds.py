@@ -12,8 +12,23 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, distortion, wire
-from fedjax_llm.federated import aggregators, channels, clients, draws
+from fedjax_llm.federated import (
+  aggregators,
+  answers,
+  channels,
+  clients,
+  downloads,
+  draws,
+  local_training,
+)
+
+# A channel, one for each tier, or a function that makes either from the
+# trainable parameters, because which entry is which depends on them.
+AnyChannel = (
+  channels.Channel
+  | channels.Tiers
+  | Callable[[Any], channels.Channel | channels.Tiers]
+)
 
 
 class ServerState(NamedTuple):
@@ -22,10 +37,11 @@ class ServerState(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters that are sent and trained.
-    optimizer: state of the server optimizer.
-    aggregate: state of the aggregator.
-    download: state of the download compressor of each tier.
-    upload: states of the upload compressor of each tier, [population, ...].
+    optimizer: the server optimizer's state.
+    aggregate: the aggregator's state.
+    download: the download compressor's state, for each tier.
+    upload: what clients remember, [population, ...]: the upload compressor's
+      states, for each tier, unless the method says otherwise.
   """
 
   round: Any
@@ -39,29 +55,33 @@ class ServerState(NamedTuple):
 class FederatedAlgorithm(NamedTuple):
   """A federated method, as pure functions.
 
+  An algorithm that is made from another one is `algorithm._replace(...)`, so
+  that it keeps what the other promises.
+
   Attributes:
     init: trainable -> the state, a tree of arrays with an attribute `round`,
       such as a `ServerState`.
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
-      Metrics: `train_loss` and `tokens` of all local steps together; mostly
-      too `update_cosine` and `innovation_cosine`, see `distortion.cosines`; and
-      for each client of the cohort `download_bytes` and `upload_bytes`, how
-      many numbers they carry in `download_entries` and `upload_entries`, and
-      whether its answer was `finite`; one that is not is left out, as is a
-      client of weight zero: not in the mean, and its memory stays as it was. If
-      nobody is left, the round changes nothing but its number.
+      Metrics of the round are `train_loss` and `tokens`, over all local steps,
+      and with most methods `update_cosine` and `innovation_cosine`, see
+      `clients.Placement`. Metrics of each client in the cohort are
+      `download_bytes`, `upload_bytes`, `download_entries` and `upload_entries`
+      (how many numbers a message has) and whether its answer was `finite`. A
+      client whose answer is not, or whose weight is zero, is left out, see
+      `answers`. A round in which all are left out increments `round` and
+      changes nothing else.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
       evaluation has the new parameters under the mask of the round before.)
     residual: state -> what the method has added to the base model: a tree like
       that of the factors with a dense `delta` [..., inputs, outputs] in the
       place of `a` and `b`. None if it adds nothing.
-    noise_multiplier: of the aggregator, see `aggregators.Aggregator`, through
-      which alone `trainable` learns of clients; None if it has none, or there
-      is another way.
-    example_noise_multiplier: of the local training, see `clients.LocalUpdate`;
-      None if it is not private, or the method does not tell.
+    noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
+      there is no such noise, or if clients reach `trainable` in any other way.
+    example_noise_multiplier: the noise of private local training, see
+      `local_training.LocalUpdate`. None if the training is not private.
+    placement: how rounds are computed; None if unknown.
   """
 
   init: Callable[[Any], Any]
@@ -70,16 +90,18 @@ class FederatedAlgorithm(NamedTuple):
   residual: Callable[[Any], Any] | None = None
   noise_multiplier: float | None = None
   example_noise_multiplier: float | None = None
+  placement: clients.Placement | None = None
 
 
 def federated_round(
-  local_update: Callable[..., clients.Training],
+  local_update: Callable[..., local_training.Training],
   server_optimizer: optax.GradientTransformation,
   *,
-  channel: channels.Channel | channels.Tiers | None = None,
+  channel: AnyChannel | None = None,
   aggregate: aggregators.Aggregator | None = None,
   population: int | None = None,
   placement: clients.Placement | None = None,
+  answer: Callable[[Any, answers.Client], answers.Answer] | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its parts.
 
@@ -87,144 +109,104 @@ def federated_round(
     local_update: see `clients.local_update`.
     server_optimizer: steps on the aggregated update, which is received minus
       trained, so that it takes the place of a gradient.
-    channel: what compresses the messages, of everybody or of each tier; None
-      for nothing.
-    aggregate: from updates to one; None for the weighted mean.
-    population: number of clients; needed if the upload keeps a state for each.
+    channel: how messages are compressed: a channel, or one for each tier, or
+      a function from the trainable parameters to either; None for nothing.
+    aggregate: from updates to one; the mean weighted by examples if not given.
+    population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
+    answer: what one client does with a `downloads.Broadcast`, see
+      `answers.at_clients`; `answers.by_tier` if not given. Its memory is
+      `state.upload`.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
     `received` is what the last tier receives, which should be the best one.
   """
   aggregate = aggregate or aggregators.weighted_mean()
-  tiers = channels.tiers_of(channel)
-  answers = clients.map_clients(
-    _answer(local_update, tiers, aggregate),
+  placement = placement or clients.Placement()
+  tiers_of = by_trainable(channel)
+  at_clients = answers.at_clients(
+    local_update,
+    answer or answers.by_tier(tiers_of),
+    lambda update, weight, shared: aggregate.share(
+      update, weight, shared.aggregate
+    ),
     placement=placement,
   )
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
+    each = tiers_of(trainable).channels
     state = ServerState(
       round=jnp.int32(0),
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
       aggregate=aggregate.init(),
-      download=tuple(x.download.init(vector) for x in tiers.channels),
+      download=tuple(x.download.init(vector) for x in each),
       upload=(),
     )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    state = jax.tree.map(jnp.array, state)
-    upload = tuple(
-      channels.upload_states(x, vector, population) for x in tiers.channels
-    )
-    return replicate(state._replace(upload=upload), placement)
+    upload = [channels.upload_states(x, vector, population) for x in each]
+    return first_state(state, placement, upload=tuple(upload))
 
   def round_fn(state, frozen, examples, cohort, key):
-    messages = [
-      _broadcast(x.download, state, i, key)
-      for i, x in enumerate(tiers.channels)
-    ]
-    payloads = tuple(x.payload for x in messages)
-    received = tuple(x.received for x in messages)
-    masks = channels.trains(tiers, payloads)
-    light = state._replace(optimizer=(), download=(), upload=())
-    shared = (light, payloads, received, masks, frozen, examples, key)
-    memory = jax.tree.map(lambda x: x[cohort.clients], state.upload)
-    total, (memory, metrics) = answers(shared, (cohort, memory))
-    share, loss, count, present, arrived = total
-    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    after = server_step(server_optimizer, aggregate, state, share, key)
-    after = after._replace(
-      download=tuple(x.state for x in messages),
-      upload=jax.tree.map(put, state.upload, memory),
+    tiers = tiers_of(state.trainable)
+    shared, download = downloads.broadcast(tiers, state, frozen, key)
+    shared = shared._replace(aggregate=state.aggregate)
+    arrived = at_clients(
+      state.round, shared, state.upload, examples, cohort, key
     )
+    after = server_step(server_optimizer, aggregate, state, arrived.total, key)
+    after = after._replace(download=download, upload=arrived.memory)
     if not aggregate.steps_when_empty:
-      after = unless_nobody(present > 0, after, state)
+      after = unless_nobody(arrived.weights.any(), after, state)
     tier = tiers.of_client(cohort.clients)
-    sizes = [(wire.nbytes(x), wire.entries(x)) for x in payloads]
-    nbytes, entries = jnp.array(sizes, jnp.int32).T
-    return replicate(after, placement), {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
-      **distortion.cosines(arrived),
-      "download_bytes": nbytes[tier],
-      "download_entries": entries[tier],
-      **metrics,
-    }
+    sizes = downloads.sizes(shared.payloads, tier)
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
   def received_fn(state, key):
-    last = len(tiers.channels) - 1
-    message = _broadcast(tiers.channels[last].download, state, last, key)
-    return ravel_pytree(state.trainable)[1](message.received)
+    tiers = tiers_of(state.trainable)
+    shared, _ = downloads.broadcast(tiers, state, (), key)
+    return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   return FederatedAlgorithm(
     init,
     round_fn,
     received_fn,
     noise_multiplier=aggregate.noise_multiplier,
-    example_noise_multiplier=clients.example_noise_multiplier(local_update),
+    example_noise_multiplier=local_update.example_noise_multiplier
+    if isinstance(local_update, local_training.LocalUpdate)
+    else None,
+    placement=placement,
   )
 
 
-def _broadcast(download, state, tier, key):
-  """The message to all clients of a tier."""
-  vector, _ = ravel_pytree(state.trainable)
-  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
-  # Tiers of one random compressor get messages of their own.
-  key = draws.stream(key, tier) if tier else key
-  return base.transmit(download, vector, state.download[tier], key)
+def by_trainable(
+  channel: AnyChannel | None,
+) -> Callable[[Any], channels.Tiers]:
+  """Returns a function from the trainable parameters to the tiers."""
+  if channel is not None and callable(channel):
+    return lambda trainable: channels.tiers_of(channel(trainable))
+  tiers = channels.tiers_of(channel)
+  return lambda trainable: tiers
 
 
-def _answer(local_update, tiers, aggregate):
-  """Makes the function that trains one client, for `clients.map_clients`."""
+def first_state(
+  state: Any, placement: clients.Placement | None, **fresh: Any
+) -> Any:
+  """Copies a state, and puts it where every round will find it.
 
-  def fn(shared, client):
-    state, payloads, received, masks, frozen, examples, key = shared
-    cohort, memory = client
-    tier = tiers.of_client(cohort.clients)
-    _, unravel = ravel_pytree(state.trainable)
-    own = lambda each: each[0] if len(each) == 1 else jnp.stack(each)[tier]
-    start = own(received)
-    training = local_update(
-      unravel(start),
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
-      # Numbers, because what is unravelled gets the parameters' own types.
-      masks and jax.tree.map(jnp.bool, unravel(own(masks).astype(start.dtype))),
-    )
-    update = start - ravel_pytree(training.trainable)[0]
-    message = channels.upload(
-      tiers,
-      payloads,
-      tier,
-      update,
-      memory,
-      draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients),
-    )
-    # Of both: a compressor may lose what is not finite, or overflow.
-    finite = jnp.isfinite(update).all() & jnp.isfinite(message.received).all()
-    weight = jnp.where(finite, cohort.weights, 0)
-    keep = lambda new, old: jnp.where(weight > 0, new, old)
-    memory = jax.tree.map(keep, message.memory, memory)
-    share = aggregate.share(message.received, weight, state.aggregate)
-    present = (weight > 0).astype(jnp.int32)
-    arrived = distortion.share(update, message.received, weight)
-    summand = (share, training.loss, training.count, present, arrived)
-    return summand, (
-      memory,
-      {
-        "upload_bytes": message.nbytes,
-        "upload_entries": message.entries,
-        "finite": finite,
-      },
-    )
+  It is copied so that donating it leaves the caller's arrays alone.
 
-  return fn
+  Args:
+    state: a tree of arrays.
+    placement: see `clients.Placement`; all devices if not given.
+    **fresh: fields of the state that nobody else holds, and that are too large
+      to be copied.
+  """
+  copied = jax.tree.map(jnp.array, state)
+  return clients.replicate(
+    copied._replace(**fresh) if fresh else copied, placement
+  )
 
 
 def server_step(
@@ -234,41 +216,46 @@ def server_step(
   shares: Any,
   key: Any,
 ) -> Any:
-  """The state one round on, by what the optimizer makes of the shares.
+  """Aggregates the clients' shares and steps on the update.
 
   Args:
     server_optimizer: steps on the aggregated update.
-    aggregate: makes it of the sum of the shares.
+    aggregate: makes the update from the sum of the shares.
     state: has the first four fields of a `ServerState`, which change.
     shares: their sum over the clients.
-    key: of the experiment.
+    key: the experiment's.
   """
-  _, unravel = ravel_pytree(state.trainable)
   update, memory = aggregate.finish(
     shares,
     state.aggregate,
     draws.stream(key, draws.Purpose.AGGREGATE, state.round),
   )
+  _, unravel = ravel_pytree(state.trainable)
+  after = optimizer_step(server_optimizer, state, unravel(update))
+  return after._replace(aggregate=memory)
+
+
+def optimizer_step(
+  server_optimizer: optax.GradientTransformation, state: Any, update: Any
+) -> Any:
+  """Steps on an update.
+
+  Args:
+    server_optimizer: steps on the update as on a gradient.
+    state: has the first three fields of a `ServerState`, which change.
+    update: a tree like `state.trainable`.
+  """
   updates, optimizer = server_optimizer.update(
-    unravel(update), state.optimizer, state.trainable
+    update, state.optimizer, state.trainable
   )
   return state._replace(
     round=state.round + 1,
     trainable=optax.apply_updates(state.trainable, updates),
     optimizer=optimizer,
-    aggregate=memory,
   )
 
 
 def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
-  """The state after a round, or that before it, one round on, if of nobody."""
+  """If no client took part, keeps the old state and increments `round`."""
   keep = lambda new, old: jnp.where(is_anybody, new, old)
   return jax.tree.map(keep, after, before)._replace(round=after.round)
-
-
-def replicate(state: Any, placement: clients.Placement | None) -> Any:
-  """Fixes where the state lives, so that every round finds it there."""
-  placement = placement or clients.Placement()
-  if placement.mesh.size == 1:
-    return state
-  return jax.lax.with_sharding_constraint(state, placement.everywhere)

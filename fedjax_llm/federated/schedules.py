@@ -1,11 +1,11 @@
 """Schedules: algorithms that take turns over the rounds.
 
-A method that sends other messages in other rounds, such as a dense round
-before sparse ones, is several algorithms of one state. Each is compiled as a
-branch of one program, because the size of a message is static.
+A method whose messages differ between rounds, such as a dense round before
+sparse ones, is several algorithms with one state. Each is compiled as a branch
+of one program, because the size of a message is static.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from fedjax_llm.federated import rounds
 def staged(
   stages: Mapping[int, rounds.FederatedAlgorithm],
 ) -> rounds.FederatedAlgorithm:
-  """Each algorithm from its round on, until the next.
+  """Runs each algorithm from its round on, until the next one begins.
 
   Args:
-    stages: algorithms by the round, from 0, that they begin with. Their states
-      must be of one structure.
+    stages: algorithms by the round they begin with, from 0 on. Their states
+      must have one structure.
 
   Raises:
     ValueError: if no algorithm begins with round 0; from `init`, if the states
@@ -41,7 +41,7 @@ def staged(
 def alternating(
   *algorithms: rounds.FederatedAlgorithm,
 ) -> rounds.FederatedAlgorithm:
-  """The algorithms in turn, one round each.
+  """Runs the algorithms in turn, one round each.
 
   Raises:
     ValueError: from `init`, if their states differ.
@@ -53,20 +53,26 @@ def by_round(
   *algorithms: rounds.FederatedAlgorithm,
   choose: Callable[[Int[Array, ""]], Int[Array, ""]],
 ) -> rounds.FederatedAlgorithm:
-  """In each round the algorithm that `choose` names.
+  """Runs in each round the algorithm that `choose` names.
 
   Args:
-    *algorithms: of one state.
+    *algorithms: their states have one structure, and they have one placement.
     choose: number of the round, traced -> number of the algorithm.
 
   Raises:
-    ValueError: if there is no algorithm; from `init`, if their states differ.
+    ValueError: if there is no algorithm, or placements differ; from `init`, if
+      states differ.
   """
   if not algorithms:
     raise ValueError("by_round expected one or more algorithms, got none.")
   first = algorithms[0]
   if len(algorithms) == 1:
     return first
+  if any(x.placement != first.placement for x in algorithms):
+    raise ValueError(
+      "algorithms that take turns need one placement, got"
+      f" {[x.placement for x in algorithms]}. Give each the same `placement=`."
+    )
 
   def init(trainable):
     structures = [_structure(x.init, trainable) for x in algorithms]
@@ -86,15 +92,22 @@ def by_round(
     branches = [x.received for x in algorithms]
     return jax.lax.switch(choose(state.round), branches, state, key)
 
-  noise = [x.noise_multiplier for x in algorithms]
-  known = [x for x in noise if x is not None]
-  return rounds.FederatedAlgorithm(
-    init,
-    round_fn,
-    received,
-    first.residual,
-    min(known) if len(known) == len(noise) else None,
+  return first._replace(
+    init=init,
+    round=round_fn,
+    received=received,
+    noise_multiplier=_least(x.noise_multiplier for x in algorithms),
+    example_noise_multiplier=_least(
+      x.example_noise_multiplier for x in algorithms
+    ),
   )
+
+
+def _least(noise_multipliers: Iterable[float | None]) -> float | None:
+  """The least noise of all; None if one of them has none."""
+  each = list(noise_multipliers)
+  known = [x for x in each if x is not None]
+  return min(known) if len(known) == len(each) else None
 
 
 def _structure(init, trainable):

@@ -1,1 +1,4 @@
-"""What is trained: LoRA-parametrised Flax models that know of no clients."""
+"""LoRA-parametrised Flax models, with Hugging Face and PEFT files.
+
+These modules know nothing about clients.
+"""

@@ -1,8 +1,8 @@
-"""What is trained <-> PEFT adapter folder.
+"""Saves trained parameters as a PEFT adapter folder, and loads such folders.
 
-PEFT stores both factors transposed: its `lora_A.weight` [rank, in] is our `a`
-[in, rank] and its `lora_B.weight` [out, rank] our `b` [rank, out]. A head is
-one of its `modules_to_save`, stored whole.
+PEFT stores both factors transposed: `a` [in, rank] is its `lora_A.weight`
+[rank, in], and `b` [rank, out] is its `lora_B.weight` [out, rank]. A head is
+one of PEFT's `modules_to_save`, which are stored whole.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ import safetensors.numpy
 
 from fedjax_llm.models import families, heads, layout, lora, peft_files
 
-# Beside PEFT's two: what it does not say of a classifier, such as its labels.
+# A third file beside PEFT's two. It holds what PEFT does not store about a
+# classifier, such as the names of the labels.
 _CLASSIFIER = "classifier.json"
 
 
@@ -36,42 +37,31 @@ def save(
   """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
 
   Args:
-    folder: where to; made if absent.
-    factors: the LoRA collection of a model, with its head if it has one.
-    adapter: what it was made with.
-    config: shape of the base model.
-    base_model: folder or hub name of the base model, recorded for PEFT.
-    head: what classifies a row, if the model is no language model.
-    residual: dense matrices that were added to the base kernels, see
-      `lora.add`. PEFT knows nothing but factors, so the adapter then has the
-      rank of these plus the largest `min(inputs, outputs)` of the matrices: it
-      is for use, too large to be trained on.
+    folder: the folder to write; it is made if absent.
+    factors: the LoRA collection of a model, including its head if it has one.
+    adapter: the LoRA adapter of the model.
+    config: the config of the base model.
+    base_model: the folder or hub name of the base model, for PEFT's record.
+    head: the classification head; None for a language model.
+    residual: dense matrices that were added to the base kernels (see
+      `lora.add`), or None. PEFT stores only factors, so the rank of the saved
+      adapter grows by the largest `min(inputs, outputs)` of the matrices. Such
+      an adapter is for inference: it is too large for training.
 
   Raises:
-    ValueError: if `residual` is not of the same modules as `factors`.
+    ValueError: if `residual` and `factors` have different modules.
   """
   if residual is not None:
     factors, adapter = _with_residual(factors, residual, adapter)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  names = families.of(config).layout
-  tensors, saved = {}, set()
   flat: Any = flax.traverse_util.flatten_dict(dict(factors))
-  for path, leaf in flat.items():
-    is_stacked = path[0] == "layers"
-    if path[-1] not in ("a", "b"):
-      saved.add(path[-2])
-    leaf = np.asarray(leaf, np.float32)
-    for layer, array in enumerate(leaf if is_stacked else leaf[None]):
-      name = peft_files.tensor_name(names, path, layer if is_stacked else None)
-      if _is_bare(config, head):
-        name = name.replace(
-          f"{peft_files.PREFIX}{names.base}.", peft_files.PREFIX
-        )
-      tensors[name] = np.ascontiguousarray(array.T)
   safetensors.numpy.save_file(
-    tensors, folder / peft_files.FILES[1], metadata={"format": "pt"}
+    _tensors(flat, config, head),
+    folder / peft_files.FILES[1],
+    metadata={"format": "pt"},
   )
+  saved = {path[-2] for path in flat if path[-1] not in ("a", "b")}
   fields = {
     "peft_type": "LORA",
     "task_type": _task(config, head),
@@ -82,7 +72,7 @@ def save(
     "target_modules": list(adapter.targets),
     "modules_to_save": sorted(saved) or None,
     "bias": "none",
-    "fan_in_fan_out": not names.transposed,
+    "fan_in_fan_out": not families.of(config).layout.transposed,
     "inference_mode": True,
   }
   (folder / peft_files.FILES[0]).write_text(json.dumps(fields, indent=2) + "\n")
@@ -91,19 +81,37 @@ def save(
     (folder / _CLASSIFIER).write_text(text + "\n")
 
 
-def _with_residual(factors, residual, adapter):
-  """Factors, and an adapter of their rank, that compute what both do.
+def _tensors(flat, config, head) -> dict[str, np.ndarray]:
+  """Returns the tensors of a PEFT file, one for each layer."""
+  names = families.of(config).layout
+  tensors = {}
+  for path, leaf in flat.items():
+    is_stacked = path[0] == "layers"
+    leaf = np.asarray(leaf, np.float32)
+    for layer, array in enumerate(leaf if is_stacked else leaf[None]):
+      name = peft_files.tensor_name(names, path, layer if is_stacked else None)
+      if _is_bare(config, head):
+        name = name.replace(
+          f"{peft_files.PREFIX}{names.base}.", peft_files.PREFIX
+        )
+      tensors[name] = np.ascontiguousarray(array.T)
+  return tensors
 
-  `scale * a @ b + delta` is `scale * [a, I] @ [b; delta / scale]`, or with
-  delta and identity exchanged where that is smaller.
+
+def _with_residual(factors, residual, adapter):
+  """Returns factors that include the residual, and their adapter.
+
+  `scale * a @ b + delta` equals `scale * [a, I] @ [b; delta / scale]`. If a
+  kernel has fewer outputs than inputs, delta and identity change places.
   """
   flat: Any = flax.traverse_util.flatten_dict(dict(factors))
   deltas: Any = flax.traverse_util.flatten_dict(dict(residual))
   modules = {path[:-1] for path in deltas}
   if modules != {path[:-1] for path in flat if path[-1] == "a"}:
     raise ValueError(
-      "expected a residual of the modules that have factors, got one of"
-      f" {sorted('/'.join(path) for path in modules)}."
+      "expected a residual with the modules of the factors, got"
+      f" {sorted('/'.join(path) for path in modules)}. Give both for the same"
+      " modules."
     )
   extra = max(min(delta.shape[-2:]) for delta in deltas.values())
   for (*module, _), delta in deltas.items():
@@ -127,18 +135,18 @@ def _with_residual(factors, residual, adapter):
 
 
 def _task(config: Any, head: heads.Classifier | None) -> str | None:
-  """PEFT's name of what a model does."""
+  """Returns PEFT's name for the task of a model."""
   family = families.of(config)
   if not family.reads_text:
-    return None  # It has none for images.
+    return None  # PEFT has no name for tasks on images.
   if head is None:
     return "CAUSAL_LM" if family.predicts else "FEATURE_EXTRACTION"
-  # transformers has no classifier of the mean.
+  # transformers has no classifier that pools by the mean.
   return "FEATURE_EXTRACTION" if head.pooling == "mean" else "SEQ_CLS"
 
 
 def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
-  """Whether PEFT wraps an encoder alone, whose names lack the prefix."""
+  """Returns whether PEFT wraps an encoder alone, whose names have no prefix."""
   if head is not None:
     return head.pooling == "mean"
   return not families.of(config).predicts
@@ -147,30 +155,33 @@ def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
 def load(
   folder: str | os.PathLike, config: Any
 ) -> tuple[lora.LoRA, dict[str, Any]]:
-  """Reads a PEFT adapter folder, to evaluate it or to go on training.
+  """Reads a PEFT adapter folder, for evaluation or further training.
 
-  Factors of several ranks (`rank_pattern`) get the largest: those that are
-  padded with zeros at both ends get no gradient, so they stay zero. Where
-  scales differ (`alpha_pattern`), `b` takes up the difference. With
-  `use_rslora`, `alpha` does: it is that of a plain adapter of the same scale.
-  Whether the adapter fits a base model is for `lora.check` to tell.
+  If the factors have several ranks (`rank_pattern`), all are padded with zeros
+  to the largest. The padding of both factors is zero, so it gets no gradient
+  and stays zero. If the scales differ (`alpha_pattern`), each `b` is multiplied
+  by the ratio. With `use_rslora`, the returned `alpha` gives the same scale
+  without it. `lora.check` tests whether the adapter fits a model.
 
   Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`.
-    config: shape of the base model.
+    folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+    config: the config of the base model.
 
   Returns:
-    What the adapter was made with, and what it trained as float32.
+    The LoRA adapter, and its trained parameters in float32.
 
   Raises:
-    ValueError: if files are missing or the adapter uses a feature of PEFT
-      that is not honoured here.
+    ValueError: if a file is missing, or the adapter uses an unsupported feature
+      of PEFT.
   """
   folder = pathlib.Path(folder)
   if missing := [
     name for name in peft_files.FILES if not (folder / name).is_file()
   ]:
-    raise ValueError(f"expected a PEFT adapter in {folder}, missing {missing}.")
+    raise ValueError(
+      f"expected a PEFT adapter in {folder}, missing {missing}. Write it with"
+      " PEFT's save_pretrained."
+    )
   fields = json.loads((folder / peft_files.FILES[0]).read_text())
   peft_files.refuse(folder, fields)
   pairs, trained = peft_files.read(folder / peft_files.FILES[1], config, fields)
@@ -184,11 +195,7 @@ def load(
     own = peft_files.pattern(
       fields.get("rank_pattern"), names, fields.get("r", 8)
     )
-    if a.shape[-1] != own:
-      raise ValueError(
-        f"{folder}: expected factors of rank {own} of {module}, got"
-        f" {a.shape[-1]}."
-      )
+    _check_rank(folder, module, own, a.shape[-1])
     own_alpha = peft_files.pattern(fields.get("alpha_pattern"), names, alpha)
     b = b * np.float32(peft_files.scale(own_alpha, own, fields) / scale)
     missing = (0, rank - own)
@@ -206,28 +213,43 @@ def load(
   return adapter, flax.traverse_util.unflatten_dict(tree)
 
 
+def _check_rank(folder, module, expected, rank):
+  """Raises a `ValueError` unless a factor has the rank of the config."""
+  if rank != expected:
+    raise ValueError(
+      f"{folder}: expected rank {expected} of {module}, as adapter_config.json"
+      f" says, got {rank}. Correct `r` or `rank_pattern` there."
+    )
+
+
 def base_model(folder: str | os.PathLike) -> str:
-  """The folder or hub name of the base model that an adapter names.
+  """Returns the folder or hub name of an adapter's base model.
 
   Raises:
-    ValueError: if there is no adapter, or it names none.
+    ValueError: if there is no adapter, or it does not name its base model.
   """
   path = pathlib.Path(folder) / peft_files.FILES[0]
   if not path.is_file():
-    raise ValueError(f"expected a PEFT adapter in {folder}, found none.")
+    raise ValueError(
+      f"expected a PEFT adapter in {folder}, found none. Give a folder with an"
+      f" {path.name}."
+    )
   name = json.loads(path.read_text()).get("base_model_name_or_path")
   if not name:
-    raise ValueError(f"{path} names no base model: say which it is for.")
+    raise ValueError(
+      f"expected base_model_name_or_path in {path}, found none. Give the base"
+      " model."
+    )
   return name
 
 
 def head_of(
   folder: str | os.PathLike, trained: Mapping[str, Any]
 ) -> heads.Classifier | None:
-  """The classifier that an adapter's head, if it has one, belongs to.
+  """Returns the classification head of an adapter, or None.
 
-  An adapter that PEFT made does not say what the labels are called, nor whether
-  a row may have several; it is taken for one label a row.
+  An adapter written by PEFT has no names of labels and does not say whether a
+  row may have several labels. It is read as having one label for each row.
   """
   kernels = [x["kernel"] for x in trained.values() if "kernel" in x]
   if not kernels:
@@ -241,12 +263,16 @@ def head_of(
 
 
 def _stack(path, arrays, config) -> np.ndarray:
-  """Stacks the layers; one without factors gets zeros, which never train."""
+  """Stacks the layers; a layer without factors gets zeros, which stay zero."""
   if None in arrays:
     return arrays[None]
   example = next(iter(arrays.values()))
   if len({array.shape for array in arrays.values()}) > 1:
-    raise ValueError(f"{'.'.join(path)} is not of one shape in all layers.")
+    shapes = sorted({array.shape for array in arrays.values()})
+    raise ValueError(
+      f"expected {'.'.join(path)} of one shape in all layers, got {shapes}."
+      " Save the adapter again."
+    )
   none = np.zeros_like(example)
   return np.stack(
     [arrays.get(layer, none) for layer in range(config.num_hidden_layers)]
@@ -254,7 +280,7 @@ def _stack(path, arrays, config) -> np.ndarray:
 
 
 def _targets(paths: Iterable[layout.Path], config: Any) -> tuple[str, ...]:
-  """The shortest names of the layers that have factors, and no others."""
+  """Returns the shortest names that match exactly the layers with factors."""
   have = {
     ".".join(path[1:-1] if path[0] == "layers" else path[:-1]) for path in paths
   }

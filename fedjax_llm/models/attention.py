@@ -1,9 +1,9 @@
-"""Attention within documents: masks, positions, and a cache of what was seen.
+"""Attention within documents: masks, positions, and a cache of past tokens.
 
-`segments` [batch, time] is the one way to say what belongs together: 0 is
-padding, on either side, and tokens of equal numbers are one document. Positions
-start at 0 in each document. None means one document without padding on the
-left; a causal model is not touched by padding on the right.
+`segments` [batch, time] assigns tokens to documents. 0 marks padding, on either
+side; tokens with the same number form one document. Positions start at 0 in
+each document. None means that each row is one document without padding on the
+left. Padding on the right does not change a causal model.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far, of all layers.
+  """The keys and values of past tokens, for all layers.
 
   Attributes:
-    keys: [layers, batch, length, heads, head_dim].
-    values: of the same shape.
-    segments: int32 [batch, length]; 0 for padding and for what is yet to come.
-    used: int32 scalar, how many of the slots are filled.
+    keys: the keys, [layers, batch, length, heads, head_dim].
+    values: the values, of the same shape.
+    segments: int32 [batch, length]; 0 for padding and for unused slots.
+    used: int32 scalar, the number of used slots.
   """
 
   keys: Any
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
 def empty_cache(
   layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any
 ) -> Cache:
-  """A cache that holds nothing yet, for `length` tokens a row."""
+  """Returns an empty cache for `batch` rows of `length` tokens."""
   shape = (layers, batch, length, heads, head_dim)
   return Cache(
     jnp.zeros(shape, dtype),
@@ -46,13 +46,14 @@ def empty_cache(
 
 
 class Scope(NamedTuple):
-  """Where the tokens of a call stand, and what each of them may attend to.
+  """The positions of the tokens of a call, and the keys they may attend to.
 
   Attributes:
-    positions: int32 [rows, time], `rows` being 1 where all rows agree.
-    segments: int32 [batch, keys] of the keys, or None.
+    positions: int32 [rows, time], where `rows` is `batch`, or 1 if all rows
+      have the same positions.
+    segments: int32 [batch, keys], the documents of the keys, or None.
     slots: int32 [time], the places of the queries among the keys.
-    keys: how many keys there are.
+    keys: the number of keys.
   """
 
   positions: Any
@@ -63,16 +64,15 @@ class Scope(NamedTuple):
   def masks(
     self, windows: Sequence[int | None], *, causal: bool = True
   ) -> list[Bool[Array, "rows 1 time keys"] | None]:
-    """Which keys each query sees, for each of `windows`.
+    """Returns a mask for each window: True where a query may see a key.
 
     Args:
-      windows: how many of the last keys are seen, the query's own included;
-        None for all.
+      windows: the window sizes. A query sees its own key and the keys before
+        it, up to this number in all. None for no limit.
       causal: whether keys after the query are hidden.
 
     Returns:
-      The masks; None in place of all of them where plain (causal) attention is
-      the same.
+      The masks. All are None if attention without a mask gives the same result.
     """
     shortest = min((x for x in windows if x is not None), default=self.keys)
     if self.segments is None and self.keys <= shortest:
@@ -95,15 +95,16 @@ def scope(
   segments: Int[Array, "batch time"] | None,
   cache: Cache | None = None,
 ) -> tuple[Scope, Cache | None]:
-  """Places the tokens of a call [batch, time] in their documents.
+  """Finds the positions of the tokens of a call in their documents.
 
   Args:
-    shape: (batch, time).
-    segments: see above.
-    cache: of the tokens before these; a cache holds one document a row.
+    shape: the shape of the tokens, (batch, time).
+    segments: the documents of the tokens; see the docstring of this module.
+    cache: the cache of the tokens before these, or None. In a cache, each row
+      is one document.
 
   Returns:
-    The scope, and the cache with these tokens' segments in it.
+    The scope; and the cache with the segments of these tokens, or None.
   """
   batch, time = shape
   if cache is None:
@@ -126,16 +127,17 @@ def scope(
 
 
 def remember(past, key, value, slots):
-  """Writes keys and values into one layer's cache, if there is one.
+  """Writes keys and values into the cache of one layer, if there is one.
 
   Args:
-    past: (keys, values) of the layer, or None.
-    key: [batch, time, heads, head_dim].
-    value: of the same shape.
-    slots: int32 [time], where they belong.
+    past: the cached (keys, values) of the layer, or None.
+    key: the new keys, [batch, time, heads, head_dim].
+    value: the new values, of the same shape.
+    slots: int32 [time], the places of the new keys in the cache.
 
   Returns:
-    What to attend to: keys, values.
+    The keys and values to attend to: the updated cache, or without a cache the
+    new ones.
   """
   if past is None:
     return key, value
@@ -157,16 +159,18 @@ def attend(
   scale: float | None = None,
   softcap: float | None = None,
 ) -> Float[Array, "batch time heads head_dim"]:
-  """Multi-head attention; query heads share key heads in equal groups.
+  """Computes multi-head attention; query heads share key heads in equal groups.
 
   Args:
-    query: what asks.
-    key: what is asked.
-    value: what is answered with.
-    mask: which keys a query sees; None for all, or all that are not after it.
-    causal: read where `mask` is None.
-    scale: of the products; 1 / sqrt(head_dim) if None.
-    softcap: bounds the logits by `softcap * tanh(logits / softcap)` (Gemma 2).
+    query: the queries.
+    key: the keys.
+    value: the values.
+    mask: True where a query sees a key. If None, a query sees every key, or
+      with `causal` every key that is not after it.
+    causal: whether later keys are hidden; ignored if there is a mask.
+    scale: the factor of the logits; None for 1 / sqrt(head_dim).
+    softcap: the bound of the logits, applied as
+      `softcap * tanh(logits / softcap)` (Gemma 2); None for no bound.
   """
   attend_fn = functools.partial(
     jax.nn.dot_product_attention, is_causal=causal and mask is None, scale=scale
@@ -176,8 +180,8 @@ def attend(
       mask = jnp.ones((1, 1, query.shape[1], key.shape[1]), bool)
       mask = jnp.tril(mask) if causal else mask
     attend_fn = functools.partial(_capped, scale=scale, softcap=softcap)
-  # The backward pass computes the [time, time] probabilities again: it costs
-  # no time that could be measured, and to keep those of all layers memory.
+  # The backward pass computes the [time, time] probabilities again. This saves
+  # the memory for those of all layers, at no measurable cost of time.
   call = lambda query, key, value: attend_fn(query, key, value, mask=mask)
   return jax.checkpoint(call, prevent_cse=False)(query, key, value)
 

@@ -1,4 +1,4 @@
-"""BERT, and the encoders of its shape such as MiniLM (Devlin et al., 2019)."""
+"""BERT (Devlin et al., 2019) and encoders of the same shape, such as MiniLM."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from fedjax_llm.models import (
   lora,
 )
 
-# The dense layers of a block, and that of the pooler.
+# The dense layers of a block, then the dense layer of the pooler.
 LAYERS = (
   "attention.self.query",
   "attention.self.key",
@@ -31,7 +31,7 @@ LAYOUT = layout.Layout(
   base="bert",
   layers="encoder.layer",
   heads=("classifier",),
-  # `cls` and `qa_outputs` are the heads of pretraining and of questions.
+  # `cls` and `qa_outputs` are heads for pretraining and question answering.
   optional=("pooler", "cls", "qa_outputs"),
   renamed=(
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
@@ -39,8 +39,8 @@ LAYOUT = layout.Layout(
   ),
   ignored=(r"embeddings\.(position|token_type)_ids$",),
 )
-# Fields of config.json that no part of the model computed here reads. The
-# poolers are those of other models that were converted with BERT's.
+# Fields of config.json that this model does not use. The poolers belong to
+# other models whose config was derived from BERT's.
 _IGNORED = (
   "classifier_dropout",
   "directionality",
@@ -55,19 +55,20 @@ _IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-  """The shape of an encoder; the fields are those of Hugging Face's config.
+  """The shape of an encoder, with the fields of a Hugging Face config.json.
 
   Attributes:
     vocab_size: number of tokens.
     hidden_size: width of the residual stream.
     intermediate_size: width inside the feed-forward block.
     num_hidden_layers: number of blocks.
-    num_attention_heads: heads, which divide `hidden_size`.
+    num_attention_heads: number of heads; divides `hidden_size`.
     model_type: "bert".
-    max_position_embeddings: longest row, as positions are learned.
-    type_vocab_size: number of token types, of which the first is used.
-    layer_norm_eps: added to the variance before its root.
-    hidden_act: one of `encoder.ACTIVATIONS`.
+    max_position_embeddings: number of learned positions, the longest row.
+    type_vocab_size: number of token types; only the first is used.
+    layer_norm_eps: constant that is added to the variance before its root.
+    hidden_act: activation of the feed-forward block, a key of
+      `encoder.ACTIVATIONS`.
   """
 
   vocab_size: int
@@ -86,14 +87,13 @@ class BertConfig:
 
   @classmethod
   def from_hugging_face(cls, fields: Mapping[str, Any]) -> "BertConfig":
-    """Reads the fields of a config.json, written by old or new transformers.
+    """Makes a config from a config.json of any version of transformers.
 
-    The dropouts of the base model are settings of its own training, and are
-    not applied: fine-tuning here has LoRA's.
+    The dropouts in the config.json are ignored: they belong to the training of
+    the base model. Fine-tuning uses the dropout of `lora.LoRA`.
 
     Raises:
-      ValueError: for a field that is missing, or one that would be computed
-        wrongly because it is not honoured here.
+      ValueError: if a field is missing or not supported.
     """
     positions = fields.get("position_embedding_type") or "absolute"
     known = ("position_embedding_type",) if positions == "absolute" else ()
@@ -102,11 +102,11 @@ class BertConfig:
   def to_hugging_face(
     self, head: heads.Classifier | None = None
   ) -> dict[str, Any]:
-    """The fields of a config.json that transformers loads.
+    """Returns the fields of a config.json that transformers loads.
 
     Args:
-      head: what classifies a row. That of the mean over tokens is none of
-        transformers': the folder's model is then the encoder alone.
+      head: the classification head, or None. transformers has no head that
+        pools by the mean; the config.json then describes the encoder alone.
     """
     alone = head is None or head.pooling == "mean"
     kind = "BertModel" if alone else "BertForSequenceClassification"
@@ -115,11 +115,14 @@ class BertConfig:
 
 
 class Embeddings(encoder.Layer):
-  """Tokens and their positions; all tokens are of the first type."""
+  """Embeds tokens and their positions; every token has the first type."""
 
   @nn.compact
   def __call__(self, tokens, positions):
-    """Embeds `tokens` [batch, time] at `positions` [rows, time]."""
+    """Embeds `tokens` [batch, time] at `positions` [rows, time].
+
+    `rows` is `batch`, or 1 if all rows have the same positions.
+    """
     config = self.config
 
     def embed(name, number, ids):
@@ -142,7 +145,7 @@ class Embeddings(encoder.Layer):
 
 
 class SelfAttention(encoder.Layer):
-  """Attention to both sides, without the output projection."""
+  """Two-sided self-attention without the output projection."""
 
   @nn.compact
   def __call__(self, x, mask, deterministic):
@@ -151,17 +154,17 @@ class SelfAttention(encoder.Layer):
 
 
 class Output(encoder.Layer):
-  """Back to the residual stream, which is normalised after the sum."""
+  """Projects to the residual stream, adds and normalises the sum."""
 
   @nn.compact
   def __call__(self, y, x, deterministic):
-    """Adds a projection of `y` to the stream `x`."""
+    """Projects `y`, adds it to the stream `x` and normalises the sum."""
     dense = self.dense("dense", self.config.hidden_size)
     return self.norm("LayerNorm")(x + dense(y, deterministic=deterministic))
 
 
 class Attention(encoder.Layer):
-  """Self-attention with its residual."""
+  """Self-attention with its residual connection."""
 
   @nn.compact
   def __call__(self, x, mask, deterministic):
@@ -176,18 +179,18 @@ class Intermediate(encoder.Layer):
 
   @nn.compact
   def __call__(self, x, deterministic):
-    """Applies it to `x` [batch, time, hidden]."""
+    """Applies a dense layer and the activation to `x` [batch, time, hidden]."""
     dense = self.dense("dense", self.config.intermediate_size)
     y = dense(x, deterministic=deterministic)
     return encoder.ACTIVATIONS[self.config.hidden_act](y)
 
 
 class Block(encoder.Layer):
-  """One layer: attention and feed-forward, each normalised after its sum."""
+  """One layer: post-norm attention and feed-forward with residuals."""
 
   @nn.compact
   def __call__(self, x, mask, deterministic):
-    """One step of the scan over layers; see `encoder.layers`."""
+    """Applies the layer; one step of the scan in `encoder.layers`."""
     shape = (self.config, self.adapter, self.dtype)
     x = Attention(*shape, name="attention")(x, mask, deterministic)
     y = Intermediate(*shape, name="intermediate")(x, deterministic)
@@ -195,11 +198,11 @@ class Block(encoder.Layer):
 
 
 class Pooler(encoder.Layer):
-  """What pretraining put between the first token and a head."""
+  """The pretrained dense layer between the first token and a head."""
 
   @nn.compact
   def __call__(self, x, deterministic):
-    """Applies it to the first tokens `x` [batch, hidden]."""
+    """Applies the layer and a tanh to the first tokens `x` [batch, hidden]."""
     dense = self.dense("dense", self.config.hidden_size)
     return jnp.tanh(dense(x, deterministic=deterministic))
 
@@ -208,14 +211,14 @@ class Bert(nn.Module):
   """An encoder: `apply({"params": frozen, "lora": trainable}, tokens)`.
 
   Attributes:
-    config: the model's shape.
-    adapter: what gets LoRA factors, or None for the base model alone.
-    head: what classifies a row: its "first" token (or None), through the
-      pooler, as transformers does; or the "mean" over tokens, without it, as
-      sentence encoders do.
-    dtype: what activations are computed in; scores are always float32.
-    remat: recompute activations in the backward pass: much less memory for
-      somewhat more time.
+    config: the shape of the model.
+    adapter: the LoRA adapter; None for the base model alone.
+    head: the classification head, or None. The pooling "first" (or None) scores
+      the pooled first token, as transformers does. The pooling "mean" scores
+      the mean over tokens without the pooler, as sentence encoders do.
+    dtype: the type of activations; scores are always float32.
+    remat: whether the backward pass recomputes activations. This takes much
+      less memory and somewhat more time.
   """
 
   config: BertConfig
@@ -225,7 +228,7 @@ class Bert(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter or a pooling that this model does not have."""
+    """Refuses an adapter or a pooling that does not fit this model."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
     if self.head is not None:
@@ -240,23 +243,24 @@ class Bert(nn.Module):
     *,
     deterministic: bool = True,
   ) -> Float[Array, "..."]:
-    """Hidden states of the last layer, or scores of each row.
+    """Computes the last hidden states, or the scores of each row with a head.
 
     Args:
-      tokens: the rows.
-      segments: which tokens belong together, see `models.attention`; None for
-        one document a row, without padding.
-      deterministic: False to draw LoRA dropout from the rng "dropout".
+      tokens: the token ids.
+      segments: the documents of the tokens; see `models.attention`. None if
+        each row is one document without padding.
+      deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
+        from the rng "dropout".
 
     Returns:
       Hidden states [batch, time, hidden] in `dtype`, or scores [batch, labels]
       in float32.
     """
     config, shape = self.config, (self.config, self.adapter, self.dtype)
-    if tokens.shape[1] > config.max_position_embeddings:
+    if tokens.shape[1] > (most := config.max_position_embeddings):
       raise ValueError(
-        f"expected rows of at most {config.max_position_embeddings=} tokens,"
-        f" got {tokens.shape[1]}. Cut them."
+        f"BERT expected rows of at most {most} tokens, the number of its"
+        f" learned positions, got {tokens.shape[1]}. Shorten the rows."
       )
     scope, _ = attention.scope(tokens.shape, segments)
     (mask,) = scope.masks([None], causal=False)

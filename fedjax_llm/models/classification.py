@@ -1,6 +1,6 @@
-"""Classification: the loss that clients train and what evaluation scores.
+"""Classification: the loss for training and the scores for evaluation.
 
-A row has one label, or any number of them where the model's head says so.
+A row has one label, or any number of labels if the head is multi-label.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,24 @@ def row_losses(
   *,
   multi_label: bool = False,
 ) -> Float[Array, " rows"]:
-  """How far the scores of each row are from its labels, in nats.
+  """Returns the cross-entropy of each row, in nats.
 
   Args:
-    scores: logits of the labels.
-    labels: int32 [rows], the label of each; or with `multi_label` float32
-      [rows, labels], 1 for those that hold and 0 for the others.
-    multi_label: whether labels are independent: the mean over them of their
-      binary cross-entropies, as torch's `BCEWithLogitsLoss` has it, in place
-      of the cross-entropy of a softmax.
+    scores: the logits of the labels.
+    labels: int32 [rows], the label of each row. With `multi_label`, float32
+      [rows, labels], 1 for each label of a row and 0 for the others.
+    multi_label: whether a row may have several labels. The loss is then the
+      mean over labels of binary cross-entropies, as in torch's
+      `BCEWithLogitsLoss`. Otherwise it is the cross-entropy of a softmax.
 
   Raises:
-    ValueError: if `labels` have another shape.
+    ValueError: if `labels` have the wrong shape.
   """
   expected = scores.shape if multi_label else scores.shape[:1]
   if labels.shape != expected:
     raise ValueError(
       f"expected labels {expected} with {multi_label=}, got {labels.shape}."
+      " Give a head whose multi_label fits the data."
     )
   if multi_label:
     return optax.sigmoid_binary_cross_entropy(scores, labels).mean(-1)
@@ -44,16 +45,17 @@ def row_losses(
 
 
 def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
-  """The loss that `federated.clients.local_update` differentiates.
+  """Returns the loss that `federated.clients.local_update` differentiates.
 
   Args:
     model: a LoRA-parametrised model with a head.
 
   Returns:
-    `fn(factors, params, examples, mask, key) -> (total, count)`: the summed
-    `row_losses` of the rows that `mask` [rows] tells from padding, and their
-    number. `examples` has `labels`, and `tokens` with `segments` or, of
-    images, `pixels`. `key` draws the dropout.
+    A function `fn(factors, params, examples, mask, key) -> (total, count)`.
+    `total` is the sum of `row_losses` over real rows, and `count` is their
+    number. `mask` [rows] is True for real rows and False for padding.
+    `examples` has the attributes `labels`, and either `tokens` and `segments`
+    or, for images, `pixels`. `key` draws the dropout.
 
   Raises:
     ValueError: if the model has no head.
@@ -74,14 +76,15 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
 
 
 def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
-  """The function that `evaluation.classification` maps over rows.
+  """Returns the function that `evaluation.classification` maps over rows.
 
   Args:
     model: a model with a head.
 
   Returns:
-    `fn(factors, params, examples)`: the `loss` [rows] and the `scores`
-    [rows, labels] of each row. `factors` is None for a finished model.
+    A function `fn(factors, params, examples)` that returns the arrays `loss`
+    [rows] and `scores` [rows, labels]. `factors` is None for a model without an
+    adapter.
 
   Raises:
     ValueError: if the model has no head.
@@ -103,14 +106,14 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
 def _head(model: Any) -> heads.Classifier:
   if model.head is None:
     raise ValueError(
-      "expected a model that classifies, got one without a head. Give it a"
-      " heads.Classifier."
+      "expected a model with a classification head, got one without a head."
+      " Give it a heads.Classifier."
     )
   return model.head
 
 
 def _inputs(examples: Any) -> tuple[Any, ...]:
-  """What a model reads of examples: images, or tokens and their segments."""
+  """Returns the inputs of a model: images, or tokens and their segments."""
   if hasattr(examples, "pixels"):
     return (examples.pixels,)
   return examples.tokens, examples.segments

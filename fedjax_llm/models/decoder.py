@@ -1,8 +1,8 @@
-"""One config-driven decoder, LoRA-parametrised, layers scanned.
+"""One decoder for many families, LoRA-parametrised and driven by its config.
 
-Llama 1-3, TinyLlama, SmolLM, Mistral, Qwen 2, 2.5 and 3, Gemma 1, 2 and 3.
-Module names are Hugging Face's, so that a checkpoint's tensor names and a LoRA
-target's name can be read off the parameter tree. Layers are stacked on axis 0.
+The families are Llama 1-3, TinyLlama, SmolLM, Mistral, Qwen 2, 2.5 and 3, and
+Gemma 1, 2 and 3. Modules have the names of transformers, so the parameter tree
+shows the tensor names of a checkpoint and the names of LoRA targets.
 """
 
 import math
@@ -20,6 +20,7 @@ from fedjax_llm.models import (
   layout,
   lora,
   rotary,
+  stack,
 )
 
 # The dense layers of a block.
@@ -37,7 +38,7 @@ LAYOUT = layout.Layout(
   base="model",
   layers="layers",
   heads=("lm_head", "score"),
-  # Gemma 3 as transformers stores the text model of its multimodal kind.
+  # transformers stores the text model of multimodal Gemma 3 under these names.
   renamed=((r"^(model\.)?language_model\.(model\.)?", "model."),),
   ignored=(r"rotary_emb\.inv_freq$",),
 )
@@ -54,9 +55,9 @@ class RMSNorm(nn.Module):
   """Divides by the root mean square in float32, then scales.
 
   Attributes:
-    epsilon: added to the mean square.
+    epsilon: a constant that is added to the mean square.
     unit_offset: whether the scale is 1 + the parameter, applied in float32.
-    dtype: of the result.
+    dtype: the type of the result.
   """
 
   epsilon: float
@@ -78,21 +79,21 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-  """What the parts of a block share: the model's shape, adapter and dtype."""
+  """A part of a block, with the config, adapter and dtype of the model."""
 
   config: DecoderConfig
   adapter: lora.LoRA | None
   dtype: Any
 
   def norm(self, name: str) -> RMSNorm:
-    """A norm as this family has them."""
+    """Returns a norm of the kind that this family has."""
     config = self.config
     return RMSNorm(
       config.rms_norm_eps, config.unit_offset, self.dtype, name=name
     )
 
   def dense(self, name: str, features: int, use_bias: bool) -> lora.Dense:
-    """A dense layer, with factors if it is a target."""
+    """Returns a dense layer, with LoRA factors if it is a target."""
     return lora.Dense(features, self.adapter, use_bias, self.dtype, name=name)
 
 
@@ -101,10 +102,11 @@ class Attention(Layer):
 
   @nn.compact
   def __call__(self, x, angles, mask, past, slots, deterministic):
-    """Attends from `x` [batch, time, hidden] to it and to what is `past`.
+    """Attends from `x` [batch, time, hidden] to `x` and to `past`.
 
     Returns:
-      What the layer adds, and its keys and values if there is a cache.
+      The update of the residual stream; and the layer's keys and values, or
+      None without a cache.
     """
     config = self.config
     batch, time, _ = x.shape
@@ -157,18 +159,20 @@ class Block(Layer):
 
   @nn.compact
   def __call__(self, x, own, views, slots, deterministic) -> tuple[Any, Any]:
-    """One step of the scan over layers.
+    """Applies the layer; one step of the scan over layers.
 
     Args:
-      x: the carry, [batch, time, hidden].
-      own: the layer's (whether it has the window, past keys and values).
-      views: (angles, mask) of each kind of layer there is, that without a
-        window first.
-      slots: where the tokens are among the keys.
+      x: the residual stream, [batch, time, hidden].
+      own: a pair: whether this layer has the sliding window, or None if all
+        layers are alike; and its cached keys and values, or None.
+      views: a pair (angles, mask) for each kind of layer. If there are two
+        kinds, the one without a window comes first.
+      slots: the places of the tokens among the keys.
       deterministic: whether dropout is off.
 
     Returns:
-      The next carry, and the layer's keys and values if there is a cache.
+      The updated residual stream; and the layer's keys and values, or None
+      without a cache.
     """
     is_windowed, past = own
     choose = lambda full, local: jnp.where(is_windowed, local, full)
@@ -194,12 +198,12 @@ class Decoder(nn.Module):
   """A decoder: `apply({"params": frozen, "lora": trainable}, tokens)`.
 
   Attributes:
-    config: the model's shape.
-    adapter: what gets LoRA factors, or None for the base model alone.
-    head: None for a language model, else what classifies a row.
-    dtype: what activations are computed in; logits are always float32.
-    remat: recompute activations in the backward pass: much less memory for
-      somewhat more time.
+    config: the shape of the model.
+    adapter: the LoRA adapter; None for the base model alone.
+    head: the classification head; None for a language model.
+    dtype: the type of activations; logits are always float32.
+    remat: whether the backward pass recomputes activations. This takes much
+      less memory and somewhat more time.
   """
 
   config: DecoderConfig
@@ -209,7 +213,7 @@ class Decoder(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter or a pooling that this model does not have."""
+    """Refuses an adapter or a pooling that does not fit this model."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
     if self.head is not None:
@@ -217,7 +221,7 @@ class Decoder(nn.Module):
     super().__post_init__()
 
   def empty_cache(self, batch: int, length: int) -> attention.Cache:
-    """A cache for `length` tokens of each of `batch` rows."""
+    """Returns an empty cache for `batch` rows of `length` tokens."""
     config = self.config
     return attention.empty_cache(
       config.num_hidden_layers,
@@ -237,18 +241,19 @@ class Decoder(nn.Module):
     cache: attention.Cache | None = None,
     deterministic: bool = True,
   ) -> Any:
-    """Logits of the next token at every position, or scores of each row.
+    """Computes next-token logits, or the scores of each row if there is a head.
 
     Args:
-      tokens: the rows.
-      segments: which tokens belong together, see `models.attention`; None for
-        one document a row, with padding on the right at most.
-      cache: of the tokens before these.
-      deterministic: False to draw LoRA dropout from the rng "dropout".
+      tokens: the token ids.
+      segments: the documents of the tokens; see `models.attention`. None if
+        each row is one document, with padding on the right at most.
+      cache: the cache of the tokens before these; None for none.
+      deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
+        from the rng "dropout".
 
     Returns:
-      Logits [batch, time, vocab] or scores [batch, labels], in float32; and
-      the cache with these tokens in it, if one is given.
+      Logits [batch, time, vocab] or scores [batch, labels], in float32. With a
+      cache, a pair of the logits and the updated cache.
     """
     config = self.config
     embed = nn.Embed(
@@ -265,21 +270,12 @@ class Decoder(nn.Module):
     x = RMSNorm(
       config.rms_norm_eps, config.unit_offset, self.dtype, name="norm"
     )(x)
+    result = stack.output(self, x, segments, embed)
     if self.head is not None:
-      x = heads.pool(x, segments, self.head.pooling or "last")
-      trained = self.adapter is not None
-      return heads.Head(self.head.labels, False, trained, name="score")(x)
-    flat = x.reshape(-1, config.hidden_size)
-    if config.tie_word_embeddings:
-      logits = embed.attend(flat)
-    else:
-      logits = lora.Dense(config.vocab_size, dtype=self.dtype, name="lm_head")(
-        flat
-      )
-    logits = logits.astype(jnp.float32).reshape(*tokens.shape, -1)
+      return result
     if (cap := config.final_softcap) is not None:
-      logits = cap * jnp.tanh(logits / cap)
-    return logits if cache is None else (logits, cache)
+      result = cap * jnp.tanh(result / cap)
+    return result if cache is None else (result, cache)
 
   def _layers(self, x, segments, cache, deterministic):
     config = self.config
@@ -289,21 +285,7 @@ class Decoder(nn.Module):
     ropes = [(config.local_rope if x else None) or config.rope for x in kinds]
     angles = [x.angles(scope.positions, config.head_dim) for x in ropes]
     views = list(zip(angles, scope.masks(windows), strict=True))
-    own = (
-      # With one kind of layer there is one view, and nothing to choose.
-      jnp.array(config.windowed) if len(kinds) > 1 else None,
-      None if cache is None else (cache.keys, cache.values),
-    )
-    # prevent_cse is for loops that XLA unrolls; inside a scan it only costs.
-    block = nn.remat(Block, prevent_cse=False, static_argnums=(5,))
-    layers = nn.scan(
-      block if self.remat else Block,
-      variable_axes={"params": 0, "lora": 0},
-      split_rngs={"params": True, "lora": True, "dropout": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=config.num_hidden_layers,
-    )(config, self.adapter, self.dtype, name="layers")
-    x, past = layers(x, own, views, scope.slots, deterministic)
-    if cache is not None:
-      cache = cache._replace(keys=past[0], values=past[1])
-    return x, cache
+    # If all layers are alike, there is one view and nothing to choose.
+    windowed = jnp.array(config.windowed) if len(kinds) > 1 else None
+    shared = (views, scope.slots, deterministic)
+    return stack.cached_layers(Block, self, x, windowed, shared, cache)

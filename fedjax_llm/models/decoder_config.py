@@ -1,7 +1,7 @@
-"""The shape of a decoder, and how Hugging Face's config.json writes it down.
+"""The shape of a decoder, read from and written to a Hugging Face config.json.
 
-A field of a config.json is honoured, known to leave the logits as they are, or
-refused by name: nothing is computed wrongly in silence.
+Each field of a config.json is used, known not to change the logits, or refused
+by name. So no model is computed wrongly in silence.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from fedjax_llm.models import heads, hub_config, rotary
 
 
 class _Family(NamedTuple):
-  """What sets the models of one `model_type` apart.
+  """The properties of all models of one `model_type`.
 
   Attributes:
-    architecture: transformers' class of the language model.
-    fixed: fields of `DecoderConfig` that no config.json of the family writes.
-    defaults: fields of a config.json that it may leave out.
-    renamed: fields of `DecoderConfig` by other names in config.json.
+    architecture: the class of the language model in transformers.
+    fixed: the values of `DecoderConfig` fields that config.json does not have.
+    defaults: the values of config.json fields that may be absent.
+    renamed: the config.json names of `DecoderConfig` fields that differ.
   """
 
   architecture: str
@@ -71,7 +71,7 @@ _FAMILIES = {
 MODEL_TYPES = tuple(_FAMILIES)
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 _WINDOW, _FULL = "sliding_attention", "full_attention"
-# Fields of one name here and in every config.json.
+# Fields that have the same name in `DecoderConfig` and in config.json.
 _SHARED = (
   "vocab_size",
   "hidden_size",
@@ -89,34 +89,34 @@ _SHARED = (
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """The shape of a decoder; most fields are those of Hugging Face's config.
+  """The shape of a decoder, mostly with the fields of a Hugging Face config.
 
   Attributes:
-    model_type: the family, one of `MODEL_TYPES`.
-    vocab_size: number of tokens.
+    model_type: family, one of `MODEL_TYPES`.
+    vocab_size: number of tokens in the vocabulary.
     hidden_size: width of the residual stream.
     intermediate_size: width inside the feed-forward block.
     num_hidden_layers: number of blocks.
-    num_attention_heads: query heads.
-    num_key_value_heads: key and value heads; divides the query heads.
-    head_dim: width of a head, even.
-    max_position_embeddings: longest context the model was made for.
-    rms_norm_eps: added to the mean square before its root.
+    num_attention_heads: number of query heads.
+    num_key_value_heads: number of key heads; divides `num_attention_heads`.
+    head_dim: width of a head, an even number.
+    max_position_embeddings: longest context the model was trained for.
+    rms_norm_eps: constant that is added to the mean square before its root.
     rope: rotary positions.
-    local_rope: those of the layers with a window, if they are others.
-    sliding_window: how many tokens a layer with a window sees.
-    windowed: which layers have that window.
-    hidden_act: "silu", "gelu_pytorch_tanh" or "gelu", of the gate.
+    local_rope: rotary positions of windowed layers; None for `rope`.
+    sliding_window: number of tokens that a layer with a window sees.
+    windowed: whether each layer has the window; empty if none has.
+    hidden_act: activation of the gate: "silu", "gelu_pytorch_tanh" or "gelu".
     tie_word_embeddings: whether the output uses the input embedding.
     qkv_bias: whether query, key and value projections have biases.
-    mlp_bias: whether the feed-forward projections have biases.
+    mlp_bias: whether feed-forward projections have biases.
     qk_norm: whether queries and keys are normalised (Qwen 3, Gemma 3).
     unit_offset: whether the norms scale by 1 + scale (Gemma).
-    sandwich_norms: whether the outputs of the blocks are normalised as well.
+    sandwich_norms: whether block outputs are normalised too (Gemma 2 and 3).
     scaled_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
-    query_pre_attn_scalar: queries are divided by its root; head_dim if None.
-    attention_softcap: bounds the attention logits by a tanh.
-    final_softcap: bounds the logits by a tanh.
+    query_pre_attn_scalar: squared divisor of queries; None for `head_dim`.
+    attention_softcap: tanh bound of the attention logits; None for no bound.
+    final_softcap: tanh bound of the output logits; None for no bound.
   """
 
   vocab_size: int
@@ -155,22 +155,22 @@ class DecoderConfig:
       raise ValueError(f"expected an even head_dim, got {self.head_dim}.")
     if self.windowed and len(self.windowed) != self.num_hidden_layers:
       raise ValueError(
-        f"expected {self.num_hidden_layers=} layer types, got"
-        f" {len(self.windowed)}."
+        f"expected {self.num_hidden_layers} layer types, the number of layers,"
+        f" got {len(self.windowed)}."
       )
 
   @property
   def output_bias(self) -> bool:
-    """Whether the attention's output projection has a bias, unlike Qwen 2's."""
+    """Whether the output projection of attention has a bias (not in Qwen 2)."""
     return self.qkv_bias and self.model_type != "qwen2"
 
   @classmethod
   def from_hugging_face(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-    """Reads the fields of a config.json, written by old or new transformers.
+    """Makes a config from a config.json of any version of transformers.
 
     Raises:
-      ValueError: for another model type, a field that is missing, or one that
-        would be computed wrongly because it is not honoured here.
+      ValueError: if the model type or a field is not supported, or a field is
+        missing.
     """
     given = hub_config.Fields(fields)
     kind = given.choose("model_type", MODEL_TYPES)
@@ -187,25 +187,18 @@ class DecoderConfig:
     if heads := values.get("num_attention_heads"):
       values.setdefault("num_key_value_heads", heads)
       values.setdefault("head_dim", values.get("hidden_size", 0) // heads)
-    required = [
-      x.name
-      for x in dataclasses.fields(cls)
-      if x.default is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in values]:
-      raise ValueError(f"config.json needs the fields {missing}.")
-    return cls(**values)
+    return hub_config.build(cls, values)
 
   def to_hugging_face(
     self, head: heads.Classifier | None = None
   ) -> dict[str, Any]:
-    """The fields of a config.json that transformers loads.
+    """Returns the fields of a config.json that transformers loads.
 
     Args:
-      head: what classifies a row, if the model is no language model.
+      head: the classification head; None for a language model.
 
     Raises:
-      ValueError: if transformers has no such classifier.
+      ValueError: if transformers has no head with this pooling.
     """
     family = _FAMILIES[self.model_type]
     fields = {name: getattr(self, name) for name in _SHARED}
@@ -227,14 +220,14 @@ class DecoderConfig:
     act = "hidden_activation" if self.sandwich_norms else "hidden_act"
     architecture = family.architecture
     if head is not None:
-      head.check("last")  # transformers has no classifier of the mean.
+      head.check("last")  # transformers has no head that pools by the mean.
       architecture = architecture.replace("CausalLM", "SequenceClassification")
     return {
       "architectures": [architecture],
       **hub_config.label_fields(head),
       "model_type": self.model_type,
       act: self.hidden_act,
-      # transformers would assume ids of its own, and stop there.
+      # Otherwise transformers would use its default ids and stop at them.
       "bos_token_id": None,
       "eos_token_id": None,
       "pad_token_id": None,
@@ -244,11 +237,11 @@ class DecoderConfig:
 
 
 def _pop_act(given: hub_config.Fields, kind: str) -> str:
-  """Pops the activation of the gate."""
-  older, act = given.pop("hidden_act"), given.pop("hidden_activation")
-  act = act or older or "silu"
+  """Takes out the activation of the gate."""
+  older = given.pop("hidden_act") or "silu"
+  act = given.pop("hidden_activation") or older
   if kind == "gemma" and act == "gelu":
-    act = "gelu_pytorch_tanh"  # What the first configs of Gemma meant.
+    act = "gelu_pytorch_tanh"  # The first configs of Gemma call it "gelu".
   if act not in ACTIVATIONS:
     raise ValueError(
       f"expected hidden_act in {', '.join(ACTIVATIONS)}, got {act!r}."
@@ -257,7 +250,7 @@ def _pop_act(given: hub_config.Fields, kind: str) -> str:
 
 
 def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
-  """Pops what says which layers have a window, and how wide it is."""
+  """Takes out the width of the sliding window and the layers that have it."""
   if "sliding_window" not in _FAMILIES[kind].defaults:
     return {}
   window, types = given.pop("sliding_window"), given.pop("layer_types")
@@ -269,7 +262,7 @@ def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
     window = window if given.pop("use_sliding_window") else None
   if types is not None and set(types) - {_WINDOW, _FULL}:
     raise ValueError(
-      f"expected layer_types {_WINDOW!r} and {_FULL!r}, got {set(types)}."
+      f"expected layer_types {_WINDOW!r} or {_FULL!r}, got {set(types)}."
     )
   if types is not None:
     windowed = [x == _WINDOW for x in types]
@@ -287,7 +280,7 @@ def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
 
 
 def _pop_rope(given: hub_config.Fields, kind: str) -> dict[str, Any]:
-  """Pops the rotary fields: `rope_parameters`, or the older ones."""
+  """Takes out the rotary fields: `rope_parameters`, or their older names."""
   older = {
     "rope_theta": given.pop("rope_theta"),
     "partial_rotary_factor": given.pop("partial_rotary_factor"),

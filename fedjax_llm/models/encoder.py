@@ -1,7 +1,7 @@
-"""What the encoders share: dense layers and norms, and attention to both sides.
+"""The parts that encoders share: dense layers, norms, two-sided attention.
 
-Module names are transformers', so that a checkpoint's tensor names and a LoRA
-target's name can be read off the parameter tree. Layers are stacked on axis 0.
+Modules have the names of transformers, so the parameter tree shows the tensor
+names of a checkpoint and the names of LoRA targets.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
-from fedjax_llm.models import attention, hub_config, lora
+from fedjax_llm.models import attention, hub_config, lora, stack
 
 _tanh_gelu = lambda x: nn.gelu(x, approximate=True)
 ACTIVATIONS = {
@@ -21,36 +21,37 @@ ACTIVATIONS = {
   "relu": nn.relu,
   "silu": nn.silu,
 }
-# Fields of a config.json that change nothing but the training of the base.
+# Fields of a config.json that only the training of the base model used.
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def read(
   kind: Any, fields: Mapping[str, Any], ignored: Iterable[str] = ()
 ) -> Any:
-  """Makes the config `kind` of the fields of a config.json.
+  """Makes a config from the fields of a config.json.
 
   Args:
-    kind: a dataclass whose fields are named as in config.json.
-    fields: what was read.
-    ignored: further fields that leave the hidden states as they are.
+    kind: the dataclass of the config. Its fields are named as in config.json.
+    fields: the fields of the config.json.
+    ignored: the names of further fields that do not change hidden states.
 
   Raises:
-    ValueError: for a field that is missing, or one that is not honoured.
+    ValueError: if a field is missing or not supported.
   """
   given = hub_config.Fields(fields)
   given.choose("model_type", (kind.model_type,))
-  own = dataclasses.fields(kind)
-  values = given.take(x.name for x in own)
+  values = given.take(x.name for x in dataclasses.fields(kind))
   given.finish(kind.model_type, (*_DROPOUTS, *ignored))
-  required = [x.name for x in own if x.default is dataclasses.MISSING]
-  if missing := [name for name in required if name not in values]:
-    raise ValueError(f"config.json needs the fields {missing}.")
-  return kind(**values)
+  return hub_config.build(kind, values)
 
 
 def check(config: Any) -> None:
-  """Raises a `ValueError` unless heads and activation of a config are right."""
+  """Checks the number of heads and the activation of a config.
+
+  Raises:
+    ValueError: if the heads do not divide the hidden size, or the activation is
+      unknown.
+  """
   if config.hidden_size % config.num_attention_heads:
     raise ValueError(
       "expected num_attention_heads to divide hidden_size, got"
@@ -64,27 +65,27 @@ def check(config: Any) -> None:
 
 
 def norm(config: Any, dtype: Any, name: str) -> nn.LayerNorm:
-  """A layer norm, its moments in float32."""
+  """Returns a layer norm that computes its moments in float32."""
   return nn.LayerNorm(
     config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name
   )
 
 
 class Layer(nn.Module):
-  """What the parts of an encoder share: its shape, adapter and dtype."""
+  """A part of an encoder, with the config, adapter and dtype of the model."""
 
   config: Any
   adapter: lora.LoRA | None
   dtype: Any
 
   def norm(self, name: str) -> nn.LayerNorm:
-    """A norm as this model has them."""
+    """Returns a layer norm with the epsilon and dtype of the model."""
     return norm(self.config, self.dtype, name)
 
   def dense(
     self, name: str, features: int, use_bias: bool = True
   ) -> lora.Dense:
-    """A dense layer, with factors if it is a target."""
+    """Returns a dense layer, with LoRA factors if it is a target."""
     return lora.Dense(features, self.adapter, use_bias, self.dtype, name=name)
 
   def attend(
@@ -95,12 +96,12 @@ class Layer(nn.Module):
     deterministic: bool,
     use_bias: bool = True,
   ) -> Float[Array, "batch time d"]:
-    """Attends from `x` to itself, before any output projection.
+    """Computes self-attention without the output projection.
 
     Args:
-      names: of the projections to queries, keys and values.
+      names: the names of the query, key and value projections.
       x: the states.
-      mask: which of them each sees; None for all.
+      mask: True where a query sees a key; None if every query sees every key.
       deterministic: whether dropout is off.
       use_bias: whether the projections have biases.
     """
@@ -117,18 +118,11 @@ class Layer(nn.Module):
 
 
 def layers(block: type[Layer], model: Any) -> Any:
-  """The blocks of a model, one after the other.
+  """Returns a module that applies the layers of an encoder.
 
   Args:
-    block: called as `block(x, mask, deterministic)` -> `(x, None)`.
-    model: whose config, adapter, dtype and remat they have.
+    block: the module class of a layer. It is called as
+      `block(x, mask, deterministic)` and returns `(x, None)`.
+    model: the encoder that has the layers.
   """
-  # prevent_cse is for loops that XLA unrolls; inside a scan it only costs.
-  remat = nn.remat(block, prevent_cse=False, static_argnums=(3,))
-  return nn.scan(
-    remat if model.remat else block,
-    variable_axes={"params": 0, "lora": 0},
-    split_rngs={"params": True, "lora": True, "dropout": True},
-    in_axes=(nn.broadcast, nn.broadcast),
-    length=model.config.num_hidden_layers,
-  )(model.config, model.adapter, model.dtype, name="layers")
+  return stack.layers(block, model, (nn.broadcast, nn.broadcast))

@@ -1,4 +1,4 @@
-"""Which model a config.json describes."""
+"""Finds the family of models that a config.json describes."""
 
 import json
 import pathlib
@@ -14,13 +14,13 @@ class Family(NamedTuple):
   """A family of models.
 
   Attributes:
-    config: its shape; reads and writes config.json.
-    model: the module: `model(config, adapter, head, dtype, remat)`.
-    layout: where its parameters are in a checkpoint.
-    layers: dotted paths of a block's dense layers, what LoRA can target.
-    predicts: whether it is a language model where it has no head, as opposed
-      to an encoder, whose last states it then returns.
-    reads_text: whether its input is tokens.
+    config: the class of the config, which reads and writes config.json.
+    model: the module class: `model(config, adapter, head, dtype, remat)`.
+    layout: the names of its parameters in a checkpoint.
+    layers: the dotted paths of the dense layers that LoRA can target.
+    predicts: whether the model without a head is a language model. Otherwise
+      it is an encoder and returns its last hidden states.
+    reads_text: whether the input is tokens.
   """
 
   config: Any
@@ -52,16 +52,16 @@ _FAMILIES = {
 
 
 def of(config: Any) -> Family:
-  """The family of a config."""
+  """Returns the family of a config."""
   return next(x for x in _FAMILIES.values() if isinstance(config, x.config))
 
 
 def check_predicts(config: Any) -> None:
-  """Raises a `ValueError` unless a config is of a language model."""
+  """Raises a `ValueError` unless the config is that of a language model."""
   if not of(config).predicts:
     raise ValueError(
       f"expected a language model, got a {config.model_type}, which predicts no"
-      " tokens: it can be a classifier."
+      " tokens. Use it as a classifier, or take another model."
     )
 
 
@@ -71,27 +71,28 @@ def model(
   head: heads.Classifier | None = None,
   **settings: Any,
 ) -> nn.Module:
-  """The module of a config.
+  """Returns the module of a config.
 
   Args:
-    config: the model's shape.
-    adapter: what gets LoRA factors.
-    head: what classifies a row; None for a language model.
-    **settings: `dtype` and `remat`.
+    config: the shape of the model.
+    adapter: the LoRA adapter; None for the base model alone.
+    head: the classification head; None for a language model.
+    **settings: `dtype` and `remat` of the module.
   """
   return of(config).model(config, adapter, head, **settings)
 
 
 def from_hugging_face(fields: Mapping[str, Any]) -> Any:
-  """The config that the fields of a config.json describe.
+  """Returns the config that the fields of a config.json describe.
 
   Raises:
-    ValueError: for a model that is not supported, or not all of it.
+    ValueError: if the model or one of the fields is not supported.
   """
   kind = fields.get("model_type")
   if kind not in _FAMILIES:
     raise ValueError(
-      f"expected model_type in {', '.join(_FAMILIES)}, got {kind!r}."
+      f"expected model_type in {', '.join(_FAMILIES)}, got {kind!r}. Take a"
+      " model of one of these families."
     )
   return _FAMILIES[kind].config.from_hugging_face(fields)
 
@@ -100,11 +101,14 @@ def read_config(folder: pathlib.Path) -> Any:
   """Reads the `config.json` of a model folder.
 
   Raises:
-    ValueError: if there is none, or it describes a model not supported here.
+    ValueError: if the file is missing or describes an unsupported model.
   """
   path = folder / "config.json"
   if not path.is_file():
-    raise ValueError(f"expected a config.json in {folder}, found none.")
+    raise ValueError(
+      f"expected a config.json in {folder}, found none. Give the folder of a"
+      " Hugging Face model."
+    )
   try:
     return from_hugging_face(json.loads(path.read_text()))
   except ValueError as error:

@@ -1,7 +1,7 @@
-"""Text from a language model: greedy or sampled, in batches, with a cache.
+"""Generates text with a language model: greedy or sampled, in batches.
 
-One program does it all. The prompts, but for their last tokens, fill the cache;
-then each step of a loop takes every row's last token and chooses the next.
+One compiled program fills a cache with the prompts except their last tokens.
+Then it loops: each step reads the last token of every row and chooses the next.
 """
 
 import functools
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-# Prompts are padded to a power of two that is at least this, so that prompts
-# of many lengths share a program.
+# Prompts are padded to a power of two of at least this, so that prompts of many
+# lengths share a compiled program.
 _SHORTEST = 16
 
 
@@ -35,24 +35,24 @@ def generate(
 
   Args:
     model: a language model with an `empty_cache`.
-    params: the base model's parameters.
-    factors: what was trained; None for a model without an adapter.
-    prompts: token ids of each row, at least one.
-    max_new_tokens: how many tokens are chosen at most, at least 1.
-    temperature: what logits are divided by before one is drawn; 0 for the most
+    params: the parameters of the base model.
+    factors: the trained parameters; None for a model without an adapter.
+    prompts: the token ids of each prompt, at least one.
+    max_new_tokens: the largest number of new tokens, at least 1.
+    temperature: the divisor of the logits before sampling; 0 for the most
       likely token.
-    top_p: in (0, 1]; draws are from the fewest tokens that have this much
-      probability together (Holtzman et al., 2020).
-    eos_ids: tokens that end a row.
-    key: of the draws. A row's draws depend on the key and on its number, not
-      on the other rows.
+    top_p: a probability in (0, 1]. Tokens are sampled from the smallest set
+      with at least this probability (Holtzman et al., 2020).
+    eos_ids: the tokens that end a row.
+    key: the random key; needed if the temperature is not 0. The samples of a
+      row depend on the key and the number of the row, not on other rows.
 
   Returns:
-    The new tokens of each row, up to the one that ends it and with that.
+    The new tokens of each row, including the token that ends it.
 
   Raises:
-    ValueError: for arguments out of range, or more tokens than the model has
-      positions.
+    ValueError: if an argument is out of range, or the model has fewer positions
+      than a row needs.
   """
   _check(model, factors, prompts)
   _check_settings(max_new_tokens, temperature, top_p, key)
@@ -60,7 +60,7 @@ def generate(
   time = max(_SHORTEST, 1 << (longest - 1).bit_length())
   if time + max_new_tokens > model.config.max_position_embeddings:
     time = longest
-  # Where positions are learned there are no more than so many.
+  # Raises before compilation if the model has too few learned positions.
   jax.eval_shape(lambda: model.empty_cache(1, time + max_new_tokens))
   rows = _pad(prompts, time)
   variables = {"params": params}
@@ -73,17 +73,27 @@ def generate(
 
 def _check(model, factors, prompts):
   if model.head is not None:
-    raise ValueError(f"expected a language model, got one with {model.head}.")
+    raise ValueError(
+      f"expected a language model, got one with {model.head}. Take a model"
+      " without a head."
+    )
   if (factors is None) != (model.adapter is None):
     raise ValueError(
       "expected factors for a model with an adapter and None for one without,"
       f" got {'none' if factors is None else 'factors'} and {model.adapter}."
+      " Give both or neither."
     )
   size = model.config.vocab_size
   if not len(prompts) or not all(map(len, prompts)):
-    raise ValueError("expected prompts of at least one token each.")
-  if not all(0 <= x < size for prompt in prompts for x in prompt):
-    raise ValueError(f"expected the ids of prompts in [0, {size}).")
+    raise ValueError(
+      "expected prompts of at least one token each, got an empty prompt or no"
+      " prompt. Start empty prompts with the tokenizer's bos token."
+    )
+  if unknown := sorted({x for row in prompts for x in row} - {*range(size)}):
+    raise ValueError(
+      f"expected token ids in [0, {size}), got {unknown}. Take the tokenizer of"
+      " the model."
+    )
 
 
 def _check_settings(max_new_tokens, temperature, top_p, key):
@@ -95,11 +105,14 @@ def _check_settings(max_new_tokens, temperature, top_p, key):
       f" {top_p=}."
     )
   if temperature > 0 and key is None:
-    raise ValueError(f"a draw with {temperature=} needs a key.")
+    raise ValueError(
+      f"expected a key to sample with {temperature=}, got none. Give a key, or"
+      " temperature 0."
+    )
 
 
 def _pad(prompts, time):
-  """Tokens and segments [batch, time], padded on the left."""
+  """Returns tokens and segments [batch, time], padded on the left."""
   tokens = np.zeros((len(prompts), time), np.int32)
   segments = np.zeros_like(tokens)
   for row, prompt in enumerate(prompts):
@@ -115,7 +128,7 @@ def _until_end(row, eos_ids):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(model, settings, variables, tokens, segments, key):
-  """The new tokens [batch, max_new_tokens]; after a row's end, anything."""
+  """Returns new tokens [batch, max_new_tokens], arbitrary after a row's end."""
   steps, temperature, top_p, eos_ids = settings
   batch, time = tokens.shape
   cache = model.empty_cache(batch, time + steps)
@@ -156,13 +169,13 @@ def _run(model, settings, variables, tokens, segments, key):
 def sample(
   key: PRNGKeyArray, logits: Float[Array, " vocab"], top_p: float = 1.0
 ) -> Array:
-  """Draws a token from the fewest that have `top_p` probability together."""
+  """Samples a token from the smallest set with probability `top_p` or more."""
   if top_p == 1:
     return jax.random.categorical(key, logits).astype(jnp.int32)
   order = jnp.argsort(logits, descending=True)
   logits = logits[order]
   weights = jax.nn.softmax(logits)
-  # Those before a token of the set, the first included, do not reach top_p.
+  # A token is in the set if the more likely tokens do not reach top_p.
   before = jnp.cumsum(weights) - weights
   logits = jnp.where(before < top_p, logits, -jnp.inf)
   return order[jax.random.categorical(key, logits)].astype(jnp.int32)

@@ -1,8 +1,8 @@
 """GPT-2: learned positions, norms with biases, one projection for q, k and v.
 
-LoRA-parametrised and scanned over its layers as `models.decoder` is, with the
-module names of Hugging Face's checkpoints. Their kernels lie [in, out], as ours
-do (`Conv1D`).
+It is LoRA-parametrised and scanned over its layers, like `models.decoder`.
+Modules have the names of transformers, which stores the kernels of GPT-2
+[in, out] (`Conv1D`), as this package does.
 """
 
 from typing import Any
@@ -11,7 +11,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from fedjax_llm.models import attention, gpt2_config, heads, layout, lora
+from fedjax_llm.models import (
+  attention,
+  encoder,
+  gpt2_config,
+  heads,
+  layout,
+  lora,
+  stack,
+)
 
 # The dense layers of a block.
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -25,26 +33,18 @@ LAYOUT = layout.Layout(
 )
 
 GPT2Config = gpt2_config.GPT2Config
-_tanh_gelu = lambda x: nn.gelu(x, approximate=True)
-_ACTIVATIONS = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_new": _tanh_gelu,
-  "gelu_pytorch_tanh": _tanh_gelu,
-  "relu": nn.relu,
-  "silu": nn.silu,
-  "swish": nn.silu,
-}
+_ACTIVATIONS = {**encoder.ACTIVATIONS, "swish": nn.silu}
 
 
 class Layer(nn.Module):
-  """What the parts of a block share: the model's shape, adapter and dtype."""
+  """A part of a block, with the config, adapter and dtype of the model."""
 
   config: GPT2Config
   adapter: lora.LoRA | None
   dtype: Any
 
   def dense(self, name: str, features: int) -> lora.Dense:
-    """A dense layer with a bias, and with factors if it is a target."""
+    """Returns a dense layer with a bias, and LoRA factors if it is a target."""
     return lora.Dense(features, self.adapter, True, self.dtype, name=name)
 
 
@@ -53,10 +53,11 @@ class Attention(Layer):
 
   @nn.compact
   def __call__(self, x, depth, mask, past, slots, deterministic):
-    """Attends from `x` [batch, time, hidden] to it and to what is `past`.
+    """Attends from `x` [batch, time, hidden] to `x` and to `past`.
 
     Returns:
-      What the layer adds, and its keys and values if there is a cache.
+      The update of the residual stream; and the layer's keys and values, or
+      None without a cache.
     """
     config = self.config
     qkv = self.dense("c_attn", 3 * config.hidden_size)
@@ -92,17 +93,19 @@ class Block(Layer):
 
   @nn.compact
   def __call__(self, x, own, mask, slots, deterministic) -> tuple[Any, Any]:
-    """One step of the scan over layers.
+    """Applies the layer; one step of the scan over layers.
 
     Args:
-      x: the carry, [batch, time, hidden].
-      own: the layer's (number from 1 if it matters, past keys and values).
-      mask: which keys a query sees.
-      slots: where the tokens are among the keys.
+      x: the residual stream, [batch, time, hidden].
+      own: a pair: the number of the layer, from 1, or None if the config does
+        not use it; and the layer's cached keys and values, or None.
+      mask: True where a query sees a key; None for plain causal attention.
+      slots: the places of the tokens among the keys.
       deterministic: whether dropout is off.
 
     Returns:
-      The next carry, and the layer's keys and values if there is a cache.
+      The updated residual stream; and the layer's keys and values, or None
+      without a cache.
     """
     depth, past = own
     shape = (self.config, self.adapter, self.dtype)
@@ -115,8 +118,8 @@ class Block(Layer):
 
 
 def _norm(config: GPT2Config, dtype: Any, name: str) -> nn.LayerNorm:
-  # Some channels of GPT-2 are so large that the mean of the squares, less the
-  # square of the mean, would keep few digits.
+  # Some channels of GPT-2 are so large that the fast variance, mean(x^2) minus
+  # mean(x)^2, would lose most digits.
   return nn.LayerNorm(
     config.layer_norm_epsilon, dtype, use_fast_variance=False, name=name
   )
@@ -126,12 +129,12 @@ class GPT2(nn.Module):
   """GPT-2: `apply({"params": frozen, "lora": trainable}, tokens)`.
 
   Attributes:
-    config: the model's shape.
-    adapter: what gets LoRA factors, or None for the base model alone.
-    head: None for a language model, else what classifies a row.
-    dtype: what activations are computed in; logits are always float32.
-    remat: recompute activations in the backward pass: much less memory for
-      somewhat more time.
+    config: the shape of the model.
+    adapter: the LoRA adapter; None for the base model alone.
+    head: the classification head; None for a language model.
+    dtype: the type of activations; logits are always float32.
+    remat: whether the backward pass recomputes activations. This takes much
+      less memory and somewhat more time.
   """
 
   config: GPT2Config
@@ -141,7 +144,7 @@ class GPT2(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter or a pooling that this model does not have."""
+    """Refuses an adapter or a pooling that does not fit this model."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
     if self.head is not None:
@@ -149,10 +152,10 @@ class GPT2(nn.Module):
     super().__post_init__()
 
   def empty_cache(self, batch: int, length: int) -> attention.Cache:
-    """A cache for `length` tokens of each of `batch` rows.
+    """Returns an empty cache for `batch` rows of `length` tokens.
 
     Raises:
-      ValueError: if the model has no positions for so many.
+      ValueError: if the model has fewer positions than `length`.
     """
     config = self.config
     self._check_length(length)
@@ -174,21 +177,22 @@ class GPT2(nn.Module):
     cache: attention.Cache | None = None,
     deterministic: bool = True,
   ) -> Any:
-    """Logits of the next token at every position, or scores of each row.
+    """Computes next-token logits, or the scores of each row if there is a head.
 
     Args:
-      tokens: the rows.
-      segments: which tokens belong together, see `models.attention`; None for
-        one document a row, with padding on the right at most.
-      cache: of the tokens before these.
-      deterministic: False to draw LoRA dropout from the rng "dropout".
+      tokens: the token ids.
+      segments: the documents of the tokens; see `models.attention`. None if
+        each row is one document, with padding on the right at most.
+      cache: the cache of the tokens before these; None for none.
+      deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
+        from the rng "dropout".
 
     Returns:
-      Logits [batch, time, vocab] or scores [batch, labels], in float32; and
-      the cache with these tokens in it, if one is given.
+      Logits [batch, time, vocab] or scores [batch, labels], in float32. With a
+      cache, a pair of the logits and the updated cache.
 
     Raises:
-      ValueError: if the model has no positions for so many tokens a row.
+      ValueError: if a row has more tokens than the model has positions.
     """
     config = self.config
     self._check_length(tokens.shape[1])
@@ -205,44 +209,20 @@ class GPT2(nn.Module):
       wte(tokens) + wpe(scope.positions), scope, cache, deterministic
     )
     x = _norm(config, self.dtype, "ln_f")(x)
-    if self.head is not None:
-      x = heads.pool(x, segments, self.head.pooling or "last")
-      trained = self.adapter is not None
-      return heads.Head(self.head.labels, False, trained, name="score")(x)
-    flat = x.reshape(-1, config.hidden_size)
-    if config.tie_word_embeddings:
-      logits = wte.attend(flat)
-    else:
-      output = lora.Dense(config.vocab_size, dtype=self.dtype, name="lm_head")
-      logits = output(flat)
-    logits = logits.astype(jnp.float32).reshape(*tokens.shape, -1)
-    return logits if cache is None else (logits, cache)
+    result = stack.output(self, x, segments, wte)
+    return result if self.head or cache is None else (result, cache)
 
   def _check_length(self, length):
     if length > (most := self.config.max_position_embeddings):
       raise ValueError(
-        f"GPT-2 has learned {most} positions, got {length} tokens a row;"
-        " shorten the rows."
+        f"GPT-2 expected rows of at most {most} tokens, the number of its"
+        f" learned positions, got {length}. Shorten the rows."
       )
 
   def _layers(self, x, scope, cache, deterministic):
     config = self.config
     numbers = 1 + jnp.arange(config.num_hidden_layers)
-    own = (
-      numbers if config.scale_attn_by_inverse_layer_idx else None,
-      None if cache is None else (cache.keys, cache.values),
-    )
+    own = numbers if config.scale_attn_by_inverse_layer_idx else None
     (mask,) = scope.masks([None])
-    # prevent_cse is for loops that XLA unrolls; inside a scan it only costs.
-    block = nn.remat(Block, prevent_cse=False, static_argnums=(5,))
-    layers = nn.scan(
-      block if self.remat else Block,
-      variable_axes={"params": 0, "lora": 0},
-      split_rngs={"params": True, "lora": True, "dropout": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=config.num_hidden_layers,
-    )(config, self.adapter, self.dtype, name="layers")
-    x, past = layers(x, own, mask, scope.slots, deterministic)
-    if cache is not None:
-      cache = cache._replace(keys=past[0], values=past[1])
-    return x, cache
+    shared = (mask, scope.slots, deterministic)
+    return stack.cached_layers(Block, self, x, own, shared, cache)

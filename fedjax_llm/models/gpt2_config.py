@@ -1,4 +1,4 @@
-"""The shape of a GPT-2, and how Hugging Face's config.json writes it down."""
+"""The shape of a GPT-2, read from and written to a Hugging Face config.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ ACTIVATIONS = (
   "silu",
   "swish",
 )
-# Our names of the fields of a config.json.
+# The fields of `GPT2Config`, each with its name in config.json.
 _NAMES = {
   "vocab_size": "vocab_size",
   "hidden_size": "n_embd",
@@ -28,9 +28,9 @@ _NAMES = {
   "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx",
   "tie_word_embeddings": "tie_word_embeddings",
 }
-# The dropouts act when a base model is trained. `summary_*` are of a head that
-# is not loaded; `n_ctx` is of the mask. Attention weights are always computed
-# in float32, which is all that `reorder_and_upcast_attn` is about.
+# The dropouts belong to the training of the base model, `summary_*` to a head
+# that is not loaded, and `n_ctx` to the mask. `reorder_and_upcast_attn` asks
+# for attention weights in float32, which they always are here.
 _IGNORED = """attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn resid_pdrop
 summary_activation summary_first_dropout summary_proj_to_labels summary_type
 summary_use_proj""".split()
@@ -40,22 +40,22 @@ summary_use_proj""".split()
 class GPT2Config:
   """The shape of a GPT-2 (Radford et al., 2019); the defaults are the smallest.
 
-  The dropouts of a config.json are settings of the base model's training and
-  are not kept: what is dropped here is `lora.LoRA.dropout`.
+  The dropouts in the config.json are ignored: they belong to the training of
+  the base model. Fine-tuning uses the dropout of `lora.LoRA`.
 
   Attributes:
-    vocab_size: number of tokens.
+    vocab_size: number of tokens in the vocabulary.
     hidden_size: width of the residual stream.
-    intermediate_size: width inside the feed-forward block; four times
-      `hidden_size` if None.
+    intermediate_size: width inside the feed-forward block; None for
+      `4 * hidden_size`.
     num_hidden_layers: number of blocks.
-    num_attention_heads: heads; divides `hidden_size`.
-    max_position_embeddings: the longest context there is.
-    layer_norm_epsilon: added to the variance before its root.
-    hidden_act: one of `ACTIVATIONS`.
+    num_attention_heads: number of heads; divides `hidden_size`.
+    max_position_embeddings: number of learned positions, the longest context.
+    layer_norm_epsilon: constant that is added to the variance before its root.
+    hidden_act: activation of the feed-forward block, one of `ACTIVATIONS`.
     scale_attn_weights: whether attention logits are divided by sqrt(head_dim).
-    scale_attn_by_inverse_layer_idx: whether those of layer i, from 0, are
-      divided by i + 1.
+    scale_attn_by_inverse_layer_idx: whether the attention logits of layer i,
+      counted from 0, are divided by i + 1.
     tie_word_embeddings: whether the output uses the input embedding.
   """
 
@@ -90,16 +90,15 @@ class GPT2Config:
 
   @property
   def head_dim(self) -> int:
-    """Width of a head."""
+    """The width of a head."""
     return self.hidden_size // self.num_attention_heads
 
   @classmethod
   def from_hugging_face(cls, fields: Mapping[str, Any]) -> "GPT2Config":
-    """Reads the fields of a config.json.
+    """Makes a config from the fields of a config.json.
 
     Raises:
-      ValueError: for another model type, or a field that would be computed
-        wrongly because it is not honoured here.
+      ValueError: if the model type or a field is not supported.
     """
     given = hub_config.Fields(fields)
     given.choose("model_type", ("gpt2",))
@@ -110,13 +109,13 @@ class GPT2Config:
   def to_hugging_face(
     self, head: heads.Classifier | None = None
   ) -> dict[str, Any]:
-    """The fields of a config.json that transformers loads.
+    """Returns the fields of a config.json that transformers loads.
 
     Args:
-      head: what classifies a row, if the model is no language model.
+      head: the classification head; None for a language model.
 
     Raises:
-      ValueError: if transformers has no such classifier.
+      ValueError: if transformers has no head with this pooling.
     """
     if head is not None:
       head.check("last")
@@ -125,7 +124,7 @@ class GPT2Config:
       "architectures": [f"GPT2{kind}"],
       **hub_config.label_fields(head),
       "model_type": self.model_type,
-      # transformers would assume ids of its own, and stop there.
+      # Otherwise transformers would use its default ids and stop at them.
       "bos_token_id": None,
       "eos_token_id": None,
       "pad_token_id": None,

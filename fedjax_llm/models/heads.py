@@ -1,7 +1,8 @@
-"""Classification: what pools a row, and the head that is trained whole.
+"""Classification heads: pooling, and a dense layer that is trained whole.
 
-The head's kernel and bias live in the collection "lora", beside the factors:
-they are trained, compressed and sent together (`modules_to_save` in PEFT).
+The kernel and bias of the head are in the collection "lora", beside the
+factors. All of them are trained and sent together. In PEFT the head is one of
+the `modules_to_save`.
 """
 
 import dataclasses
@@ -18,16 +19,16 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """Scores of a whole row, in place of a language model's logits.
+  """A head that scores a whole row, in place of the logits of a language model.
 
   Attributes:
-    labels: how many.
-    pooling: the state of the "last" token (decoders), of the "first" one
-      (encoders, through the pooler of those that have one), or the "mean" over
-      tokens. None for what transformers does with the model at hand.
-    multi_label: whether a row may have several labels: a sigmoid of each
-      score in place of a softmax over all.
-    names: of the labels, where they have any.
+    labels: the number of labels.
+    pooling: the state that is scored: that of the "last" token (decoders) or
+      the "first" token (encoders, through the pooler if there is one), or the
+      "mean" over tokens. None for the pooling of transformers.
+    multi_label: whether a row may have several labels. Each score then has a
+      sigmoid; otherwise all scores share a softmax.
+    names: the names of the labels; empty if they have none.
   """
 
   labels: int
@@ -39,7 +40,8 @@ class Classifier:
     object.__setattr__(self, "names", tuple(self.names))
     if self.names and len(self.names) != self.labels:
       raise ValueError(
-        f"Classifier expected {self.labels} names, got {len(self.names)}."
+        f"Classifier expected {self.labels} names, one for each label, got"
+        f" {len(self.names)}."
       )
     if self.labels < 1:
       raise ValueError(f"Classifier expected labels >= 1, got {self.labels}.")
@@ -53,7 +55,7 @@ class Classifier:
     """Raises a `ValueError` unless the pooling is None or one of `poolings`."""
     if self.pooling not in (None, *poolings):
       raise ValueError(
-        f"expected pooling {' or '.join(map(repr, poolings))} of this model,"
+        f"expected pooling {' or '.join(map(repr, poolings))} for this model,"
         f" got {self.pooling!r}."
       )
 
@@ -63,7 +65,7 @@ def pool(
   segments: Int[Array, "batch time"] | None,
   pooling: str,
 ) -> Float[Array, "batch d"]:
-  """One state a row; `segments` is 0 where there is padding."""
+  """Returns one state for each row, without padding (where `segments` is 0)."""
   batch, time, _ = x.shape
   if segments is None:
     segments = jnp.ones((batch, time), jnp.int32)
@@ -81,10 +83,10 @@ class Head(nn.Module):
   """A dense layer that is trained whole.
 
   Attributes:
-    features: size of the output.
+    features: the size of the output.
     use_bias: whether a bias is added.
-    trained: whether it is in the collection "lora", with what is trained, or
-      in "params", with the frozen weights of a finished model.
+    trained: whether the parameters are in the collection "lora", which is
+      trained. Otherwise they are in "params", with the base weights.
   """
 
   features: int
@@ -95,7 +97,7 @@ class Head(nn.Module):
   def __call__(
     self, x: Float[Array, "batch d"]
   ) -> Float[Array, "batch {self.features}"]:
-    """Scores in float32."""
+    """Returns the scores in float32."""
     collection = "lora" if self.trained else "params"
     shape = (x.shape[-1], self.features)
     kernel = self.variable(
@@ -111,19 +113,19 @@ class Head(nn.Module):
 
 
 def draw(key: Any, shape: tuple[int, ...]) -> Float[Array, "d labels"]:
-  """The kernel of a new head: normal, of standard deviation 0.02."""
+  """Draws the kernel of a new head: normal with standard deviation 0.02."""
   return 0.02 * jax.random.normal(key, shape)
 
 
 def complete(
   params: Mapping[str, Any], shapes: Mapping[str, Any], key: Any
 ) -> dict[str, Any]:
-  """The parameters of a finished model, with a new head if they lack one.
+  """Returns the parameters of a model, with a new head if they lack one.
 
   Args:
-    params: of a base model, with a head or without.
-    shapes: of all parameters of the model, its head among them.
-    key: of the draw; the head is that of `lora.init`.
+    params: the parameters of a base model, with or without a head.
+    shapes: the shapes of all parameters of the model, including the head.
+    key: the random key. `lora.init` draws the same head from the same key.
   """
   flat: Any = flax.traverse_util.flatten_dict(dict(params))
   expected: Any = flax.traverse_util.flatten_dict(dict(shapes))

@@ -1,5 +1,6 @@
-"""Reading a config.json so that no field of it is overlooked."""
+"""Reads a config.json and refuses every field that would be overlooked."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 from fedjax_llm.models import heads
 
-# Fields that do not change what a model computes: provenance, token ids,
+# Fields that do not change what a model computes: provenance, token ids, and
 # settings of training, generation and storage.
 _IGNORED = frozenset(
   """architectures bos_token_id cache_implementation chunk_size_feed_forward
@@ -23,37 +24,36 @@ _IGNORED = frozenset(
 
 
 class Fields:
-  """The fields of a config.json, taken out one by one.
+  """The fields of a config.json, to be taken out one by one.
 
-  What is left at the end and switched on would not be honoured: `finish`
-  refuses it by name.
+  `finish` refuses the fields that nobody has taken out.
   """
 
   def __init__(self, fields: Mapping[str, Any]):
     self._left = dict(fields)
 
   def pop(self, name: str) -> Any:
-    """Takes a field out; None if it is absent or null."""
+    """Takes a field out and returns it; None if it is absent or null."""
     return self._left.pop(name, None)
 
   def peek(self, name: str) -> Any:
-    """A field that stays to be taken; None if it is absent or null."""
+    """Returns a field and leaves it in; None if it is absent or null."""
     return self._left.get(name)
 
   def default(self, values: Mapping[str, Any]) -> None:
-    """Fills in fields that are absent; null stays null."""
+    """Sets fields that are absent to `values`; a null stays null."""
     self._left = {**values, **self._left}
 
   def take(self, names: Iterable[str]) -> dict[str, Any]:
-    """Takes out the fields `names`; those absent or null are not returned."""
+    """Takes out the fields `names` and returns those that are not null."""
     taken = {x: self._left.pop(x, None) for x in names}
     return {x: value for x, value in taken.items() if value is not None}
 
   def choose(self, name: str, choices: Sequence[str]) -> str:
-    """Takes out a field that must be one of `choices`.
+    """Takes out a field and returns it.
 
     Raises:
-      ValueError: if it is none of them.
+      ValueError: if its value is not in `choices`.
     """
     if (value := self.pop(name)) not in choices:
       raise ValueError(
@@ -62,27 +62,48 @@ class Fields:
     return value
 
   def finish(self, kind: str, ignored: Iterable[str] = ()) -> None:
-    """Raises a `ValueError` that names what would not be honoured.
+    """Refuses the fields that were not taken out and may change the result.
 
     Args:
-      kind: of the model, for the message.
-      ignored: fields that change nothing in this kind of model.
+      kind: the kind of the model, for the message.
+      ignored: the names of fields that do not change this kind of model.
+
+    Raises:
+      ValueError: if there are such fields. The message names them.
     """
     known = _IGNORED | set(ignored)
-    # What is unknown and switched off changes nothing.
+    # An unknown field that is switched off changes nothing.
     if unknown := sorted(
       name
       for name, value in self._left.items()
       if value and name not in known and not name.startswith("_")
     ):
       raise ValueError(
-        f"config.json has fields that this {kind} does not honour: {unknown}."
-        " Computing without them could be wrong, so it is refused."
+        f"expected a config.json with supported fields only, got {unknown},"
+        f" which this {kind} does not support and could compute wrongly. Take"
+        " another model, or remove a field that changes nothing."
       )
 
 
+def build(kind: Any, values: Mapping[str, Any]) -> Any:
+  """Makes a config of the dataclass `kind`.
+
+  Raises:
+    ValueError: if a field without a default is not in `values`.
+  """
+  required = [
+    x.name for x in dataclasses.fields(kind) if x.default is dataclasses.MISSING
+  ]
+  if missing := [name for name in required if name not in values]:
+    raise ValueError(
+      f"expected a config.json with every required field, missing {missing}."
+      " Complete it."
+    )
+  return kind(**values)
+
+
 def label_fields(head: heads.Classifier | None) -> dict[str, Any]:
-  """The fields of a config.json that tell of a classifier's labels."""
+  """Returns the fields of a config.json that describe a classifier's labels."""
   if head is None:
     return {}
   names = head.names or [f"LABEL_{number}" for number in range(head.labels)]
@@ -95,19 +116,22 @@ def label_fields(head: heads.Classifier | None) -> dict[str, Any]:
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """The names that a config.json gives to the labels of its classifier."""
+  """Returns the label names of a folder's config.json; empty if it has none."""
   names = json.loads((folder / "config.json").read_text()).get("id2label") or {}
   return tuple(names[key] for key in sorted(names, key=int))
 
 
 def stored_dtype(folder: pathlib.Path) -> str:
-  """The dtype that a folder's config.json names; float32 if none."""
+  """Returns the dtype in a folder's config.json; "float32" if it has none."""
   fields = json.loads((folder / "config.json").read_text())
   return fields.get("dtype") or fields.get("torch_dtype") or "float32"
 
 
 def end_tokens(folder: pathlib.Path) -> tuple[int, ...]:
-  """The tokens that end a text, from generation_config.json or config.json."""
+  """Returns the ids of the tokens that end a text.
+
+  They are read from generation_config.json, or else from config.json.
+  """
   for name in ("generation_config.json", "config.json"):
     path = folder / name
     fields = json.loads(path.read_text()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Next-token prediction: the loss that clients train and evaluation reports."""
+"""Next-token prediction: the loss for training, the scores for evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +13,24 @@ def token_losses(
   logits: Float[Array, "batch time vocab"],
   targets: Int[Array, "batch time"],
 ) -> Float[Array, "batch time"]:
-  """Negative log-likelihood of each target, in nats."""
+  """Returns the negative log-likelihood of each target, in nats."""
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   # Not log_softmax: it would keep a second array of the logits' size.
   return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
-  """The loss that `federated.clients.local_update` differentiates.
+  """Returns the loss that `federated.clients.local_update` differentiates.
 
   Args:
     model: a LoRA-parametrised language model.
 
   Returns:
-    `fn(factors, params, examples, mask, key) -> (total, count)`: the summed
-    negative log-likelihood in nats of the tokens that count, and their number.
-    `examples.tokens` is [batch, time + 1], `examples.mask` [batch, time],
-    `examples.segments` None or [batch, time + 1], see `models.attention`, and
-    `mask` [batch] tells real rows from padding. `key` draws the dropout.
+    A function `fn(factors, params, examples, mask, key) -> (total, count)`.
+    `total` is the summed negative log-likelihood of the tokens that count, in
+    nats, and `count` is their number. `examples` is a `data.batches.Examples`.
+    `mask` [batch] is True for real rows and False for padding. `key` draws the
+    dropout.
   """
 
   def fn(factors, params, examples, mask, key):
@@ -50,12 +50,16 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
 
 
 def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
-  """The function that `evaluation.likelihood` maps over rows.
+  """Returns the function that `evaluation.likelihood` maps over rows.
+
+  Args:
+    model: a language model.
 
   Returns:
-    `fn(factors, params, examples)`: for each row the summed negative
-    log-likelihood, the number of tokens predicted right by the largest logit,
-    and the number of tokens that count.
+    A function `fn(factors, params, examples)` that returns arrays [batch]: the
+    summed negative log-likelihood `loss`, the number of tokens `right` that
+    have the largest logit, and the number of `tokens` that count. `factors` is
+    None for a model without an adapter.
   """
 
   def fn(factors, params, examples):
@@ -78,5 +82,5 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
 
 
 def _inputs(segments):
-  """The segments of the tokens that are read; the last is only predicted."""
+  """Drops the segment of the last token, which is predicted but not read."""
   return None if segments is None else segments[:, :-1]

@@ -1,8 +1,8 @@
-"""Where a parameter of ours is in a checkpoint of Hugging Face's.
+"""Maps the parameters of a model to the tensors of a Hugging Face checkpoint.
 
-The modules of a model here have the names that transformers gives them, but
-that its layers are stacked under the name "layers". So a parameter
-`layers/self_attn/q_proj/kernel` [layers, in, out] is the tensors
+Modules have the same names as in transformers, except that the layers are
+stacked under the name "layers". For example, the parameter
+`layers/self_attn/q_proj/kernel` [layers, in, out] holds the tensors
 `model.layers.{i}.self_attn.q_proj.weight` [out, in].
 """
 
@@ -14,17 +14,17 @@ _WEIGHTS = {"kernel", "scale", "embedding"}
 
 
 class Layout(NamedTuple):
-  """Names of the modules of one family of models.
+  """The names of the modules of one family of models.
 
   Attributes:
-    base: prefix of all but the heads.
-    layers: what the stack of layers is called below it.
-    heads: modules beside the base, that not every checkpoint has.
-    optional: modules of the base that not every checkpoint or use has.
-    transposed: whether dense kernels are stored [out, in]; heads always are.
-    renamed: patterns of older names with what replaces them.
-    ignored: patterns of tensors that are computed here, or not needed.
-    stored: patterns of present names with what files have in their place.
+    base: the prefix of all modules except the heads.
+    layers: the name of the stack of layers, below `base`.
+    heads: the modules outside `base`. A checkpoint may lack them.
+    optional: the modules in `base` that a checkpoint may lack.
+    transposed: whether dense kernels are stored [out, in]. Heads always are.
+    renamed: pairs of a pattern of older names and its replacement.
+    ignored: patterns of the names of tensors that are not read.
+    stored: pairs of a pattern of current names and its replacement in files.
   """
 
   base: str
@@ -37,20 +37,23 @@ class Layout(NamedTuple):
   stored: tuple[tuple[str, str], ...] = ()
 
   def module_name(self, path: Path, layer: int | None) -> str:
-    """A module's name in transformers, e.g. `model.layers.3.mlp.up_proj`."""
+    """Returns the name in transformers, e.g. `model.layers.3.mlp.up_proj`."""
     if path[0] == "layers":
       return ".".join((self.base, self.layers, str(layer), *path[1:]))
     return ".".join(path if path[0] in self.heads else (self.base, *path))
 
   def tensor_name(self, path: Path, layer: int | None) -> str:
-    """A parameter's name in a checkpoint."""
+    """Returns the name of a parameter in a checkpoint."""
     leaf = "weight" if path[-1] in _WEIGHTS else path[-1]
     if len(path) == 1:
       return f"{self.base}.{leaf}"
     return f"{self.module_name(path[:-1], layer)}.{leaf}"
 
   def place(self, name: str) -> tuple[Path, int | None]:
-    """The path of a module named as in transformers, and its layer."""
+    """Returns the path and the layer of a module with a transformers name.
+
+    The layer is None for a module outside the stack.
+    """
     if name.split(".")[0] in self.heads:
       return tuple(name.split(".")), None
     name = name.removeprefix(f"{self.base}.")
@@ -60,25 +63,25 @@ class Layout(NamedTuple):
     return ("layers", *stack[2].split(".")), int(stack[1])
 
   def current(self, name: str) -> str:
-    """The present name of a tensor or module of an older checkpoint."""
+    """Returns the current name of a tensor or module of any checkpoint."""
     for pattern, replacement in self.renamed:
       name = re.sub(pattern, replacement, name)
     if name.startswith(f"{self.base}.") or name.split(".")[0] in self.heads:
       return name
-    return f"{self.base}.{name}"  # Saved without its heads.
+    return f"{self.base}.{name}"  # A base model saved alone has no prefix.
 
   def stored_name(self, name: str) -> str:
-    """What a tensor is called in the files that transformers writes."""
+    """Returns the name of a tensor in the files that transformers writes."""
     for pattern, replacement in self.stored:
       name = re.sub(pattern, replacement, name)
     return name
 
   def is_transposed(self, path: Path) -> bool:
-    """Whether a parameter is stored with its last two axes swapped."""
+    """Returns whether a parameter is stored with its last two axes swapped."""
     return path[-1] == "kernel" and (self.transposed or path[0] in self.heads)
 
   def is_optional(self, name: str) -> bool:
-    """Whether a tensor may be there without use, or be missing."""
+    """Returns whether a checkpoint may have this tensor or lack it."""
     inner = name.removeprefix(f"{self.base}.")
     return (
       name.split(".")[0] in self.heads

@@ -1,8 +1,8 @@
-"""LoRA: a dense layer whose low-rank factors live in a collection of their own.
+"""LoRA: a dense layer whose low-rank factors are in a collection of their own.
 
-`model.apply({"params": frozen, "lora": trainable}, tokens)`: the base kernel is
-never merged with the factors, so that `vmap` over clients batches the factors
-alone and `x @ kernel` of all clients stays one product.
+Use: `model.apply({"params": frozen, "lora": trainable}, tokens)`. The factors
+are never merged into the base kernel. So `vmap` over clients batches only the
+factors, and `x @ kernel` of all clients stays one matrix product.
 """
 
 import dataclasses
@@ -23,17 +23,18 @@ from fedjax_llm.models import heads, quantized
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-  """Which dense layers get low-rank factors, and how (Hu et al., 2021).
+  """A LoRA adapter (Hu et al., 2021): its rank, scale, dropout and targets.
 
-  The semantics are PEFT's: `a` starts uniform in ±1/sqrt(fan_in), `b` at zero,
-  dropout acts on the input of `a`, and the product is scaled by alpha / rank.
+  The semantics are those of PEFT. `a` is initialised uniformly in
+  ±1/sqrt(fan_in), and `b` with zeros. Dropout is applied to the input of `a`.
+  The product `a @ b` is scaled by alpha / rank.
 
   Attributes:
-    rank: the inner dimension of the factors, at least 1.
-    alpha: numerator of the scale.
-    dropout: probability in [0, 1) of dropping an input of `a` in training.
-    targets: names of the dense layers, such as "q_proj", or ends of their
-      dotted paths, such as "mlp.c_proj".
+    rank: the LoRA rank, at least 1.
+    alpha: the numerator of the scale.
+    dropout: the probability of dropping an input of `a` in training, in [0, 1).
+    targets: the dense layers that get factors, by name, such as "q_proj", or by
+      the end of the dotted path, such as "mlp.c_proj".
   """
 
   rank: int = 8
@@ -48,26 +49,26 @@ class LoRA:
       raise ValueError(f"LoRA expected dropout in [0, 1), got {self.dropout}.")
     if not self.targets or isinstance(self.targets, str):
       raise ValueError(
-        "LoRA expected a sequence of at least one target layer, got"
-        f" {self.targets!r}."
+        "LoRA expected targets with at least one layer, got"
+        f" {self.targets!r}. Give a tuple such as ('q_proj', 'v_proj')."
       )
-    # A model is hashed with what it is made of.
+    # A model is hashed, so its adapter must be hashable.
     object.__setattr__(self, "targets", tuple(self.targets))
 
   @property
   def scale(self) -> float:
-    """What the product of the factors is multiplied by."""
+    """The factor by which the product `a @ b` is multiplied."""
     return self.alpha / self.rank
 
   def matches(self, path: str) -> bool:
-    """Whether the layer of that dotted path is a target, as PEFT sees it."""
+    """Returns whether the layer at a dotted path is a target, as in PEFT."""
     return any(f".{path}".endswith(f".{target}") for target in self.targets)
 
   def check(self, layers: Sequence[str]) -> None:
-    """Raises a `ValueError` unless every target is found in `layers`.
+    """Raises a `ValueError` unless every target matches a layer.
 
     Args:
-      layers: dotted paths of a model's dense layers.
+      layers: the dotted paths of a model's dense layers.
     """
     if unknown := sorted(
       target
@@ -75,8 +76,8 @@ class LoRA:
       if not any(f".{layer}".endswith(f".{target}") for layer in layers)
     ):
       raise ValueError(
-        f"LoRA targets {unknown} are no layers of this model. It has:"
-        f" {', '.join(layers)}."
+        f"LoRA expected targets that are layers of this model, got {unknown}."
+        f" Choose from {', '.join(layers)}."
       )
 
 
@@ -86,13 +87,15 @@ def _uniform_a(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 
 class Dense(nn.Module):
-  """`x @ kernel (+ bias)`, plus `scale * dropout(x) @ a @ b` if a LoRA target.
+  """A dense layer: `x @ kernel (+ bias)`, with LoRA factors if it is a target.
+
+  The factors add `scale * dropout(x) @ a @ b`.
 
   Attributes:
-    features: size of the output.
-    adapter: only the layers that it names get factors.
+    features: the size of the output.
+    adapter: the LoRA adapter, or None. Only its targets get factors.
     use_bias: whether a bias is added.
-    dtype: what the products are computed in.
+    dtype: the type of the computation.
   """
 
   features: int
@@ -104,14 +107,14 @@ class Dense(nn.Module):
   def __call__(
     self, x: Float[Array, "*batch inputs"], *, deterministic: bool = True
   ) -> Float[Array, "*batch {self.features}"]:
-    """Applies the layer; dropout acts unless `deterministic`."""
+    """Applies the layer; dropout is off if `deterministic`."""
     inputs = x.shape[-1]
     shape = (*x.shape[:-1], self.features)
-    # Two dimensions: with three, the gradients of the factors contract two
-    # dimensions at once, which XLA:CPU does more slowly.
+    # Flattened, because the gradients of the factors would otherwise contract
+    # two dimensions at once, which is slower in XLA:CPU.
     x = x.reshape(-1, inputs).astype(self.dtype)
     draw = nn.initializers.normal(0.02)
-    # No `self.param`: it would not take the leaves of a quantised kernel.
+    # `self.param` would refuse the leaves of a quantised kernel.
     kernel = self.variable(
       "params",
       "kernel",
@@ -137,7 +140,7 @@ class Dense(nn.Module):
       "lora", "b", lambda: jnp.zeros((rank, self.features))
     ).value
     x = nn.Dropout(adapter.dropout)(x, deterministic=deterministic)
-    # Scaling `a @ b`'s small input is cheaper than scaling its output.
+    # Scaling `x @ a` is cheaper than scaling the larger output.
     low = (x @ a.astype(self.dtype)) * adapter.scale
     return low @ b.astype(self.dtype)
 
@@ -145,16 +148,19 @@ class Dense(nn.Module):
 def init(
   model: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any] | None = None
 ) -> Any:
-  """Draws what is trained of `model`: float32 factors `a` and `b`, and a head.
+  """Draws the trainable parameters of a model: float32 factors and a head.
 
-  Base weights are not allocated, and nothing as large as the model is compiled.
-  Factors of one name and shape are the same whatever other targets there are.
+  The base weights are not allocated. A factor depends on the key and on its own
+  path and shape, not on the other targets.
 
   Args:
     model: a module with an adapter.
-    key: of the draws.
-    params: the base model's; a head that is among them is where that of
-      `model` starts.
+    key: the random key.
+    params: the parameters of the base model, or None. If they contain the head,
+      training starts from it.
+
+  Returns:
+    The collection "lora".
 
   Raises:
     ValueError: if the model has no adapter.
@@ -167,8 +173,8 @@ def init(
     if path[-1] in ("b", "bias"):
       return jnp.zeros(leaf.shape)
     name_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-    of_kind = heads.draw if path[-1] == "kernel" else _uniform_a
-    return of_kind(name_key, leaf.shape)
+    draw_leaf = heads.draw if path[-1] == "kernel" else _uniform_a
+    return draw_leaf(name_key, leaf.shape)
 
   factors = {path: draw(path, leaf) for path, leaf in _shapes(model).items()}
   return flax.traverse_util.unflatten_dict(factors)
@@ -177,8 +183,8 @@ def init(
 def check(model: nn.Module, factors: Mapping[str, Any]) -> None:
   """Raises a `ValueError` unless `factors` fit `model`.
 
-  Factors of other layers would be ignored and those of another rank scaled
-  wrongly, so check what comes from a file.
+  Call it on factors that come from a file. Without it, the factors of other
+  layers would be ignored, and factors of another rank would be scaled wrongly.
   """
   expected = {path: leaf.shape for path, leaf in _shapes(model).items()}
   flat: Any = flax.traverse_util.flatten_dict(dict(factors))
@@ -192,20 +198,24 @@ def check(model: nn.Module, factors: Mapping[str, Any]) -> None:
     if expected.get(path) != got.get(path)
   ]
   raise ValueError(
-    "the LoRA factors do not fit the model:\n  " + "\n  ".join(problems)
+    "expected LoRA factors that fit the model, got:\n  "
+    + "\n  ".join(problems)
+    + "\nGive the model the adapter that the factors were trained with."
   )
 
 
 def _shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   shapes = abstract_variables(model)
   if "lora" not in shapes:
-    raise ValueError("expected a model with LoRA factors; give it an adapter.")
+    raise ValueError(
+      "expected a model with LoRA factors, got one without. Give it an adapter."
+    )
   flat: Any = flax.traverse_util.flatten_dict(shapes["lora"])
   return flat
 
 
 def abstract_variables(model: nn.Module) -> dict[str, Any]:
-  """Shapes of all variables of a model, none of which is computed."""
+  """Returns the shapes of all variables of a model, without computing them."""
   key = jax.random.key(0)
   example: Any = getattr(model, "example", jnp.zeros((1, 1), jnp.int32))
   shapes: Any = jax.eval_shape(
@@ -215,17 +225,20 @@ def abstract_variables(model: nn.Module) -> dict[str, Any]:
 
 
 def merge(params: Any, factors: Any, scale: float) -> Any:
-  """Adds `scale * a @ b` to the kernels that have factors; heads are put in.
+  """Merges trained parameters into a base model.
+
+  Adds `scale * a @ b` to each kernel that has factors, and puts the head in.
 
   Args:
-    params: the base model's parameters.
-    factors: what was trained: a subtree of the same layout with `a` and `b` in
-      place of `kernel`, or a head; leading axes (stacked layers) agree.
+    params: the parameters of the base model.
+    factors: the collection "lora": a subtree of `params` with `a` and `b` in
+      place of `kernel`, and possibly a head. Leading axes (stacked layers) are
+      the same.
     scale: `LoRA.scale`.
 
   Returns:
-    `params` with the merged kernels, in their own dtype; float32 where they
-    were quantised.
+    `params` with the merged kernels. They keep their dtype; a quantised kernel
+    becomes float32.
   """
   if "a" in factors:
     return _add_to_kernel(params, scale * factors["a"] @ factors["b"])
@@ -239,16 +252,16 @@ def merge(params: Any, factors: Any, scale: float) -> Any:
 
 
 def add(params: Any, residual: Any) -> Any:
-  """Adds dense matrices to kernels, as methods that change the base model do.
+  """Adds dense matrices to kernels, for methods that change the base model.
 
   Args:
-    params: the base model's parameters.
-    residual: a subtree of the same layout with `delta` [..., inputs, outputs]
-      in place of `kernel`.
+    params: the parameters of the base model.
+    residual: a subtree of `params` with `delta` [..., inputs, outputs] in place
+      of `kernel`.
 
   Returns:
-    `params` with the sums, in the types that `merge` returns. A quantised
-    kernel becomes dense: such a method needs the memory of what it adapts.
+    `params` with the sums. They keep the dtype of the kernel; a quantised
+    kernel becomes dense, in float32, and takes the memory of a dense one.
   """
   if "delta" in residual:
     return _add_to_kernel(params, residual["delta"])

@@ -1,7 +1,7 @@
 """The two files of a PEFT adapter: names, fields and tensors.
 
-`adapter_config.json` says what an adapter is, `adapter_model.safetensors` holds
-what was trained. What the fields mean is PEFT's, its code the reference.
+`adapter_config.json` describes the adapter, and `adapter_model.safetensors`
+holds the trained tensors. The fields have the same meaning as in PEFT's code.
 """
 
 import math
@@ -16,8 +16,8 @@ import safetensors.numpy
 from fedjax_llm.models import families, layout
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Fields of an adapter_config.json that leave what the factors compute as it is,
-# or are read below. Any other that is switched on is refused.
+# Fields of an adapter_config.json that are read, or that do not change the
+# result. Every other field that is switched on is refused.
 _HONOURED = frozenset(
   """alpha_pattern auto_mapping base_model_name_or_path eva_config
   exclude_modules fan_in_fan_out inference_mode init_lora_weights
@@ -25,9 +25,9 @@ _HONOURED = frozenset(
   modules_to_save peft_type peft_version qalora_group_size r rank_pattern
   revision runtime_config target_modules task_type use_rslora""".split()
 )
-# What PEFT calls what the models here do.
+# PEFT's names for the supported tasks.
 _TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
-# Other starting points (PiSSA, OLoRA, LoftQ, ...) change the base weights too.
+# Other initialisations (PiSSA, OLoRA, LoftQ, ...) also change base weights.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -36,7 +36,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 def tensor_name(
   names: layout.Layout, path: layout.Path, layer: int | None
 ) -> str:
-  """What PEFT calls a parameter in its file."""
+  """Returns the name of a parameter in a PEFT file."""
   if path[-1] in ("a", "b"):
     module = names.module_name(path[:-1], layer)
     return f"{PREFIX}{module}.lora_{path[-1].upper()}.weight"
@@ -44,37 +44,51 @@ def tensor_name(
 
 
 def refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  """Raises one error that names everything that would be computed wrongly."""
+  """Refuses an adapter with unsupported features.
+
+  Args:
+    folder: the folder of the adapter, for the message.
+    fields: the fields of its adapter_config.json.
+
+  Raises:
+    ValueError: if features are not supported. The message names them.
+  """
   if (kind := fields.get("peft_type")) != "LORA":
-    raise ValueError(f'{folder}: expected peft_type "LORA", got {kind!r}.')
+    raise ValueError(
+      f'{folder}: expected peft_type "LORA", got {kind!r}. Give a LoRA adapter.'
+    )
   fields = dict(fields)
   if fields.get("bias") == "none":
     fields.pop("bias")
   if (task := fields.get("task_type")) not in _TASKS:
-    raise ValueError(f"{folder}: expected task_type in {_TASKS}, got {task!r}.")
+    raise ValueError(
+      f"{folder}: expected task_type in {_TASKS}, got {task!r}. Give an adapter"
+      " for one of these tasks."
+    )
   refused = [name for name in fields if fields[name] and name not in _HONOURED]
   if fields.get("init_lora_weights") not in _INITS:
     refused.append(f"init_lora_weights={fields['init_lora_weights']!r}")
   if refused:
     raise ValueError(
-      f"{folder}: the adapter uses {sorted(refused)}, not honoured here."
+      f"{folder}: expected a plain LoRA adapter, got one that uses"
+      f" {sorted(refused)}, which would be ignored. Train one without."
     )
 
 
 def scale(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
-  """What PEFT multiplies the product of the factors by."""
+  """Returns the factor by which PEFT multiplies the product `a @ b`."""
   return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
 
 
 def pattern(
   patterns: Mapping[str, Any] | None, modules: Sequence[str], default: Any
 ) -> Any:
-  """The value of the first pattern that fits a module, as PEFT finds it.
+  """Returns the value of the first pattern that matches a module, as PEFT does.
 
   Args:
-    patterns: values by pattern; None for none.
-    modules: names of one module, the one in the file and the present one.
-    default: where none fits.
+    patterns: the values by pattern; None for no patterns.
+    modules: the names of one module, in the file and in this package.
+    default: the value if no pattern matches.
   """
   for key, value in (patterns or {}).items():
     if any(re.match(rf"(.*\.)?({key})$", module) for module in modules):
@@ -83,11 +97,20 @@ def pattern(
 
 
 def read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
-  """Reads an adapter's tensors.
+  """Reads the tensors of an adapter.
+
+  Args:
+    file: the safetensors file.
+    config: the config of the base model.
+    fields: the fields of the adapter_config.json.
 
   Returns:
-    The factors of each (path of a module, layer), as (a, b, name of the module
-    in the file); and what else was trained, by path.
+    Two dictionaries. The first has the factors: it maps (path of a module,
+    layer) to (a, b, name of the module in the file). The second has the other
+    trained parameters, such as a head: it maps their paths to arrays.
+
+  Raises:
+    ValueError: if tensors are missing or do not belong to the model.
   """
   names = families.of(config).layout
   factors: dict[Any, dict[str, Any]] = {}
@@ -127,13 +150,14 @@ def read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
     raise ValueError(
       f"expected the LoRA factors of a {config.model_type} in {file}:\n  "
       + "\n  ".join(problems or ["it has none"])
+      + "\nGive an adapter of this base model."
     )
   pairs = {place: (x["A"], x["B"], x["name"]) for place, x in factors.items()}
   return pairs, trained
 
 
 def _names_layers(fields: Mapping[str, Any]) -> bool:
-  """Whether an adapter chooses among the layers, so that some may lack it."""
+  """Returns whether an adapter selects layers, so some may lack factors."""
   names = [fields.get("target_modules"), fields.get("exclude_modules")]
   return (
     fields.get("layers_to_transform") is not None

@@ -1,7 +1,7 @@
-"""Hugging Face folder or hub name -> Flax parameters, and back, without torch.
+"""Loads a Hugging Face model as Flax parameters, and saves it, without torch.
 
-What a checkpoint's tensors are called is in `models.layout`; kernels of dense
-layers are transposed, layers stacked, everything else is the same array.
+`models.layout` maps parameters to the names of a checkpoint's tensors. Dense
+kernels are transposed and layers are stacked; other arrays stay as they are.
 """
 
 import contextlib
@@ -29,24 +29,39 @@ from fedjax_llm.models import (
   tensor_files,
 )
 
-# The small Llama that the package ships, see configs/pretrain.py.
+# The small Llama that the package ships; configs/pretrain.py trained it.
 SHIPPED = pathlib.Path(__file__).parent / "python_llama"
-# The files of a repository that loading needs: no pickles, no other formats.
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-# Checkpoints of the training, and weights in Meta's names.
-_IGNORED = ["*/*", "consolidated*"]
+_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+# The files of a repository that `load` needs: no pickles, no other formats.
+_PATTERNS = [*_TEXTS, "*.safetensors"]
+_META = "consolidated*"  # Weights under Meta's tensor names.
+_IGNORED = ["*/*", _META]  # The folders hold intermediate checkpoints.
+# The files that decide what a model or an adapter computes.
+_IDENTITY = (
+  "config.json",
+  "adapter_config.json",
+  "classifier.json",
+  "*.safetensors",
+  "*.safetensors.index.json",
+  "tokenizer*",
+  "*vocab*",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "chat_template*",
+)
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
-  """The local folder of a model: itself, or its snapshot from the hub.
+  """Returns the local folder of a model, downloading it from the hub if needed.
 
   Args:
     name_or_folder: a folder with a `config.json`, or a hub repository such as
-      "meta-llama/Llama-3.2-1B". With `HF_HUB_OFFLINE=1` only the hub's local
+      "meta-llama/Llama-3.2-1B". With `HF_HUB_OFFLINE=1`, only the hub's local
       cache is searched.
 
   Raises:
-    ValueError: if it is neither.
+    ValueError: if there is no such folder and the hub has no such repository.
   """
   folder = pathlib.Path(name_or_folder)
   if folder.is_dir():
@@ -57,10 +72,10 @@ def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
         str(name_or_folder), allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
       )
     )
-  except (OSError, ValueError) as error:  # Of the hub, its cache or the name.
+  except (OSError, ValueError) as error:
     raise ValueError(
-      f"{str(name_or_folder)!r} is neither a folder nor a model that the"
-      f" Hugging Face hub or its local cache gives: {error}"
+      "expected a model folder, or the name of a model on the Hugging Face hub"
+      f" or in its local cache, got {str(name_or_folder)!r}: {error}"
     ) from error
 
 
@@ -72,27 +87,27 @@ def load(
   quantize: quantized.Format | None = None,
   sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-  """Loads the shape and the parameters of a base model.
+  """Loads the config and the parameters of a base model.
 
-  Tensors are read some rows at a time, straight into `dtype`; only the part
-  that a device holds, unless they are quantised first, layer by layer. Beside
-  the model, about one stacked parameter is in host memory: what that comes to
-  is in benchmarks/results/load_checkpoint.json.
+  Tensors are read and cast to `dtype` a few rows at a time. Each device gets
+  only its own part. Quantised kernels are read layer by layer. At most about
+  one stacked parameter is in host memory at a time
+  (benchmarks/results/load_checkpoint.json has the measurements).
 
   Args:
     name_or_folder: a Hugging Face folder or hub name (see `resolve`).
-    head: what classifies a row, if the model is no language model. The head of
-      the checkpoint is loaded if it has one of as many labels.
-    dtype: what the parameters are stored in.
-    quantize: store the kernels of the layers in this format instead.
-    sharding: of every parameter; the first device's if None.
+    head: the classification head; None for a language model. The head of the
+      checkpoint is loaded if it has the same number of labels.
+    dtype: the type of the loaded parameters.
+    quantize: the format for the kernels of the layers; None for `dtype`.
+    sharding: the sharding of every parameter; None for the first device.
 
   Returns:
-    The config, and the parameters as `families.model(config, head=head)` takes
-    them.
+    The config and the parameters of `families.model(config, head=head)`.
 
   Raises:
-    ValueError: listing every missing, unexpected or mis-shaped tensor.
+    ValueError: if tensors are missing, unexpected or mis-shaped. The message
+      lists all of them.
   """
   folder = resolve(name_or_folder)
   config = families.read_config(folder)
@@ -111,7 +126,7 @@ def load(
     for path, leaf in shapes.items():
       within = [name for name, _ in _tensors(names, path, leaf.shape)]
       if within[0] not in stored:
-        continue  # A head that is yet to be trained.
+        continue  # A new head: the checkpoint has none that fits.
       tensors = [stored[name] for name in within]
       array: Any = tensor_files.Parameter(
         tensors, names, path, leaf.shape, dtype
@@ -121,18 +136,24 @@ def load(
       place = lambda array: jax.make_array_from_callback(
         array.shape, sharding, array.__getitem__
       )
-      # Waits, so that the host's copy is gone before the next one is made.
+      # Waits, so that the host frees this copy before it reads the next one.
       params[path] = jax.block_until_ready(jax.tree.map(place, array))
   return config, flax.traverse_util.unflatten_dict(params)
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """SHA-256 of a model folder's shape and weights, wherever it lies."""
+  """Returns the SHA-256 of the files that decide what a model computes.
+
+  These are the config, weights and tokenizer of a model or an adapter. The same
+  files have the same fingerprint in every folder.
+  """
+  found = {path for pattern in _IDENTITY for path in folder.glob(pattern)}
+  found -= {*folder.glob(_META)}
   digest = hashlib.sha256()
-  files = [*folder.glob("*config.json"), *sorted(folder.glob("*.safetensors"))]
-  for path in files:
+  for path in sorted(found):
     with path.open("rb") as file:
-      digest.update(hashlib.file_digest(file, "sha256").digest())
+      content = hashlib.file_digest(file, "sha256")
+    digest.update(f"{path.name}\0{content.hexdigest()}\n".encode())
   return digest.hexdigest()
 
 
@@ -145,38 +166,38 @@ def save(
   dtype: Any = jnp.bfloat16,
   like: pathlib.Path | None = None,
 ) -> None:
-  """Writes a model folder as transformers loads it.
+  """Writes a model folder that transformers loads.
 
   Args:
-    folder: where to; made if absent.
-    config: the model's shape.
-    params: its parameters.
-    head: what classifies a row, if the model is no language model.
-    dtype: what the tensors are stored in.
-    like: folder of a base model, whose tokenizer, token ids and settings of
-      generation are kept.
+    folder: the folder to write; it is made if absent.
+    config: the config of the model.
+    params: the parameters of the model.
+    head: the classification head; None for a language model.
+    dtype: the type of the stored tensors.
+    like: the folder of a base model. Its tokenizer, token ids and generation
+      settings are copied. None for none.
   """
   made = config.to_hugging_face(head)
   fields = made
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   if like is not None:
-    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
+    for pattern in _TEXTS:
       for path in like.glob(pattern):
         if not path.name.endswith(".safetensors.index.json"):
           shutil.copy(path, folder)
     older = json.loads((like / "config.json").read_text())
     older.pop("torch_dtype", None)
-    of_head = hub_config.label_fields(head)
-    of_head |= {"architectures": made["architectures"]} if head else {}
-    fields = made | older | of_head
+    labels = hub_config.label_fields(head)
+    labels |= {"architectures": made["architectures"]} if head else {}
+    fields = made | older | labels
   fields["dtype"] = jnp.dtype(dtype).name
   (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
   tensor_files.write(folder, tensor_files.shards(_named(config, params, dtype)))
 
 
 def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of a checkpoint, one stacked parameter at a time."""
+  """Yields the tensors of a checkpoint, one stacked parameter at a time."""
   names = families.of(config).layout
   flat: Any = flax.traverse_util.flatten_dict(
     dict(params), is_leaf=lambda _, x: not isinstance(x, Mapping)
@@ -200,7 +221,7 @@ def _parameter_shapes(config, head) -> dict[layout.Path, Any]:
 def _tensors(
   names: layout.Layout, path: layout.Path, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """The checkpoint's names of a parameter, with the shape of each tensor."""
+  """Yields the name and shape of each tensor that holds a parameter."""
   is_stacked = path[0] == "layers"
   inner = shape[1:] if is_stacked else shape
   if names.is_transposed(path):
@@ -210,7 +231,7 @@ def _tensors(
 
 
 def _quantized(kernel: Any, format: quantized.Format) -> Any:
-  """Quantises a parameter, one of its layers in memory at a time."""
+  """Quantises a parameter with one layer in memory at a time."""
   layers = (
     quantized.quantize(kernel[layer : layer + 1, :, :], format)
     for layer in range(kernel.shape[0])
@@ -220,7 +241,7 @@ def _quantized(kernel: Any, format: quantized.Format) -> Any:
 
 
 def _leave_heads(names, shapes, stored):
-  """Forgets the head of another number of labels: it is trained anew."""
+  """Drops a stored head that has another number of labels."""
   tensors = [
     tensor
     for path, leaf in shapes.items()
@@ -234,7 +255,7 @@ def _leave_heads(names, shapes, stored):
 
 
 def _check_tied(folder, names, shapes, stored):
-  """Refuses an output matrix that is not the embedding it is said to be."""
+  """Refuses an output matrix that differs from the embedding it is tied to."""
   output = stored.get("lm_head.weight")
   if output is None:
     return
@@ -248,13 +269,14 @@ def _check_tied(folder, names, shapes, stored):
   same = lambda table: all(np.array_equal(table[x], output[x]) for x in rows)
   if not any(map(same, tables)):
     raise ValueError(
-      f"{folder} has an output matrix of its own, but its config.json says that"
-      " the embedding is used. Set tie_word_embeddings to false in it."
+      f"expected lm_head.weight in {folder} to equal the embedding, as its"
+      " config.json ties the two, got another matrix. Set tie_word_embeddings"
+      " to false in config.json."
     )
 
 
 def _check(folder, names, shapes, stored, head):
-  """Raises one error for everything that does not fit."""
+  """Raises one error that lists every tensor that does not fit."""
   problems, expected = [], {}
   for path, leaf in shapes.items():
     tensors = dict(_tensors(names, path, leaf.shape))
@@ -269,6 +291,7 @@ def _check(folder, names, shapes, stored, head):
       problems.append(f"unexpected {name}")
   if problems:
     raise ValueError(
-      f"the tensors in {folder} do not fit its config.json:\n  "
+      f"expected tensors in {folder} that fit its config.json. Download the"
+      " model again, or correct its config.json. Problems:\n  "
       + "\n  ".join(problems)
     )

@@ -1,16 +1,15 @@
 """Frozen kernels in 8 or 4 bits: codes, and the largest magnitude of a block.
 
-A weight is `level(code) * absmax`. `Int8` and `NF4` are pytrees that take the
-place of a kernel in a parameter tree, so stacked layers are scanned and clients
-vmapped as ever; `matmul` makes the kernel anew wherever it is multiplied with.
+A weight is `level(code) * absmax`. `Int8` and `NF4` are pytrees that replace a
+kernel in a parameter tree, so scans over layers and `vmap` over clients work
+unchanged. `matmul` dequantises the kernel each time it is used.
 
-qwix's QArray could take that place too. It is not used because its blocks must
-divide the inputs, and 64 does not divide the 172 of stories260k: to pad, slice
-and wrap it would be about as long as the arithmetic here.
+qwix's QArray is not used, because its blocks must divide the inputs. A block of
+64 does not divide the 172 inputs of stories260k.
 
-What the formats cost in error is in benchmarks/results/quantized_base.json: the
-loss of stories260k, 64 channels wide, rises from 1.6496 nats a token to 1.6497
-in int8 and to 1.8455 in NF4.
+benchmarks/results/quantized_base.json has the errors of the formats. The loss
+of stories260k, which is 64 channels wide, rises from 1.6496 nats per token to
+1.6497 in int8 and to 1.8455 in NF4.
 """
 
 import dataclasses
@@ -25,10 +24,10 @@ from jaxtyping import Array, Float
 
 Format = Literal["int8", "nf4"]
 
-# Consecutive inputs of one output that share an absmax in NF4.
+# The number of consecutive inputs of an output that share an absmax in NF4.
 BLOCK = 64
-# The levels of NF4 (QLoRA, Dettmers et al., 2023, appendix E): quantiles of a
-# normal distribution, scaled to [-1, 1], zero among them.
+# The levels of NF4 (QLoRA, Dettmers et al., 2023, appendix E): zero, and
+# quantiles of a normal distribution, scaled to [-1, 1].
 LEVELS = (
   -1.0,
   -0.6961928009986877,
@@ -60,7 +59,7 @@ class Int8:
 
   Attributes:
     codes: int8 [*layers, inputs, outputs], from -127 to 127.
-    absmax: float32 [*layers, 1, outputs], of each output.
+    absmax: float32 [*layers, 1, outputs], the largest magnitude of each output.
   """
 
   codes: Any
@@ -79,14 +78,14 @@ class Int8:
 )
 @dataclasses.dataclass(frozen=True)
 class NF4:
-  """A kernel whose weights are `LEVELS[code] * absmax`, two codes in a byte.
+  """A kernel whose weights are `LEVELS[code] * absmax`, two codes per byte.
 
   Attributes:
     codes: uint8 [*layers, ceil(inputs / 2), outputs]. The low bits belong to
-      the first half of the inputs, the high bits to the second.
-    absmax: float32 [*layers, ceil(inputs / 64), outputs], of each block of 64
-      inputs of an output; the last block may be shorter.
-    inputs: how many inputs there are.
+      the first half of the inputs, the high bits to the second half.
+    absmax: float32 [*layers, ceil(inputs / 64), outputs], the largest magnitude
+      of each block of 64 inputs; the last block may be shorter.
+    inputs: the number of inputs.
   """
 
   codes: Any
@@ -102,23 +101,23 @@ class NF4:
 def quantize(
   kernel: Float[Array, "*layers inputs outputs"], format: Format
 ) -> Int8 | NF4:
-  """The nearest representable kernel.
+  """Quantises a kernel to the nearest levels.
 
-  A weight moves by at most half the distance of its neighbouring levels: in
-  int8 that is `absmax / 254`, in NF4 at most `0.152 * absmax`. A kernel that
+  A weight moves by at most half the distance between neighbouring levels: by
+  `absmax / 254` in int8, and by at most `0.152 * absmax` in NF4. A kernel that
   was dequantised to float32 gets the same codes again. A block whose absmax is
-  below 2^-126 becomes zero; one whose absmax is above 2^126, or not a number,
-  becomes NaN.
+  below 2^-126 becomes zero. A block whose absmax is above 2^126 or NaN becomes
+  NaN.
 
   Args:
-    kernel: leading axes are layers, quantised each for itself.
-    format: "int8" has an absmax per output; "nf4" one per 64 inputs of an
-      output, so about 4.5 bits a weight (QLoRA, Dettmers et al., 2023, without
-      the second quantisation of the absmax).
+    kernel: the kernel. Leading axes are layers, which are quantised separately.
+    format: "int8" or "nf4". "int8" has one absmax per output. "nf4" has one per
+      64 inputs of an output, about 4.5 bits per weight (QLoRA, Dettmers et al.,
+      2023, without the second quantisation of the absmax).
 
   Raises:
-    ValueError: if the format is none of these, or `kernel` is no array of two
-      or more dimensions.
+    ValueError: if the format is unknown, or `kernel` is not an array of two or
+      more dimensions.
   """
   _check(format)
   if isinstance(kernel, Int8 | NF4) or kernel.ndim < 2:
@@ -132,13 +131,13 @@ def quantize(
 def dequantize(
   kernel: Int8 | NF4 | Float[Array, "*layers inputs outputs"], dtype: Any
 ) -> Float[Array, "*layers inputs outputs"]:
-  """The kernel as an array of `dtype`; an array is only cast."""
+  """Returns the kernel as an array of `dtype`; an array is only cast."""
   if isinstance(kernel, Int8):
     weights = kernel.codes.astype(jnp.float32) / 127 * kernel.absmax
   elif isinstance(kernel, NF4):
     halves = [kernel.codes & 15, kernel.codes >> 4]
     codes = jnp.concatenate(halves, axis=-2)[..., : kernel.inputs, :]
-    # Choosing by `where` instead would leave 16 broadcast levels in memory.
+    # Nested `where` calls would keep 16 broadcast levels in memory.
     levels = jnp.asarray(LEVELS, jnp.float32)
     levels = levels.at[codes].get(mode="promise_in_bounds")
     weights = levels * _spread(kernel.absmax, kernel.inputs)
@@ -151,26 +150,29 @@ def matmul(
   x: Float[Array, "rows inputs"],
   kernel: Int8 | NF4 | Float[Array, "inputs outputs"],
 ) -> Float[Array, "rows outputs"]:
-  """`x @ kernel` in the dtype of `x`.
+  """Returns `x @ kernel` in the dtype of `x`.
 
-  The backward pass dequantises again: a scan over layers would otherwise keep
-  the dequantised kernels of all of them.
+  The backward pass dequantises the kernel again. Otherwise a scan over layers
+  would keep the dequantised kernels of all layers.
   """
   product = lambda x, kernel: x @ dequantize(kernel, x.dtype)
   return jax.checkpoint(product, prevent_cse=False)(x, kernel)
 
 
 def quantize_params(params: Mapping[str, Any], format: Format) -> Any:
-  """Quantises the linear layers of a model's stacked layers.
+  """Quantises the kernels in the stacked layers of a model.
 
-  Embeddings, norms, biases and heads stay as they are, as in QLoRA.
+  Embeddings, norms, biases and heads are not quantised, as in QLoRA.
 
   Args:
-    params: parameters of a base model, its layers under "layers".
-    format: see `quantize`.
+    params: the parameters of a base model, with its layers under "layers".
+    format: "int8" or "nf4"; see `quantize`.
+
+  Returns:
+    `params` with quantised kernels.
 
   Raises:
-    ValueError: if there is nothing to quantise, or the format is unknown.
+    ValueError: if there are no kernels to quantise, or the format is unknown.
   """
   _check(format)
   flat: Any = flax.traverse_util.flatten_dict(dict(params))
@@ -188,7 +190,7 @@ def quantize_params(params: Mapping[str, Any], format: Format) -> Any:
 
 
 def dequantize_params(params: Any, dtype: Any = jnp.float32) -> Any:
-  """Makes every quantised kernel an array of `dtype`; the rest stays."""
+  """Converts every quantised kernel to an array of `dtype`."""
   is_quantized = lambda leaf: isinstance(leaf, Int8 | NF4)
   return jax.tree.map(
     lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
@@ -198,7 +200,7 @@ def dequantize_params(params: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def nbytes(params: Any) -> int:
-  """Bytes that the leaves of `params` take."""
+  """Returns the number of bytes of the leaves of `params`."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
@@ -209,15 +211,15 @@ def _check(format):
 
 def _absmax(kernel, axis):
   absmax = jnp.abs(kernel).max(axis, keepdims=True)
-  # XLA divides by multiplying and takes subnormal numbers for zero, so both
-  # absmax and its reciprocal must be normal.
+  # XLA divides by multiplying with a reciprocal and flushes subnormal numbers
+  # to zero, so absmax and its reciprocal must both be normal numbers.
   smallest = jnp.finfo(jnp.float32).tiny
   absmax = jnp.where(absmax < smallest, 0.0, absmax)
   return jnp.where(absmax <= 1 / smallest, absmax, jnp.nan)
 
 
 def _normalized(kernel, absmax):
-  """In [-1, 1]; zero where there is nothing but zeros."""
+  """Scales the kernel to [-1, 1]; blocks of zeros stay zero."""
   return kernel / jnp.where(absmax == 0, 1.0, absmax)
 
 
@@ -247,5 +249,5 @@ def _nf4(kernel):
 
 
 def _spread(absmax, inputs):
-  """Each block's absmax for each of its inputs."""
+  """Repeats the absmax of each block for its inputs."""
   return jnp.repeat(absmax, BLOCK, axis=-2)[..., :inputs, :]

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with the scalings that stretch a context."""
+"""Rotary position embeddings, and the scalings for longer contexts."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# The fields that each type of scaling needs, and those that it may have.
+# The required and the optional fields of each type of scaling.
 _NEEDED: dict[str, tuple[str, ...]] = {
   "default": (),
   "linear": ("factor",),
@@ -31,10 +31,11 @@ class Rope:
   """Rotary positions (Su et al., 2021): base and scaling of the frequencies.
 
   Attributes:
-    theta: base of the frequencies.
-    kind: "default", "linear" (Chen et al., 2023), "llama3" (Llama 3.1) or
-      "yarn" (Peng et al., 2023).
-    scaling: the fields of that kind in Hugging Face's names, as pairs.
+    theta: the base of the frequencies.
+    kind: the type of scaling: "default", "linear" (Chen et al., 2023), "llama3"
+      (Llama 3.1) or "yarn" (Peng et al., 2023).
+    scaling: the fields of the scaling, as pairs of Hugging Face's name and the
+      value.
   """
 
   theta: float = 10000.0
@@ -49,8 +50,8 @@ class Rope:
       fields: `rope_theta` and the fields of the scaling, in one mapping.
 
     Raises:
-      ValueError: for an unknown type, or a field that is missing or would not
-        be honoured.
+      ValueError: if the type or a field is not supported, or a field is
+        missing.
     """
     rope = dict(fields)
     theta = rope.pop("rope_theta", None) or 10000.0
@@ -62,18 +63,28 @@ class Rope:
       )
     needed = _NEEDED[kind]
     if missing := [name for name in needed if rope.get(name) is None]:
-      raise ValueError(f"rope type {kind!r} needs the fields {missing}.")
+      raise ValueError(
+        f"expected values of {missing} for rope type {kind!r}, got none."
+        " Complete config.json."
+      )
     optional = [x for x in _OPTIONAL.get(kind, ()) if rope.get(x) is not None]
     scaling = tuple((name, rope.pop(name)) for name in (*needed, *optional))
     if rope.pop("partial_rotary_factor", None) not in (None, 1):
-      raise ValueError("expected partial_rotary_factor 1, the whole head.")
-    rope.pop("original_max_position_embeddings", None)  # Where it has no use.
+      raise ValueError(
+        "expected partial_rotary_factor 1, got"
+        f" {fields['partial_rotary_factor']}. Take a model that rotates the"
+        " whole head."
+      )
+    rope.pop("original_max_position_embeddings", None)  # Unused by other kinds.
     if unknown := sorted(name for name, value in rope.items() if value):
-      raise ValueError(f"rope type {kind!r} does not honour {unknown}.")
+      raise ValueError(
+        f"expected no other fields for rope type {kind!r}, got {unknown}, which"
+        " would be ignored."
+      )
     return cls(float(theta), kind, scaling)
 
   def to_hugging_face(self) -> dict[str, Any]:
-    """The fields of `rope_parameters`."""
+    """Returns the fields of `rope_parameters`."""
     return {
       "rope_theta": self.theta,
       "rope_type": self.kind,
@@ -82,7 +93,7 @@ class Rope:
 
   @property
   def magnitude(self) -> float:
-    """What the rotated channels are multiplied by; 1 but for "yarn"."""
+    """The factor of the rotated channels; 1 unless the kind is "yarn"."""
     if self.kind != "yarn":
       return 1.0
     fields = dict(self.scaling)
@@ -91,10 +102,10 @@ class Rope:
     return 0.1 * math.log(fields["factor"]) + 1 if fields["factor"] > 1 else 1.0
 
   def frequencies(self, head_dim: int) -> Float[np.ndarray, " half_head"]:
-    """Radians per position of each pair of channels.
+    """Returns the radians per position of each pair of channels.
 
-    Scaled, long wavelengths are divided by `factor`: all of them by "linear";
-    "llama3" and "yarn" keep the short ones and blend between the two.
+    "linear" divides all frequencies by `factor`. "llama3" and "yarn" divide
+    only the low ones, keep the high ones, and blend in between.
     """
     frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if self.kind == "default":
@@ -112,10 +123,10 @@ class Rope:
     return frequencies * (kept + (1 - kept) / fields["factor"])
 
   def _yarn_kept(self, head_dim, fields):
-    """Share of each frequency that YaRN does not interpolate."""
+    """Returns the share of each frequency that YaRN does not interpolate."""
 
     def channel(turns):
-      """Which channel turns so often within the original context."""
+      """Returns the channel with this many turns in the original context."""
       length = fields["original_max_position_embeddings"]
       return (head_dim * math.log(length / (turns * 2 * math.pi))) / (
         2 * math.log(self.theta)
@@ -135,7 +146,7 @@ class Rope:
   ) -> tuple[
     Float[Array, "rows time half_head"], Float[Array, "rows time half_head"]
   ]:
-    """Cosine and sine of each pair of channels at `positions`, in float32."""
+    """Returns the cosine and sine of each pair of channels, in float32."""
     frequencies = jnp.asarray(self.frequencies(head_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles) * self.magnitude, jnp.sin(angles) * self.magnitude
@@ -146,7 +157,7 @@ def rotate(
   cos: Float[Array, "rows time half_head"],
   sin: Float[Array, "rows time half_head"],
 ) -> Float[Array, "batch time heads head_dim"]:
-  """Rotates channel i with channel i + half (Hugging Face's order)."""
+  """Rotates channel i with channel i + head_dim / 2 (Hugging Face's order)."""
   cos, sin = (angles[:, :, None].astype(x.dtype) for angles in (cos, sin))
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: parts of parameters read, shards written."""
+"""Reads parts of parameters from safetensors files, and writes shards."""
 
 import contextlib
 import dataclasses
@@ -13,28 +13,27 @@ import safetensors.numpy
 
 from fedjax_llm.models import layout
 
-# Of a file, before another one is begun.
-_SHARD_BYTES = 5_000_000_000
-# Rows of a tensor that are read at once: so few stay in the processor's cache
-# while they are transposed.
+_SHARD_BYTES = 5_000_000_000  # The largest size of a file.
+# Rows of a tensor that are read at once: few enough to stay in the processor's
+# cache while they are transposed.
 _ROWS = 32
 
 
 def open_tensors(
   folder: pathlib.Path, names: layout.Layout, stack: contextlib.ExitStack
 ) -> dict[str, Any]:
-  """What the headers of the folder's one file, or of its shards, list.
+  """Opens the weights of a folder without reading them.
 
   Args:
-    folder: with `model.safetensors`, or shards and their index.
-    names: of the family, to give tensors their present names.
-    stack: keeps the files open.
+    folder: a folder with `model.safetensors`, or with shards and their index.
+    names: the layout of the family, which renames older tensors.
+    stack: the exit stack that closes the files.
 
   Returns:
-    Slices of safetensors by name: nothing is read yet.
+    The tensors as slices of safetensors, by their current names.
 
   Raises:
-    ValueError: if a file is missing or none of safetensors.
+    ValueError: if a file is missing or not in the safetensors format.
   """
   files = ["model.safetensors"]
   index = folder / "model.safetensors.index.json"
@@ -43,14 +42,17 @@ def open_tensors(
   if missing := [name for name in files if not (folder / name).is_file()]:
     raise ValueError(
       f"expected the weights of {folder} in {files}, missing {missing}. Only"
-      " safetensors are read: transformers' save_pretrained writes them."
+      " safetensors are read. Write them with transformers' save_pretrained."
     )
   tensors = {}
   for path in (folder / name for name in files):
     try:
       file = stack.enter_context(safetensors.safe_open(path, "np"))
     except safetensors.SafetensorError as error:
-      raise ValueError(f"{path} is not a safetensors file: {error}") from error
+      raise ValueError(
+        f"expected a safetensors file at {path}, got another: {error}. Download"
+        " it again."
+      ) from error
     for name in file.keys():
       tensors[names.current(name)] = file.get_slice(name)
   return tensors
@@ -58,7 +60,7 @@ def open_tensors(
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """A parameter in a checkpoint, read where it is indexed by slices."""
+  """A parameter in a checkpoint that is read when it is indexed by slices."""
 
   tensors: list[Any]  # Slices of safetensors.
   names: layout.Layout
@@ -67,7 +69,7 @@ class Parameter:
   dtype: Any
 
   def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    """The part of the parameter that `index` says, in its dtype."""
+    """Reads the part of the parameter at `index`, in `dtype`."""
     shape = np.broadcast_to(0, self.shape)[index].shape
     parts, tensors = np.empty((1, *shape), self.dtype), self.tensors
     if self.path[0] == "layers":
@@ -88,7 +90,7 @@ class Parameter:
 def shards(
   tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Gathers tensors up to the size of a file."""
+  """Groups tensors into shards of at most `_SHARD_BYTES`."""
   shard, size = {}, 0
   for name, array in tensors:
     if shard and size + array.nbytes > _SHARD_BYTES:
@@ -102,7 +104,7 @@ def shards(
 def write(
   folder: pathlib.Path, shards: Iterable[dict[str, np.ndarray]]
 ) -> None:
-  """Writes one file, or several and their index."""
+  """Writes the shards: one file, or several files with an index."""
   files, weight_map, total = [], {}, 0
   for shard in shards:
     files.append(folder / f"model-{len(files)}.safetensors")

@@ -1,8 +1,8 @@
 """ViT, the Vision Transformer (Dosovitskiy et al., 2021).
 
-transformers has renamed its modules: `vit.layers.0.attention.q_proj` was
-`vit.encoder.layer.0.attention.attention.query`, and still is in the files of
-checkpoints. PEFT names adapters by the modules. Both names are read.
+transformers has renamed the modules of ViT, but not the tensors in its files:
+it stores `vit.layers.0.attention.q_proj` as
+`vit.encoder.layer.0.attention.attention.query`. PEFT stores the new names.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.models import encoder, heads, hub_config, layout, lora
 
-# Names of the dense layers of a block, with those that files still have.
+# The names of the dense layers of a block, each with its name in files.
 _OLDER = {
   "attention.q_proj": "attention.attention.query",
   "attention.k_proj": "attention.attention.key",
@@ -49,27 +49,27 @@ LAYOUT = layout.Layout(
     (r"^vit\.layers\.", "vit.encoder.layer."),
   ),
 )
-# Fields of config.json of parts that are not computed here: the pooler, which
+# Fields of config.json for parts that this model leaves out: the pooler, which
 # no classifier reads, and the decoder of masked images.
 _IGNORED = ("encoder_stride", "pooler_act", "pooler_output_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-  """The shape of an image encoder; fields and defaults are Hugging Face's.
+  """The shape of an image encoder, with Hugging Face's fields and defaults.
 
   Attributes:
     hidden_size: width of the residual stream.
     intermediate_size: width inside the feed-forward block.
     num_hidden_layers: number of blocks.
-    num_attention_heads: heads, which divide `hidden_size`.
+    num_attention_heads: number of heads; divides `hidden_size`.
     model_type: "vit".
-    image_size: pixels a side, or (height, width).
-    patch_size: pixels a side of what becomes one state, or (height, width).
-    num_channels: numbers in a pixel.
+    image_size: size of an image in pixels: the side, or (height, width).
+    patch_size: size of a patch in pixels: the side, or (height, width).
+    num_channels: number of channels of a pixel.
     qkv_bias: whether query, key and value projections have biases.
-    layer_norm_eps: added to the variance before its root.
-    hidden_act: one of `encoder.ACTIVATIONS`.
+    layer_norm_eps: constant that is added to the variance before its root.
+    hidden_act: activation, a key of `encoder.ACTIVATIONS`.
   """
 
   hidden_size: int = 768
@@ -87,50 +87,48 @@ class ViTConfig:
   def __post_init__(self):
     for name in ("image_size", "patch_size"):
       if isinstance(size := getattr(self, name), list):
-        object.__setattr__(self, name, tuple(size))  # A config is hashed.
+        object.__setattr__(self, name, tuple(size))  # Makes it hashable.
     encoder.check(self)
     if 0 in self.grid:
       raise ValueError(
-        "expected an image_size of at least one patch_size, got"
-        f" {self.image_size} and {self.patch_size}."
+        f"expected image_size >= patch_size, got {self.image_size} and"
+        f" {self.patch_size}. Correct config.json."
       )
 
   @property
   def image(self) -> tuple[int, int, int]:
-    """Height, width and channels of an image."""
+    """The height, width and channels of an image."""
     return (*_pair(self.image_size), self.num_channels)
 
   @property
   def patch(self) -> tuple[int, int]:
-    """Height and width of a patch."""
+    """The height and width of a patch."""
     return _pair(self.patch_size)
 
   @property
   def grid(self) -> tuple[int, int]:
-    """Rows and columns of patches; pixels beyond them are not seen."""
+    """The numbers of rows and columns of patches; other pixels are ignored."""
     height, width, _ = self.image
     return height // self.patch[0], width // self.patch[1]
 
   @classmethod
   def from_hugging_face(cls, fields: Mapping[str, Any]) -> "ViTConfig":
-    """Reads the fields of a config.json, written by old or new transformers.
+    """Makes a config from a config.json of any version of transformers.
 
-    The dropouts of the base model are settings of its own training, and are
-    not applied: fine-tuning here has LoRA's.
+    The dropouts in the config.json are ignored; see `bert.BertConfig`.
 
     Raises:
-      ValueError: for a field that would be computed wrongly because it is not
-        honoured here.
+      ValueError: if a field is not supported.
     """
     return encoder.read(cls, fields, _IGNORED)
 
   def to_hugging_face(
     self, head: heads.Classifier | None = None
   ) -> dict[str, Any]:
-    """The fields of a config.json that transformers loads.
+    """Returns the fields of a config.json that transformers loads.
 
     Args:
-      head: what classifies an image.
+      head: the classification head, or None.
     """
     kind = "ViTModel" if head is None else "ViTForImageClassification"
     fields = {"architectures": [kind], **hub_config.label_fields(head)}
@@ -142,7 +140,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class Patches(nn.Module):
-  """A linear map of each patch; what is called a convolution in checkpoints."""
+  """A linear map of each patch; checkpoints store it as a convolution."""
 
   config: ViTConfig
   dtype: Any
@@ -152,20 +150,19 @@ class Patches(nn.Module):
     """Maps `pixels` [batch, height, width, channels] to [batch, grid, d]."""
     config = self.config
     (rows, columns), (height, width) = config.grid, config.patch
-    # In the order of the checkpoint's convolution: [out, in, height, width].
+    # The checkpoint's convolution is [out, in, height, width].
     shape = (config.hidden_size, config.num_channels, height, width)
     weight = self.param("weight", nn.initializers.normal(0.02), shape)
     bias = self.param("bias", nn.initializers.zeros, shape[:1])
     pixels = pixels[:, : rows * height, : columns * width].astype(self.dtype)
     patches = pixels.reshape(len(pixels), rows, height, columns, width, -1)
-    x = jnp.einsum(
-      "brhcwi,oihw->brco", patches, weight.astype(self.dtype)
-    ).reshape(len(pixels), rows * columns, -1)
+    x = jnp.einsum("brhcwi,oihw->brco", patches, weight.astype(self.dtype))
+    x = x.reshape(len(pixels), rows * columns, -1)
     return x + bias.astype(self.dtype)[None, None]
 
 
 class PatchEmbeddings(nn.Module):
-  """The name that transformers has between the embeddings and their map."""
+  """Wraps `Patches`, because transformers has a module of this name."""
 
   config: ViTConfig
   dtype: Any
@@ -177,14 +174,14 @@ class PatchEmbeddings(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """A state that stands for the image, and one a patch, each in its place."""
+  """Embeds the image as a class token and one state for each patch."""
 
   config: ViTConfig
   dtype: Any
 
   @nn.compact
   def __call__(self, pixels):
-    """Embeds `pixels` [batch, height, width, channels]."""
+    """Embeds `pixels` [batch, height, width, channels], adding positions."""
     config, draw = self.config, nn.initializers.normal(0.02)
     width, (rows, columns) = config.hidden_size, config.grid
     first = self.param("cls_token", draw, (1, 1, width))
@@ -210,16 +207,15 @@ class Attention(encoder.Layer):
 
 
 class FeedForward(encoder.Layer):
-  """Two dense layers with an activation between."""
+  """Two dense layers with an activation between them."""
 
   @nn.compact
   def __call__(self, x, deterministic):
     """Applies the block to `x` [batch, time, hidden]."""
     config = self.config
-    wide = self.dense("fc1", config.intermediate_size)
-    y = encoder.ACTIVATIONS[config.hidden_act](
-      wide(x, deterministic=deterministic)
-    )
+    dense = self.dense("fc1", config.intermediate_size)
+    y = dense(x, deterministic=deterministic)
+    y = encoder.ACTIVATIONS[config.hidden_act](y)
     return self.dense("fc2", config.hidden_size)(y, deterministic=deterministic)
 
 
@@ -228,7 +224,7 @@ class Block(encoder.Layer):
 
   @nn.compact
   def __call__(self, x, mask, deterministic):
-    """One step of the scan over layers; see `encoder.layers`."""
+    """Applies the layer; one step of the scan in `encoder.layers`."""
     shape = (self.config, self.adapter, self.dtype)
     attend = Attention(*shape, name="attention")
     feed_forward = FeedForward(*shape, name="mlp")
@@ -241,13 +237,13 @@ class ViT(nn.Module):
   """An image encoder: `apply({"params": frozen, "lora": trainable}, pixels)`.
 
   Attributes:
-    config: the model's shape.
-    adapter: what gets LoRA factors, or None for the base model alone.
-    head: what classifies an image by its first state (pooling "first" or
-      None), as transformers does.
-    dtype: what activations are computed in; scores are always float32.
-    remat: recompute activations in the backward pass: much less memory for
-      somewhat more time.
+    config: the shape of the model.
+    adapter: the LoRA adapter; None for the base model alone.
+    head: the classification head, or None. It scores the class token (pooling
+      "first" or None), as transformers does.
+    dtype: the type of activations; scores are always float32.
+    remat: whether the backward pass recomputes activations. This takes much
+      less memory and somewhat more time.
   """
 
   config: ViTConfig
@@ -257,7 +253,7 @@ class ViT(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter or a pooling that this model does not have."""
+    """Refuses an adapter or a pooling that does not fit this model."""
     if self.adapter is not None:
       self.adapter.check(LAYERS)
     if self.head is not None:
@@ -266,7 +262,7 @@ class ViT(nn.Module):
 
   @property
   def example(self) -> jax.ShapeDtypeStruct:
-    """Shape of an input of one image."""
+    """The shape of an input with one image."""
     return jax.ShapeDtypeStruct((1, *self.config.image), jnp.float32)
 
   @nn.compact
@@ -276,12 +272,12 @@ class ViT(nn.Module):
     *,
     deterministic: bool = True,
   ) -> Float[Array, "..."]:
-    """Hidden states after the last norm, or scores of each image.
+    """Computes the last hidden states, or the scores of each image with a head.
 
     Args:
-      pixels: the images, scaled as the base model was trained with; of the
-        config's size.
-      deterministic: False to draw LoRA dropout from the rng "dropout".
+      pixels: the images, of the config's size, scaled as in pretraining.
+      deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
+        from the rng "dropout".
 
     Returns:
       Hidden states [batch, 1 + patches, hidden] in `dtype`, or scores
@@ -291,7 +287,7 @@ class ViT(nn.Module):
     if pixels.shape[1:] != config.image:
       raise ValueError(
         f"expected images of (height, width, channels) {config.image}, got"
-        f" {pixels.shape[1:]}. Resize them, or see that channels are last."
+        f" {pixels.shape[1:]}. Resize the images, or move channels last."
       )
     x = Embeddings(config, self.dtype, name="embeddings")(pixels)
     x, _ = encoder.layers(Block, self)(x, None, deterministic)

@@ -1,4 +1,4 @@
-"""A table and a picture of who has what: the clients of an experiment."""
+"""A table and a plot of the examples that each client has."""
 
 import pathlib
 
@@ -11,19 +11,23 @@ import tabulate
 
 from fedjax_llm.data import batches
 
-# More clients or labels than this are not named on an axis.
+# The largest number of clients or labels that are named on an axis.
 _MOST_NAMES = 40
-# Longer names of clients stand upright.
+# The largest number of letters on an axis before names are turned upright.
 _MOST_LETTERS = 90
-# Sizes that differ by a larger factor are drawn on a logarithmic axis.
+# The largest ratio of sizes on a linear axis; above it the axis is logarithmic.
 _LINEAR = 30
 _BINS = 30
 
 
 def table(population: batches.Population, *, name: str) -> str:
-  """A Markdown table of what the clients have, in all and each.
+  """Returns a Markdown table of the numbers of clients, examples and tokens.
 
-  Tokens are those that are predicted, or read where they are classified.
+  Tokens are the predicted ones, or for a classifier those that it reads.
+
+  Args:
+    population: the clients and their rows.
+    name: the heading of the table.
   """
   examples, sizes = population.examples, np.diff(population.starts)
   counted = (
@@ -54,13 +58,15 @@ def table(population: batches.Population, *, name: str) -> str:
 
 
 def label_counts(population: batches.Population) -> np.ndarray:
-  """How many examples each client has of each label: int64 [clients, labels].
+  """Returns the number of examples by client and label, [clients, labels].
 
   Raises:
     ValueError: if the population has no labels.
   """
   if population.labels is None:
-    raise ValueError("expected a population with labels, got one without.")
+    raise ValueError(
+      "expected a population with labels, got one without. Give a label_column."
+    )
   clients = np.diff(population.starts).size
   labels = max(len(population.label_names), population.labels.max() + 1)
   owners = np.repeat(np.arange(clients), np.diff(population.starts))
@@ -73,10 +79,15 @@ def label_counts(population: batches.Population) -> np.ndarray:
 def plot(
   population: batches.Population, path: pathlib.Path, *, name: str
 ) -> None:
-  """Draws clients by labels, where there are labels, over a histogram of sizes.
+  """Draws a histogram of the clients' sizes, and their labels if they have any.
 
-  A column is a client and its colours the labels' shares of its examples;
-  clients stand in the order of the label that they have most of.
+  The upper plot has a column for each client, with the shares of the labels in
+  its examples as colours. Clients are sorted by their most common label.
+
+  Args:
+    population: the clients and their rows.
+    path: the image file to write.
+    name: the start of the title.
   """
   sizes = np.diff(population.starts)
   labelled = population.labels is not None
@@ -106,7 +117,7 @@ def _plot_labels(
   mesh = axes.pcolormesh(
     np.ma.masked_equal(shares[order].T, 0),
     cmap="Blues",
-    # A few examples of a label shall be seen beside hundreds of another.
+    # Makes a few examples of a label visible beside hundreds of another.
     norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1),
     edgecolors="white",
     linewidth=1 if clients <= _MOST_NAMES else 0,
@@ -148,7 +159,7 @@ def _plot_sizes(axes: matplotlib.axes.Axes, sizes: np.ndarray) -> None:
       matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
     )
   axes.xaxis.set_major_formatter("{x:,.0f}")
-  bins = (edges - 0.5).tolist()  # So that a bar holds whole examples.
+  bins = (edges - 0.5).tolist()  # Whole numbers lie inside the bars.
   axes.hist(sizes, bins, color="C0", edgecolor="white", linewidth=0.5)
   median = np.median(sizes)
   axes.axvline(

@@ -1,7 +1,7 @@
 """Tables and plots of finished runs: utility against bytes and time.
 
-Bytes are those of the real messages. Papers count numbers instead, and what
-their positions take by a formula: `conventions` does so, to compare with them.
+Bytes are the lengths of the real messages. `conventions` counts bytes by the
+formulas of papers instead, for comparison.
 """
 
 import collections
@@ -16,6 +16,7 @@ import matplotlib.figure
 import tabulate
 
 from fedjax_llm.experiments import run_folder
+from fedjax_llm.reporting import panels
 
 _MEGA = 1e6
 _HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
@@ -23,13 +24,13 @@ _HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "accuracy": True}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run folder tells.
+  """The content of a run folder.
 
   Attributes:
-    name: of the experiment.
-    folder: where it is.
-    record: its `run.json`.
-    lines: its `metrics.jsonl`; the first is of the model before training.
+    name: the name of the experiment.
+    folder: the run folder.
+    record: the content of `run.json`.
+    lines: the lines of `metrics.jsonl`; the first is that before training.
   """
 
   name: str
@@ -39,11 +40,11 @@ class Run:
 
   @property
   def evaluated(self) -> list[dict[str, Any]]:
-    """The lines that hold an evaluation."""
+    """The lines that have an evaluation."""
     return [line for line in self.lines if "loss" in line]
 
   def total(self, name: str, rounds: int | None = None) -> float:
-    """The sum of a metric over the first `rounds` rounds, or all."""
+    """Returns the sum of a metric over the first `rounds` rounds, or all."""
     return sum(
       line.get(name, 0)
       for line in self.lines
@@ -51,48 +52,52 @@ class Run:
     )
 
   def megabytes(self, rounds: int | None = None) -> float:
-    """Megabytes sent in both directions by all clients."""
+    """Returns the megabytes of all clients in both directions."""
     sent = self.total("download_bytes", rounds) / _MEGA
     return sent + self.megabytes_up(rounds)
 
   def megabytes_up(self, rounds: int | None = None) -> float:
-    """Megabytes that all clients sent."""
+    """Returns the megabytes of all uploads."""
     return self.total("upload_bytes", rounds) / _MEGA
 
 
 def load(folder: str | os.PathLike) -> list[Run]:
-  """The run in `folder`, or the runs in its subfolders.
+  """Loads the run in `folder`, or the runs in its subfolders.
 
   Raises:
-    ValueError: if there is none, or one has no finished round.
+    ValueError: if there is no run, or a run has no finished round.
   """
   folder = pathlib.Path(folder)
   folders = [folder, *sorted(x for x in folder.glob("*") if x.is_dir())]
   found = [x for x in folders if (x / "run.json").is_file()]
   if not found:
     raise ValueError(
-      f"expected a run folder, with a run.json, at {folder} or in it; got none."
+      f"expected a run folder, with a run.json, at {folder} or in it, got none."
+      " Give the folder that `fedjax-llm run` wrote."
     )
   runs = []
   for path in found:
     record = json.loads((path / "run.json").read_text())
     lines = run_folder.read_metrics(path / "metrics.jsonl")
     if len(lines) < 2:
-      raise ValueError(f"the run in {path} has no finished round yet.")
+      raise ValueError(
+        f"expected a finished round in {path}, got none. Wait for the first."
+      )
     runs.append(Run(record["experiment"], path.resolve(), record, lines))
   return runs
 
 
 def conventions(run: Run) -> dict[str, float]:
-  """Bytes of both directions of a run as papers count them.
+  """Returns the bytes of a run in both directions, as papers count them.
 
-  A message of fewer numbers than are trainable is taken for a sparse one, even
-  where both ends know the positions and the real message holds none.
+  A message with fewer numbers than there are trainable entries counts as
+  sparse, even if both ends know the positions and it does not contain them.
 
   Returns:
-    `values`, 4 bytes a number; `bitmap`, with a bit for each trainable entry in
-    a sparse message; `COO`, with 4 bytes for the position of each number in a
-    sparse message. Empty if the run has not recorded its numbers.
+    `values`: 4 bytes for each number. `bitmap`: the same, plus one bit for each
+    trainable entry in a sparse message. `COO`: the same as `values`, plus 4
+    bytes for the position of each number in a sparse message. Empty if the run
+    did not record these numbers.
   """
   if not any("trainable" in line for line in run.lines):
     return {}
@@ -110,20 +115,21 @@ def conventions(run: Run) -> dict[str, float]:
 
 
 def bytes_to(run: Run, target: float, metric: str = "loss") -> int | None:
-  """Bytes of both directions that all clients sent until a target was met.
+  """Returns the bytes in both directions until a target was met.
+
+  The end is the first evaluation that meets the target. Nothing is
+  interpolated, so compare only runs that are evaluated equally often.
 
   Args:
-    run: whose evaluations are searched for the first one at or beyond the
-      target. Nothing is interpolated, so runs that are compared should be
-      evaluated equally often.
-    target: of the metric on held-out rows.
-    metric: "loss" or "perplexity", of which less is better, or "accuracy".
+    run: the run.
+    target: value of the metric on held-out rows.
+    metric: "accuracy", or "loss" or "perplexity", where lower is better.
 
   Returns:
-    The bytes, or None if the target was never met.
+    The bytes of all clients, or None if the target was never met.
 
   Raises:
-    ValueError: if the metric is another.
+    ValueError: if the metric is unknown.
   """
   rounds = _rounds_to(run, target, metric)
   if rounds is None:
@@ -133,12 +139,9 @@ def bytes_to(run: Run, target: float, metric: str = "loss") -> int | None:
 
 
 def seconds_to(run: Run, target: float, metric: str = "loss") -> float | None:
-  """Simulated seconds until a target was met.
+  """Returns the simulated seconds until a target was met; see `bytes_to`.
 
-  Arguments and errors are those of `bytes_to`.
-
-  Returns:
-    The seconds, or None if the target was never met or the run had no network.
+  Returns None if the target was never met or the run had no network.
   """
   rounds = _rounds_to(run, target, metric)
   if rounds is None or not any("simulated_seconds" in x for x in run.lines):
@@ -147,10 +150,10 @@ def seconds_to(run: Run, target: float, metric: str = "loss") -> float | None:
 
 
 def _rounds_to(run: Run, target: float, metric: str) -> int | None:
-  """The round after which a target was first seen to be met."""
+  """Returns the round of the first evaluation that meets a target."""
   if metric not in _HIGHER_IS_BETTER:
     raise ValueError(
-      f"expected a metric of {', '.join(_HIGHER_IS_BETTER)}, got {metric=}."
+      f"expected metric in {', '.join(_HIGHER_IS_BETTER)}, got {metric=}."
     )
   sign = 1 if _HIGHER_IS_BETTER[metric] else -1
   for line in run.evaluated:
@@ -165,12 +168,13 @@ def table(
   targets: Mapping[str, float] | None = None,
   papers: bool = False,
 ) -> str:
-  """A Markdown table: utility before and after, bytes, seconds.
+  """Returns a Markdown table: utility before and after, bytes, seconds.
 
   Args:
-    runs: a row each.
-    targets: by metric; adds what each run took to meet them.
-    papers: adds bytes by the `conventions` of papers.
+    runs: the runs, one for each row.
+    targets: targets by metric, or None. They add the bytes and seconds until
+      each target was met.
+    papers: whether to add bytes by the `conventions` of papers.
   """
   rows = [
     {
@@ -189,7 +193,7 @@ def table(
     }
     for label, run in zip(_labels(runs), runs, strict=True)
   ]
-  # Classifiers have no perplexity, most runs no network.
+  # Drops empty columns: classifiers have no perplexity, most runs no network.
   empty = {x for x in rows[0] if all(row[x] == "" for row in rows)}
   rows = [{x: row[x] for x in row if x not in empty} for row in rows]
   return tabulate.tabulate(
@@ -212,7 +216,7 @@ def _of_papers(run: Run) -> dict[str, Any]:
 
 
 def _availability(run: Run) -> dict[str, Any]:
-  """What a network and privacy add to a run's row."""
+  """Returns the columns of network and privacy for a run's row."""
   selected = run.total("selected")
   answered = run.total("answered") / selected if selected else None
   is_simulated = any("simulated_seconds" in line for line in run.lines)
@@ -243,7 +247,7 @@ def _mega(count: float | None) -> str:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-  """The runs' names; for a name that comes twice, the end of the folder."""
+  """Returns the names of runs; for a repeated name, the end of the folder."""
   times = collections.Counter(run.name for run in runs)
   alike = [run.folder.parts for run in runs if times[run.name] > 1]
   parts = 1
@@ -259,21 +263,22 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
   """Draws held-out loss against megabytes sent, a curve a run.
 
   Where nobody sent anything, as in pre-training, it is drawn against rounds.
+  Each curve has its name at its end.
   """
-  figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+  size = (panels.WIDTH, 4.5)
+  figure = matplotlib.figure.Figure(size, layout="constrained")
   axes = figure.subplots()
   sent = any(run.megabytes() for run in runs)
+  ends, colours, places = {}, {}, []
   for label, run in zip(_labels(runs), runs, strict=True):
     # The first point has sent nothing; a logarithmic axis has no place for it.
     points = [line for line in run.evaluated if line["round"] > 0]
     rounds = [line["round"] for line in points]
-    axes.plot(
-      [run.megabytes(x) for x in rounds] if sent else rounds,
-      [line["loss"] for line in points],
-      marker="o",
-      markersize=4,
-      label=label,
-    )
+    at = [run.megabytes(x) for x in rounds] if sent else rounds
+    losses = [line["loss"] for line in points]
+    (line,) = axes.plot(at, losses, marker="o", markersize=4)
+    ends[label], colours[label] = (at[-1], losses[-1]), line.get_color()
+    places += at
   starts = {run.evaluated[0]["loss"] for run in runs}
   for loss in sorted(starts):
     axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
@@ -286,13 +291,12 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
       color="gray",
     )
   axes.margins(y=0.1)
-  axes.set_xscale("log")
-  axes.xaxis.set_major_formatter("{x:g}")
+  panels.logarithmic(axes, "x", places)
   axes.set_xlabel(
     "megabytes sent, both directions, all clients" if sent else "round"
   )
   per = any("perplexity" in line for run in runs for line in run.evaluated)
   axes.set_ylabel(f"held-out loss (nats{' per token' if per else ''})")
   axes.grid(alpha=0.3)
-  axes.legend()
+  panels.name_ends(axes, ends, colours)
   figure.savefig(path, dpi=150)

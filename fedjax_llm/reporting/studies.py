@@ -1,9 +1,9 @@
-"""Studies: runs over methods and seeds, summed up by mean and deviation.
+"""Studies: runs over methods and seeds, with means and standard deviations.
 
-A study is a file of JSON lines, one a run: `cell`, what tells the run from
-others, and `lines`, those of its `metrics.jsonl`, where one may stand for all
-rounds up to an evaluation. Runs that differ in their seed alone are one entry
-of the tables and plots.
+A study is a file of JSON lines, one for each run. `cell` has the method, the
+settings and the seed of the run. `lines` has the lines of its `metrics.jsonl`;
+one line may sum up all rounds before an evaluation. Runs that differ only in
+the seed form one entry of tables and plots.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ REFERENCE = "dense"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """The runs of one method and its settings, one for each seed.
+  """The runs of one method with the same settings, one for each seed.
 
   Attributes:
-    method: its name.
+    method: the name of the method.
     cell: the settings without the seed.
-    runs: of all seeds, evaluated after the same rounds.
+    runs: the runs of all seeds, evaluated after the same rounds.
   """
 
   method: str
@@ -37,18 +37,18 @@ class Entry:
   runs: tuple[report.Run, ...]
 
   def label(self, shown: Sequence[str]) -> str:
-    """The method, with the settings `shown`."""
+    """Returns the name of the method and the settings named in `shown`."""
     settings = [
       f"{name} {short(self.cell[name])}" for name in shown if name in self.cell
     ]
     return ", ".join([self.method, *settings])
 
   def final(self, metric: str) -> np.ndarray:
-    """The metric at the end, of every seed."""
+    """Returns the metric of each seed at the last evaluation."""
     return np.array([run.evaluated[-1][metric] for run in self.runs])
 
   def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Megabytes sent by each evaluation but the first, and the mean metric."""
+    """Returns megabytes and mean metrics at all evaluations but the first."""
     lines = [run.evaluated[1:] for run in self.runs]
     sent = [
       [run.megabytes(line["round"]) for line in evaluated]
@@ -58,20 +58,23 @@ class Entry:
     return np.mean(sent, axis=0), np.mean(values, axis=0)
 
   def megabytes(self, rounds: int | None = None) -> float:
-    """Megabytes sent both ways in the first `rounds` rounds, or all."""
+    """Returns megabytes in both directions in `rounds` rounds, or all."""
     return float(np.mean([run.megabytes(rounds) for run in self.runs]))
 
   def megabytes_up(self, rounds: int | None = None) -> float:
-    """Megabytes of uploads in the first `rounds` rounds, or all."""
+    """Returns megabytes of uploads in `rounds` rounds, or all."""
     return float(np.mean([run.megabytes_up(rounds) for run in self.runs]))
 
   def seconds(self, rounds: int | None = None) -> float:
-    """Simulated seconds of the first `rounds` rounds, or all; 0 if none."""
+    """Returns simulated seconds of `rounds` rounds, or all.
+
+    The result is 0 if the runs had no network.
+    """
     totals = [run.total("simulated_seconds", rounds) for run in self.runs]
     return float(np.mean(totals))
 
   def as_papers_count(self, rounds: int | None = None) -> dict[str, float]:
-    """Megabytes by each of `runs.conventions`, mean of the seeds."""
+    """Returns the mean megabytes by each of `runs.conventions`."""
     lines = [[x for x in run.lines if _is_by(x, rounds)] for run in self.runs]
     counted = [
       report.conventions(dataclasses.replace(run, lines=kept))
@@ -82,20 +85,25 @@ class Entry:
 
 
 def is_study(path: str | os.PathLike) -> bool:
-  """Whether a path is of a study, and not of a run."""
+  """Returns whether a path is that of a study, not that of a run."""
   return pathlib.Path(path).suffix == ".jsonl"
 
 
 def load(path: str | os.PathLike) -> list[Entry]:
-  """The entries of a study: methods as first met, the costly settings first.
+  """Loads the entries of a study.
+
+  Methods keep the order of the file. The entries of a method are sorted by rank
+  and density, the largest first.
 
   Raises:
-    ValueError: if there is no run in it.
+    ValueError: if the file has no run.
   """
   path = pathlib.Path(path)
   records = [json.loads(line) for line in path.read_text().splitlines()]
   if not records:
-    raise ValueError(f"expected runs in {path}, found none.")
+    raise ValueError(
+      f"expected runs in {path}, found none. Give the file of a study."
+    )
   entries: dict[str, list[tuple[int, dict[str, Any], report.Run]]] = {}
   for record in records:
     cell = dict(record["cell"])
@@ -115,15 +123,16 @@ def load(path: str | os.PathLike) -> list[Entry]:
 
 
 def metric_of(entry: Entry) -> tuple[str, bool]:
-  """The metric that tells the utility of a task, and whether more is better."""
+  """Returns the metric of a task, and whether a higher value is better."""
   last = entry.runs[0].evaluated[-1]
   return ("loss", False) if "perplexity" in last else ("accuracy", True)
 
 
 def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-  """The dense entry of the same task, the highest rank and the fewest knobs.
+  """Returns the dense entry to compare an entry with, or None.
 
-  Of several, the longest that is not longer than `entry`, or the shortest.
+  It has the same task, the highest rank and the fewest knobs. Among several, it
+  is the longest one that is not longer than `entry`, or else the shortest one.
   """
   ignored = {"method", "density", "rank", "rounds"}
   ignored |= {"client_rate", "server_rate"}
@@ -143,7 +152,7 @@ def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 def target_of(reference: Entry, metric: str, higher: bool) -> float:
-  """The utility that is one standard deviation worse than the reference's."""
+  """Returns the reference's mean metric, made worse by one deviation."""
   final = reference.final(metric)
   return final.mean() - (1 if higher else -1) * deviation(final)
 
@@ -151,7 +160,10 @@ def target_of(reference: Entry, metric: str, higher: bool) -> float:
 def rounds_to(
   entry: Entry, target: float, metric: str, higher: bool
 ) -> int | None:
-  """The round after which the mean was first seen to meet a target, or None."""
+  """Returns the round of the first evaluation whose mean meets a target.
+
+  Returns None if there is none.
+  """
   _, values = entry.curve(metric)
   met = np.flatnonzero(values >= target if higher else values <= target)
   evaluated = entry.runs[0].evaluated[1:]
@@ -159,7 +171,10 @@ def rounds_to(
 
 
 def is_of_uploads(entries: Sequence[Entry]) -> bool:
-  """Whether downloads are alike, so that entries differ in uploads alone."""
+  """Returns whether the entries differ in uploads alone.
+
+  Then the download bytes per round differ by at most 1%.
+  """
   down = [
     (entry.megabytes() - entry.megabytes_up()) / entry.cell["rounds"]
     for entry in entries
@@ -168,9 +183,9 @@ def is_of_uploads(entries: Sequence[Entry]) -> bool:
 
 
 def shown(entries: Sequence[Entry]) -> list[str]:
-  """The settings in which the entries differ, for labels and columns.
+  """Returns the names of the settings that differ, for labels and columns.
 
-  Learning rates only where nothing else tells two entries apart.
+  Learning rates are included only if two entries differ in nothing else.
   """
   names = dict.fromkeys(name for entry in entries for name in entry.cell)
   hidden = {"method", "client_rate", "server_rate", "validation"}
@@ -186,14 +201,16 @@ def shown(entries: Sequence[Entry]) -> list[str]:
 def cost_to(
   entry: Entry, levels: np.ndarray, cost: Callable[[int], float]
 ) -> np.ndarray:
-  """What it cost until the mean over seeds first met each utility level.
+  """Returns the cost until the mean over seeds first met each level.
 
-  Linear between evaluations; NaN where it was never met.
+  The cost is interpolated linearly between evaluations. It is NaN for a level
+  that was never met.
 
   Args:
-    entry: of which method.
-    levels: of its metric.
-    cost: of so many rounds, such as `entry.megabytes` or `entry.seconds`.
+    entry: the entry.
+    levels: the levels of its metric.
+    cost: function from a number of rounds to their cost, such as
+      `entry.megabytes` or `entry.seconds`.
   """
   metric, higher = metric_of(entry)
   sign = 1 if higher else -1
@@ -201,7 +218,7 @@ def cost_to(
   values = [[x[metric] for x in run.evaluated] for run in entry.runs]
   best = np.maximum.accumulate(sign * np.mean(values, axis=0))
   levels = sign * np.asarray(levels)
-  # Between what was better first and what was seen before it.
+  # Interpolates between the first evaluation that is better and the one before.
   first = np.searchsorted(best, levels)
   around = [slice(max(i - 1, 0), i + 1) for i in first]
   return np.array(
@@ -215,21 +232,27 @@ def cost_to(
 def ratios(
   entries: Sequence[Entry], cost: Callable[[Entry, int], float]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """How many times less than dense LoRA a method cost at each utility.
+  """Returns the cost of dense LoRA divided by that of each method.
 
   Args:
-    entries: of one task, with a reference.
-    cost: of an entry's first rounds, such as `Entry.megabytes`.
+    entries: the entries of one task, including a reference.
+    cost: function from an entry and a number of rounds to their cost, such as
+      `Entry.megabytes`.
 
   Returns:
-    The levels that the dense runs of the reference's rank passed, in ascending
-    order, and by method the ratios there, at the best of its settings; NaN
-    where it never was.
+    The levels of the metric that dense runs of the reference's rank reached, in
+    ascending order; and the ratios at these levels, by method. Each ratio is
+    that of the method's best setting, or NaN if the method never met the level.
+
+  Raises:
+    ValueError: if there is no reference.
   """
   metric, higher = metric_of(entries[0])
   first = reference_of(entries[0], entries)
   if first is None:
-    raise ValueError(f"ratios expected entries of {REFERENCE}, found none.")
+    raise ValueError(
+      f"ratios expected entries of {REFERENCE}, found none. Add runs of it."
+    )
   references = [
     entry
     for entry in entries
@@ -237,7 +260,7 @@ def ratios(
     and entry.cell["rank"] == first.cell["rank"]
   ]
   levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
-  # What the untrained model has already would cost nothing.
+  # Levels that the untrained model meets cost nothing.
   start = first.runs[0].evaluated[0][metric]
   levels = levels[levels > start] if higher else levels[levels < start]
   least = lambda several: np.fmin.reduce(
@@ -254,12 +277,12 @@ def _is_by(line, rounds):
 
 
 def deviation(values: np.ndarray) -> float:
-  """The standard deviation over seeds, by n - 1; 0 of one seed."""
+  """Returns the sample standard deviation over seeds; 0 for one seed."""
   return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
 def short(value: Any) -> str:
-  """A density such as 1/16 as that."""
+  """Returns a short text of a value; a density of 0.0625 becomes "1/16"."""
   if isinstance(value, float) and 0 < value < 1 and (1 / value).is_integer():
     return f"1/{round(1 / value)}"
   return f"{value:g}" if isinstance(value, float) else str(value)

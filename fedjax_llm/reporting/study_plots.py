@@ -1,156 +1,284 @@
-"""Plots of studies."""
+"""Plots of studies: a panel for each method, the others in gray behind it.
 
-import itertools
+So methods can be compared without a legend of them. A plot answers one
+question: `ends`, which utility for how many bytes; `ratios`, how many times
+fewer bytes than dense LoRA.
+"""
+
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
-from fedjax_llm.reporting import studies
+from fedjax_llm.reporting import panels, studies
 
 # What a study may vary in place of the density, with the label of its axis.
 _AXES = {
-  "epsilon": "epsilon (client-level privacy)",
-  "dirichlet_alpha": "Dirichlet alpha (the lower, the more skewed the labels)",
+  "epsilon": "epsilon (privacy of whole clients; less is more private)",
+  "dirichlet_alpha": "Dirichlet alpha (less is more skewed labels)",
 }
 _BYTES = "megabytes sent, both directions, all clients"
 _UPLOADS = "megabytes of uploads, all clients"
+# Settings that say how long messages are, which the axis of bytes shows.
+_LENGTHS = {"density", "bits"}
+_RATES = {"server_rate", "client_rate"}
+_WORDS = {"server_decay": "falling server rate", "place": "noise added"}
 _MARKERS = "osD^vP*Xhd<>"
-# Of a line of the legend, in inches.
-_LINE = 0.17
+_GRAY = "0.8"
+# The fewest entries of which some can be told to be outliers.
+_SEVERAL = 8
 
 
-def plot(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
-  """Draws a study.
+def ends(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
+  """Draws the utility at the end of each run.
 
-  A study of label skew or privacy: utility at the end against that. Others, on
-  the left: utility at the end against megabytes, points of a line are
-  densities, bars one standard deviation over seeds, the band the dense
-  reference; what is worse than the untrained model is drawn on its line, so
-  that the others can be told apart. On the right: how many times fewer bytes
-  than dense LoRA a method needed to be first as good as dense LoRA was on its
-  way, at the best of its settings; dashed if only the values of sparse messages
-  are counted. Of a study with links, simulated seconds in place of bytes; where
-  downloads are alike, uploads in place of both directions.
+  It is drawn against megabytes, of uploads alone where downloads are alike; in
+  a study of privacy or of label skew, against what that varies. Points are
+  means over seeds, bars one standard deviation, the band is the dense
+  reference. Points of one setting are joined. What is far worse than the
+  others is an arrow at the edge, and its value is written there.
   """
-  varied = studies.shown(entries)
-  axis = next((name for name in _AXES if name in varied), None)
-  panels = 1 if axis else 2
-  figure = matplotlib.figure.Figure(
-    figsize=(3 + 6 * panels, 5.5), layout="constrained"
-  )
-  axes = figure.subplots(1, panels, squeeze=False)[0]
-  methods = dict.fromkeys(entry.method for entry in entries)
-  palette = matplotlib.colormaps["tab20"]
-  colours = {name: palette(i % 20) for i, name in enumerate(methods)}
-  _draw_ends(axes[0], entries, axis, colours)
-  if axis is None:
-    _draw_ratios(axes[1], entries, colours)
-  for each in axes:
-    each.grid(alpha=0.3)
-  legend = figure.legend(loc="outside right upper", fontsize="small")
-  lines = len(legend.get_texts())
-  figure.set_figheight(max(figure.get_figheight(), (lines + 2) * _LINE))
-  figure.savefig(path, dpi=150)
-
-
-def _draw_ends(axes, entries, axis, colours):
-  metric, higher = studies.metric_of(entries[0])
+  axis = _axis(entries)
   drawn = [x for x in entries if axis is None or axis in x.cell]
-  varied = studies.shown(drawn)
-  of_line = set(varied) - ({axis, "task"} if axis else {"density", "task"})
-  lines: dict[str, list[studies.Entry]] = {}
-  for entry in drawn:
-    label = entry.label([name for name in varied if name in of_line])
-    lines.setdefault(label, []).append(entry)
   uploads = studies.is_of_uploads(entries)
   sent = studies.Entry.megabytes_up if uploads else studies.Entry.megabytes
   at = (lambda x: x.cell[axis]) if axis else sent
-  start = drawn[0].runs[0].evaluated[0].get(metric)
-  any_worse = False
-  markers: dict[str, Any] = {}
-  for label, points in lines.items():
-    points = sorted(points, key=at)
-    method = points[0].method
-    marker = markers.setdefault(method, itertools.cycle(_MARKERS))
-    finals = [point.final(metric) for point in points]
-    means = np.array([final.mean() for final in finals])
-    deviations = np.array([studies.deviation(final) for final in finals])
-    if start is not None:
-      is_worse = means < start if higher else means > start
-      means = np.where(is_worse, start, means)
-      deviations = np.where(is_worse, 0, deviations)
-      any_worse |= bool(is_worse.any())
-    axes.errorbar(
-      [at(point) for point in points],
-      means,
-      yerr=deviations,
-      marker=next(marker),
-      color=colours[method],
-      capsize=2,
-      linewidth=1,
-      label=label,
-    )
-  if any_worse:
-    label = "untrained model, or worse"
-    axes.axhline(start, linestyle=":", color="gray", linewidth=1, label=label)
+  metric, higher = studies.metric_of(entries[0])
+  methods = list(dict.fromkeys(x.method for x in drawn))
+  figure, by_method = panels.grid(
+    methods,
+    _AXES[axis] if axis else _UPLOADS if uploads else _BYTES,
+    _name(metric, higher),
+  )
   reference = studies.reference_of(entries[0], entries)
+  band = None
   if reference is not None and axis != "dirichlet_alpha":
     final = reference.final(metric)
     middle, width = final.mean(), studies.deviation(final)
-    low, high = middle - width, middle + width
-    axes.axhspan(low, high, color="gray", alpha=0.25, linewidth=0)
-  _logarithmic(axes, "x")
-  axes.set_xlabel(_AXES[axis] if axis else _UPLOADS if uploads else _BYTES)
-  axes.set_ylabel(_name(metric, higher))
+    band = (middle - width, middle + width)
+  styles = _styles(drawn, axis)
+  limits = _limits(drawn, metric, higher, band)
+  means = {id(x): x.final(metric).mean() for x in drawn}
+  for method, axes in by_method.items():
+    if band:
+      axes.axhspan(*band, color="tab:blue", alpha=0.2, linewidth=0)
+      axes.axhline(np.mean(band), color="tab:blue", alpha=0.4, linewidth=1)
+    others = [x for x in drawn if x.method != method]
+    axes.plot(
+      [at(x) for x in others],
+      np.clip([means[id(x)] for x in others], *limits),
+      "o",
+      color=_GRAY,
+      markersize=3,
+      zorder=1,
+    )
+    own = [x for x in drawn if x.method == method]
+    for style in styles:
+      some = [x for x in own if _setting(x, drawn, axis) == style]
+      if some:
+        some.sort(key=at)
+        _draw_line(axes, some, at, metric, limits, styles[style])
+    _tell_off_scale(axes, own, metric, limits)
+  panels.logarithmic(axes, "x", [at(x) for x in drawn])
+  room = 0.06 * (limits[1] - limits[0])
+  if room:
+    axes.set_ylim(limits[0] - room, limits[1] + room)
+  _add_legend(figure, styles, band is not None)
+  figure.savefig(path, dpi=150)
 
 
-def _draw_ratios(axes, entries, colours):
-  """The best ratio of each method at every utility that dense LoRA passed."""
-  metric, higher = studies.metric_of(entries[0])
-  first = studies.reference_of(entries[0], entries)
-  if first is None:
-    axes.set_visible(False)
+def _draw_line(axes, points, at, metric, limits, style):
+  """The points of one method and setting, from left to right."""
+  finals = [x.final(metric) for x in points]
+  means = np.array([x.mean() for x in finals])
+  places = np.array([at(x) for x in points])
+  is_inside = (limits[0] <= means) & (means <= limits[1])
+  # Rates that were tried at one length are not a line.
+  is_line = is_inside.all() and len(set(places.round(1))) == len(places)
+  axes.errorbar(
+    places[is_inside],
+    means[is_inside],
+    yerr=np.array([studies.deviation(x) for x in finals])[is_inside],
+    linestyle="-" if is_line else "none",
+    linewidth=1,
+    capsize=2,
+    markersize=5,
+    **style,
+  )
+  for place, mean in zip(places[~is_inside], means[~is_inside], strict=True):
+    low, high = limits
+    edge, marker = (high, "^") if mean > high else (low, "v")
+    axes.plot(place, edge, marker, color=style["color"], markersize=5)
+
+
+def _tell_off_scale(axes, entries, metric, limits):
+  """Writes the values that are off the scale at the edge of a panel."""
+  means = [x.final(metric).mean() for x in entries]
+  off = sorted(x for x in means if not limits[0] <= x <= limits[1])
+  if not off:
     return
-  costs, label = _costs(first, studies.is_of_uploads(entries))
-  for style, cost in costs.items():
-    levels, ratios = studies.ratios(entries, cost)
-    for method, ratio in ratios.items():
-      # By values, what sends all entries in few bits is no better than dense.
-      if style == "-" or np.nanmax(ratio, initial=0) > 1:
-        line = dict(linewidth=1.2, marker=".", markersize=4)
-        axes.plot(levels, ratio, style, color=colours[method], **line)
+  at_top = off[-1] > limits[1]
+  axes.text(
+    0.97,
+    0.85 if at_top else 0.15,
+    ", ".join(f"{x:.2f}" for x in off),
+    transform=axes.transAxes,
+    ha="right",
+    va="top" if at_top else "bottom",
+    fontsize="x-small",
+    bbox={"color": "white", "pad": 1, "alpha": 0.8},
+  )
+
+
+def _limits(drawn, metric, higher, band):
+  """The range of utilities that is drawn to scale, (low, high).
+
+  It ends where the outliers begin, and at the untrained model, unless that
+  saves less than a quarter of the range.
+  """
+  sign = 1 if higher else -1
+  finals = [entry.final(metric) for entry in drawn]
+  means = np.array([sign * x.mean() for x in finals])
+  worst = means.min()
+  if len(means) >= _SEVERAL:
+    low, high = np.percentile(means, [25, 75])
+    worst = max(worst, low - 1.5 * (high - low))
+  start = drawn[0].runs[0].evaluated[0].get(metric)
+  if start is not None:
+    worst = max(worst, min(sign * start, means.max()))
+  if worst - means.min() < (means.max() - means.min()) / 4:
+    worst = means.min()
+  bounds = [sign * worst, *(band or ())]
+  for final, mean in zip(finals, means, strict=True):
+    if mean >= worst:
+      width = studies.deviation(final)
+      bounds += [final.mean() - width, final.mean() + width]
+  return min(bounds), max(bounds)
+
+
+def _setting(entry, drawn, axis):
+  """In words, what tells an entry from others of its method, but its length."""
+  hidden = {axis, "task", *_RATES} if axis else {"task", *_LENGTHS, *_RATES}
+  names = [x for x in studies.shown(drawn) if x not in hidden]
+  said = []
+  for name in names:
+    value = entry.cell.get(name)
+    words = _WORDS.get(name, name.replace("_", " "))
+    if value is True:
+      said.append(words)
+    elif value not in (None, False):
+      said.append(f"{words} {studies.short(value)}")
+  return ", ".join(said)
+
+
+def _styles(drawn, axis):
+  """A colour and a marker for each setting, in the order of their names."""
+  settings = sorted({_setting(x, drawn, axis) for x in drawn})
+  colours = matplotlib.colormaps["tab10"]
+  # Blue is the reference.
+  return {
+    name: {
+      "color": colours(1 + i % 9),
+      "marker": _MARKERS[i % len(_MARKERS)],
+    }
+    for i, name in enumerate(settings)
+  }
+
+
+def _add_legend(figure, styles, has_band):
+  """Tells settings apart above the panels; the first ones if there are many."""
+  made: list[tuple[Any, str]] = []
+  if has_band:
+    patch = matplotlib.patches.Patch(color="tab:blue", alpha=0.3, linewidth=0)
+    made.append((patch, "dense LoRA, ± one deviation"))
+  other = matplotlib.lines.Line2D(
+    [], [], color=_GRAY, marker="o", markersize=3, linestyle="none"
+  )
+  made.append((other, "other methods"))
+  if len(styles) > 1:
+    room = panels.LEGEND - len(made)
+    made += [
+      (
+        matplotlib.lines.Line2D([], [], linestyle="none", **style),
+        name or "plain",
+      )
+      for name, style in list(styles.items())[:room]
+    ]
+  handles, labels = zip(*made, strict=True)
+  columns = min(3, len(made))
+  figure.legend(
+    handles,
+    labels,
+    loc="outside upper center",
+    ncols=columns,
+    fontsize="small",
+    frameon=False,
+  )
+
+
+def has_ratios(entries: Sequence[studies.Entry]) -> bool:
+  """Whether there are dense runs, and messages are what the study varies."""
+  are_dense = any(entry.method == studies.REFERENCE for entry in entries)
+  return are_dense and _axis(entries) is None
+
+
+def _axis(entries):
+  """What is varied in place of the length of messages, or None."""
+  varied = studies.shown(entries)
+  return next((name for name in _AXES if name in varied), None)
+
+
+def ratios(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
+  """Draws how many times fewer bytes than dense LoRA a method needed.
+
+  At every utility that dense LoRA passed on its way, and at the best of the
+  method's settings. Of a study with links, simulated seconds in place of bytes;
+  where downloads are alike, uploads in place of both directions. Methods that
+  were never as good are named above.
+
+  Raises:
+    ValueError: if there is no dense run.
+  """
+  metric, higher = studies.metric_of(entries[0])
+  cost, label = _cost(entries)
+  levels, of_methods = studies.ratios(entries, cost)
+  known = {x: ratio for x, ratio in of_methods.items() if _is_some(ratio)}
+  never = [x for x in of_methods if x not in known]
+  figure, by_method = panels.grid(
+    list(known), f"{_name(metric, higher)} that dense LoRA passed", label
+  )
+  for method, axes in by_method.items():
+    axes.axhline(1, color="tab:blue", alpha=0.4, linewidth=1)
+    for other, ratio in known.items():
+      if other != method:
+        axes.plot(levels, ratio, color=_GRAY, linewidth=0.8, zorder=1)
+    axes.plot(
+      levels, known[method], color="tab:orange", marker="o", markersize=3
+    )
   if not higher:
     axes.invert_xaxis()
-  _logarithmic(axes, "y")
-  axes.set_xlabel(f"{_name(metric, higher)} that dense LoRA passed")
-  axes.set_ylabel(label)
+  found = np.concatenate(list(known.values()))
+  panels.logarithmic(axes, "y", found[np.isfinite(found)].tolist())
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+  if never:
+    text = f"never as good as dense LoRA on its way: {'; '.join(never)}"
+    figure.suptitle(text, fontsize="small", wrap=True)
+  figure.savefig(path, dpi=150)
 
 
-def _costs(entry, uploads):
-  """What is compared, by line style: seconds if there are links, or bytes."""
-  if entry.seconds():
-    label = "times fewer simulated seconds until there"
-    return {"-": studies.Entry.seconds}, label
-  if uploads:
-    label = "times fewer bytes of uploads until there"
-    return {"-": studies.Entry.megabytes_up}, label
-  count = lambda x, rounds: x.as_papers_count(rounds).get("values", np.nan)
-  values = lambda x, rounds: count(x, rounds) if rounds else 0.0
-  label = "times fewer bytes until there (dashed: values alone)"
-  return {"-": studies.Entry.megabytes, "--": values}, label
+def _is_some(ratio):
+  return bool(np.isfinite(ratio).any())
 
 
-def _logarithmic(axes, which):
-  getattr(axes, f"set_{which}scale")("log")
-  axis = getattr(axes, f"{which}axis")
-  axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-  axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-  axis.set_major_formatter("{x:g}")
+def _cost(entries):
+  """What is compared: seconds if there are links, or bytes."""
+  if entries[0].seconds():
+    return studies.Entry.seconds, "times fewer simulated seconds"
+  if studies.is_of_uploads(entries):
+    return studies.Entry.megabytes_up, "times fewer bytes of uploads"
+  return studies.Entry.megabytes, "times fewer bytes"
 
 
 def _name(metric, higher):

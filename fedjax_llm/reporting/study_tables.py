@@ -1,4 +1,4 @@
-"""Tables of studies, in Markdown."""
+"""Markdown tables of studies."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,16 @@ from fedjax_llm.reporting import studies
 
 
 def table(entries: Sequence[studies.Entry], *, papers: bool = False) -> str:
-  """A Markdown table: utility, bytes, and both against the dense reference.
+  """Returns a Markdown table: utility, bytes, and a comparison with dense runs.
 
-  "To dense" is when the mean over seeds was first seen to be within one
-  standard deviation of the end of `studies.reference_of` the entry; ratios are
-  bytes of the reference, by when it was there itself, over those of the entry.
+  The columns "to dense" end at the first evaluation whose mean over seeds is
+  within one standard deviation of the last one of `studies.reference_of`. A
+  ratio is the bytes of the reference until it met that target itself, divided
+  by the bytes of the entry.
 
   Args:
-    entries: a row each.
-    papers: adds the ratios by the `runs.conventions` of papers.
+    entries: the entries, one for each row.
+    papers: whether to add the ratios by the `runs.conventions` of papers.
   """
   rows = []
   for entry in entries:
@@ -74,9 +75,10 @@ def _as_papers_count(entry, reference, name, own=None, theirs=None):
 
 
 def ratio_table(entries: Sequence[studies.Entry]) -> str:
-  """A Markdown table of `studies.ratios` by real bytes, the best one first.
+  """Returns a Markdown table of `studies.ratios` by real bytes.
 
-  Of uploads alone, where downloads are alike.
+  The first row is the best level. If the entries differ in uploads alone, only
+  upload bytes count.
   """
   metric, higher = studies.metric_of(entries[0])
   uploads = studies.is_of_uploads(entries)

@@ -1,4 +1,4 @@
-"""`evaluate` as a function; exams are in `examination_test`."""
+"""`evaluate` as a function; exams are in `sitting_test`."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm.cli import evaluate as commands
-from fedjax_llm.cli import examination
+from fedjax_llm.cli import sitting
 from fedjax_llm.data import batches
 from fedjax_llm.experiments import tasks
 from fedjax_llm.models import (
@@ -130,11 +130,11 @@ def test_a_run_is_what_it_has_exported(
 
 def test_options_of_other_tasks_are_refused(toy_model, tmp_path):
   for arguments, message in (
-    (dict(exam=examination.Options(shots=1)), "perplexity is no exam"),
+    (dict(exam=sitting.Options(shots=1)), "perplexity expected no options"),
     (dict(data="rows.jsonl"), "perplexity expected --text FILE"),
     (
-      dict(task="mmlu", exam=examination.Options(chinese_names=True)),
-      "--chinese-names is of ceval",
+      dict(task="mmlu", exam=sitting.Options(chinese_names=True)),
+      "--chinese-names expected task ceval",
     ),
     (dict(task="mmlu", text=tmp_path / "text.txt"), "mmlu expected --data"),
   ):

@@ -18,13 +18,8 @@ SIZE = 120 * 131
 
 def made(network, layout, scale=1.0):
   """A codec of random variables."""
-  image = jnp.zeros((1, *layout.positions.shape, 1))
-  latent = autoencoder.latent_shape(network, layout)
-  keys = jax.random.split(KEY)
-  encoder = jax.jit(network.encoder.init)(keys[0], image)
-  decoder = jax.jit(network.decoder.init)(keys[1], jnp.zeros((1, *latent)))
-  scale = jnp.full(1, scale)
-  return autoencoder.Codec(layout, network, scale, encoder, decoder)
+  variables = autoencoder.init(network, layout, KEY)
+  return autoencoder.Codec(layout, network, jnp.full(1, scale), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +94,7 @@ def test_what_arrives_is_the_autoencoder_of_what_was_sent(codec, vector):
   @jax.jit
   def encoder(vector):
     padded = jnp.append(vector / codec.scale, 0)
-    image = padded[layout.positions][None, :, :, None]
+    image = padded[layout.positions][None]
     return network.encoder.apply(codec.encoder, image)
 
   latents = encoder(vector)
@@ -123,7 +118,7 @@ def test_llama_7b_sends_half_a_megabyte():
   network = networks.resnet()
   shape = autoencoder.latent_shape(network, layout)
   assert shape == (64, 32, 64)
-  image = jax.ShapeDtypeStruct((1, 4096, 2048, 1), np.float32)
+  image = jax.ShapeDtypeStruct((1, 4096, 2048), np.float32)
   encoder = jax.eval_shape(network.encoder.init, KEY, image)
   codec = autoencoder.Codec(layout, network, np.ones(1), encoder, None)
 

@@ -27,10 +27,8 @@ ABOUT = {"representation": "delta", "share": 0.3}
 
 def fitted(network, layout):
   """A codec of random variables."""
-  image = jnp.zeros((1, *layout.positions.shape, 1))
-  latents, encoder = network.encoder.init_with_output(KEY, image)
-  decoder = network.decoder.init(jax.random.key(1), latents)
-  return autoencoder.Codec(layout, network, jnp.full(1, 0.1), encoder, decoder)
+  variables = autoencoder.init(network, layout, KEY)
+  return autoencoder.Codec(layout, network, jnp.full(1, 0.1), **variables)
 
 
 CODECS = {

@@ -119,7 +119,7 @@ def test_the_papers_network_without_normalisation_is_caught():
   ids=["resnet_linear", "convolutional"],
 )
 def test_normalised_networks_of_images_begin_to_learn(network, steps):
-  # Of entries as small, and after a few steps.
+  # The entries are small, and a few steps are enough.
   images = smooth(64, 64, 1e-4).reshape(len(NUMBERS), -1).astype(np.float32)
   _, report = fitting.fit(
     images,

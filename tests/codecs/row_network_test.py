@@ -4,7 +4,7 @@ import pytest
 
 from fedjax_llm.codecs import row_network
 
-IMAGES = np.random.default_rng(0).normal(size=(2, 9, 6, 1)).astype(np.float32)
+IMAGES = np.random.default_rng(0).normal(size=(2, 9, 6)).astype(np.float32)
 
 
 @pytest.mark.parametrize("hidden", [0, 5])
@@ -26,7 +26,7 @@ def test_a_codec_starts_from_the_last_columns():
   network = row_network.network(6, latents=4, hidden=5)
   latents, _ = network.encoder.init_with_output(jax.random.key(0), IMAGES)
   # A hundredth of noise.
-  np.testing.assert_allclose(latents, IMAGES[:, :, 2:, 0], atol=0.05)
+  np.testing.assert_allclose(latents, IMAGES[:, :, 2:], atol=0.05)
   images, _ = network.decoder.init_with_output(jax.random.key(1), latents)
   np.testing.assert_allclose(images[:, :, 2:], IMAGES[:, :, 2:], atol=0.1)
   np.testing.assert_allclose(images[:, :, :2], 0, atol=0.1)

@@ -16,20 +16,13 @@ VECTORS = RANDOM.normal(size=(3, SIZE)).astype(np.float32)
 SCALE = jnp.linspace(0.5, 2, WIDTH)
 
 
-def start(network):
-  image = jnp.zeros((1, *LAYOUT.positions.shape, 1))
-  latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
-  decoder = network.decoder.init(jax.random.key(1), latents)
-  return {"encoder": encoder, "decoder": decoder}
-
-
 @pytest.mark.parametrize("bits", [None, 1, 2])
 def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
   network, optimizer = (
     row_network.network(WIDTH, latents=5, bits=bits),
     optax.sgd(0.1),
   )
-  variables = start(network)
+  variables = autoencoder.init(network, LAYOUT, jax.random.key(0))
   step = jax.jit(training.step(network, LAYOUT, optimizer, SCALE))
   memory = optimizer.init(training.parameters_of(variables))
   after, _, loss = step(variables, memory, VECTORS)
@@ -51,7 +44,7 @@ def test_the_gradient_passes_the_quantiser_as_if_it_were_not_there():
     row_network.network(WIDTH, latents=3, bits=1),
     optax.sgd(1.0),
   )
-  variables = start(network)
+  variables = autoencoder.init(network, LAYOUT, jax.random.key(0))
   ones = jnp.ones(1)
   step = jax.jit(training.step(network, LAYOUT, optimizer, ones))
   memory = optimizer.init(training.parameters_of(variables))

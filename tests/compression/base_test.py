@@ -123,6 +123,85 @@ def test_of_whole_numbers_the_feedback_is_exact(compressor):
   np.testing.assert_array_equal(received + state[0], sent.sum(0))
 
 
+def changing(n):
+  """Sends entries that both ends know, others in every message."""
+
+  def encode(vector, key):
+    mask = jax.random.permutation(key, n) < n // 2
+    return compression.select(mask, n // 2).encode(vector, (), key)[0]
+
+  return base.stateless(encode, lambda payload: payload.values)
+
+
+FEEDBACK = compression.error_feedback(compression.cast(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+  ("first", "name"),
+  [
+    (compression.top_k(0.5), "Sparse"),
+    (compression.random_k(0.5), "Seeded"),
+    (compression.rotate(block=8), "Rotated"),
+    (compression.top_k_per_group(np.arange(8) % 2, 0.5), "Sparse"),
+    (compression.relative_to(jnp.ones(8), compression.top_k(0.5)), "Sparse"),
+    (changing(8), "Masked"),
+  ],
+)
+@pytest.mark.parametrize("rest", [FEEDBACK, compression.power_sgd(1)])
+def test_a_memory_by_position_needs_positions_that_stay(first, name, rest):
+  message = rf"without memory after a {name}.*error_feedback\(chain\("
+  for chained in (
+    compression.chain(first, rest),
+    compression.chain(compression.identity(), first, rest),
+  ):
+    with pytest.raises(ValueError, match=message):
+      chained.init(jnp.ones(8))
+
+
+def test_a_memory_after_a_fixed_selection_stays_with_its_entries():
+  mask = np.arange(50) % 3 == 0
+  compressor = compression.chain(compression.select(mask), FEEDBACK)
+  sent = jax.random.normal(KEY, (20, 50))
+  state, received = compressor.init(sent[0]), 0.0
+  for vector in sent:
+    message = transmit(compressor, vector, state, KEY)
+    state, received = message.state, received + message.received
+  residual = state[1][0]
+  # As above: twenty sums, each off by 2**-19 at most.
+  np.testing.assert_allclose(
+    received[mask] + residual, sent.sum(0)[mask], rtol=0, atol=20 * 2.0**-19
+  )
+  np.testing.assert_array_equal(received[~mask], 0)
+
+
+def test_a_chain_that_begins_with_a_chain_is_refused_in_words():
+  inner = compression.chain(
+    compression.select(np.ones(8, bool)), compression.top_k(0.5)
+  )
+  with pytest.raises(ValueError, match="Dense of a Sparse.*one chain"):
+    compression.chain(inner, compression.sign()).init(jnp.ones(8))
+
+
+@pytest.mark.parametrize(
+  ("compressor", "expected"),
+  [
+    (compression.identity(), False),
+    (compression.stc(0.5), False),
+    # Its memory is where to start from, no part of what it lost.
+    (compression.power_sgd(1), False),
+    (FEEDBACK, True),
+    (compression.ef_sign_sgd(), True),
+    (compression.deep_gradient_compression(0.5), True),
+    (compression.error_feedback(compression.power_sgd(1)), True),
+    (compression.relative_to(jnp.ones(8), FEEDBACK), True),
+    (compression.chain(compression.identity(), FEEDBACK), True),
+    (compression.chain(FEEDBACK, compression.cast(jnp.float16)), True),
+  ],
+)
+def test_what_delays_what_it_loses_is_for_updates(compressor, expected):
+  assert compressor.for_updates is expected
+
+
 def test_what_both_ends_know_is_not_sent():
   known = jnp.array([5.0, -3.0, 2.0, 1.0])
   compressor = compression.relative_to(known, compression.top_k(0.25))

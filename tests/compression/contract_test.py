@@ -10,7 +10,7 @@ import pytest
 
 from fedjax_llm import compression
 from fedjax_llm.codecs import autoencoder, layouts, pca, row_network
-from fedjax_llm.compression import groups, segments, wire
+from fedjax_llm.compression import grouped, wire
 
 chain, error_feedback = compression.chain, compression.error_feedback
 top_k, random_k = compression.top_k, compression.random_k
@@ -33,17 +33,14 @@ def principal(n):
 def variables(n):
   layout = layouts.columns({"w": np.zeros(n)}, width=16)
   network = row_network.network(16, latents=5, hidden=7)
-  image = jnp.zeros((1, *layout.positions.shape, 1))
-  latents, encoder = network.encoder.init_with_output(jax.random.key(0), image)
-  decoder = network.decoder.init(jax.random.key(1), latents)
-  return layout, network, encoder, decoder
+  return layout, network, autoencoder.init(network, layout, jax.random.key(0))
 
 
 def codec(n, bits):
-  layout, network, encoder, decoder = variables(n)
+  layout, network, both = variables(n)
   network = dataclasses.replace(network, bits=bits)
   return autoencoder.autoencoder(
-    autoencoder.Codec(layout, network, jnp.ones(1), encoder, decoder)
+    autoencoder.Codec(layout, network, jnp.ones(1), **both)
   )
 
 
@@ -118,17 +115,17 @@ COMPRESSORS = {
     thirds(n), top_k(1 / 4), cast(jnp.float16)
   ),
   "top_k_per_segment + stochastic_uniform": lambda n: chain(
-    segments.top_k_per_segment(
+    grouped.top_k_per_segment(
       (n // 3, n // 3, n - 2 * (n // 3)), (1 / 4, 1 / 4, 1.0)
     ),
     stochastic_uniform(4),
   ),
   "top_k_groups + stochastic_uniform": lambda n: chain(
     # Sixty-four groups of four entries, and one of none.
-    groups.top_k_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
+    grouped.top_k_groups(np.append(np.arange(n - 1) % 64, -1), (64,), (21,)),
     stochastic_uniform(4),
   ),
-  "at": lambda n: segments.send_mask(np.arange(n) % 3 == 0, -(-n // 3)),
+  "send_mask": lambda n: grouped.send_mask(np.arange(n) % 3 == 0, -(-n // 3)),
   "pca": lambda n: pca.pca(principal(n)),
   "autoencoder": lambda n: codec(n, None),
   "autoencoder, quantised": lambda n: codec(n, 2),
@@ -139,8 +136,9 @@ COMPRESSORS = {
   "feedback of a chain": lambda n: error_feedback(
     chain(top_k(1 / 4), stochastic_uniform(2))
   ),
+  # The mask never moves, so the residual stays with its entries.
   "a chain with feedback": lambda n: chain(
-    top_k(1 / 4), error_feedback(stochastic_uniform(2))
+    thirds(n), error_feedback(stochastic_uniform(2))
   ),
 }
 # Their products of matrices add up in another order under vmap.

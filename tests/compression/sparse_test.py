@@ -201,9 +201,11 @@ def test_select_takes_a_traced_mask_if_it_is_told_the_count():
 def test_select_refuses_what_would_lose_entries():
   with pytest.raises(ValueError, match="needs `count`"):
     jax.jit(lambda mask: compression.select(mask).init(mask))(NORMAL > 0)
-  with pytest.raises(ValueError, match="count=1 for 2 in its mask"):
+  with pytest.raises(
+    ValueError, match="at least 2, the entries in its mask, got count=1"
+  ):
     compression.select(np.array([True, True, False]), count=1)
-  with pytest.raises(ValueError, match=r"shape \(3,\), as its mask has"):
+  with pytest.raises(ValueError, match=r"shape \(3,\), the shape of its mask"):
     compression.select(np.ones(3, bool)).encode(NORMAL, (), KEY)
 
 
@@ -213,21 +215,3 @@ def test_a_density_outside_its_range_is_refused(density):
     compression.top_k(density)
   with pytest.raises(ValueError, match="random_k expected density in"):
     compression.random_k(density)
-
-
-def test_top_k_apart_is_a_top_k_of_every_group():
-  rng = np.random.default_rng(3)
-  owners = rng.integers(0, 3, 100)
-  vector = np.where(owners == 1, 1e-6, 1.0) * rng.normal(size=100)
-  vector = np.where(owners == 2, 0, vector).astype(np.float32)
-  compressor = compression.top_k_per_group(owners, 0.25)
-  payload, _ = jax.jit(compressor.encode)(vector, (), KEY)
-  held = np.asarray(sparse.support(payload))
-  for group in range(3):
-    own = np.flatnonzero(owners == group)
-    largest = sorted(own, key=lambda i: (-abs(vector[i]), i))
-    # Zeros of one group are never taken for those of another.
-    assert set(largest[: len(own) // 4]) == set(own[held[own]])
-  np.testing.assert_array_equal(
-    compressor.decode(payload), np.where(held, vector, 0)
-  )

@@ -121,13 +121,6 @@ def test_an_array_that_is_no_vector_is_refused():
     wire.dumps(base.Dense(np.ones(3, np.complex64)))
 
 
-def test_a_tag_stands_for_one_class():
-  with pytest.raises(ValueError, match="tag=0 already stands for Dense"):
-    wire.message(tag=0)(type("Other", (), {}))
-  with pytest.raises(ValueError, match="got tag=128"):
-    wire.message(tag=128)
-
-
 # What is not a message.
 
 

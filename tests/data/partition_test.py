@@ -269,8 +269,12 @@ def test_bad_options_are_named_before_there_is_data(name):
 
 IMPOSSIBLE = {
   "more clients than examples": ("iid", 10, r"11 or more .* shape \(10,\)"),
-  "more shards than examples": ("shards", 7, "8 or more examples, 2 a client"),
-  "fewer than 40 a client": ("shepherd", 79, "80 or more examples, 40 a"),
+  "more shards than examples": (
+    "shards",
+    7,
+    "8 or more examples, 2 per client",
+  ),
+  "fewer than 40 a client": ("shepherd", 79, "80 or more examples, 40 per"),
   "no natural client": ("natural, 40 or more", 39, "minimum_examples=40"),
 }
 

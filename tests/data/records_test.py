@@ -180,20 +180,19 @@ def test_each_row_has_the_label_of_its_record(gpt2):
   assert instructions(data)(gpt2, LENGTH).train.labels is None
 
 
-def test_identity_is_of_the_content_and_of_the_rows_made_of_it(
+def test_identity_is_that_of_the_content_and_of_the_rows_in_any_folder(
   gpt2, llama, tmp_path
 ):
   (tmp_path / "here").mkdir()
   (tmp_path / "here" / "train.jsonl").write_text(
     "\n".join(map(json.dumps, toy(ann=9, bob=9)))
   )
-  shutil.copytree(tmp_path / "here", tmp_path / "copy" / "here")
+  shutil.copytree(tmp_path / "here", tmp_path / "there")
   data = sources.load(tmp_path / "here")
   base = instructions(data)(gpt2, LENGTH).identity
   assert base == instructions(data)(gpt2, LENGTH).identity
-  moved = sources.load(tmp_path / "copy" / "here")
+  moved = sources.load(tmp_path / "there")
   assert base == instructions(moved)(gpt2, LENGTH).identity
-  assert base["name"] == "here"
   assert base["fingerprint"] == sources.fingerprint(data)
   others = [
     instructions(data)(llama, LENGTH),
@@ -283,8 +282,7 @@ def test_dolly_in_ten_clients(data, gpt2):
     label_column="category",
     held_out=sources.load(folder / "global_test.json@train[:4]"),
   )
-  train, held_out, identity = source(gpt2, 256)
-  assert identity["name"] == "dolly15k_fed10"
+  train, held_out, _ = source(gpt2, 256)
   assert len(train.names) == 10 and len(train.label_names) == 8
   assert len(train.examples.tokens) + train.dropped == len(some)
   assert len(held_out.examples.tokens) + held_out.dropped == 4
@@ -296,7 +294,11 @@ def test_without_anyone_to_train_or_anything_held_out_there_are_no_rows(gpt2):
   data = toy(ann=4, bob=4)
   with pytest.raises(ValueError, match="held_out_rows=0"):
     instructions(data, held_out_rows=0)(gpt2, LENGTH)
-  with pytest.raises(ValueError, match="0 clients that train and 0 records"):
+  with pytest.raises(
+    ValueError, match="0 clients that train and 0 held-out records"
+  ):
     instructions(data)(gpt2, 2)
-  with pytest.raises(ValueError, match="2 clients that train and 0 records"):
+  with pytest.raises(
+    ValueError, match="2 clients that train and 0 held-out records"
+  ):
     instructions(toy(ann=1, bob=1))(gpt2, LENGTH)

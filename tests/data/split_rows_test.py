@@ -23,7 +23,7 @@ def rows_of(part):
 
 
 def test_no_row_is_in_both_parts_and_none_is_lost():
-  # Law 11: no example of D2 touches the codec.
+  # The codec sees no example of D2.
   first, second = map(rows_of, split_rows.divide(EVERYBODY, seed=1))
   for client, (start, end) in enumerate(
     zip(STARTS[:-1], STARTS[1:], strict=True)

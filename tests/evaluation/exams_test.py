@@ -34,7 +34,7 @@ def test_what_is_not_there_is_refused(folders, tmp_path):
     exams.papers(mmlu.EXAM, source, subjects=["anatomy"])
   with pytest.raises(ValueError, match="expected 3 solved questions.*got 2"):
     exams.papers(mmlu.EXAM, source, shots=3, subjects=["us_foreign_policy"])
-  with pytest.raises(ValueError, match="limit >= 1"):
+  with pytest.raises(ValueError, match="limit >= 1, got"):
     exams.papers(mmlu.EXAM, source, limit=0)
   with pytest.raises(ValueError, match="expected mmlu.zip or its folders"):
     exams.papers(mmlu.EXAM, tmp_path)

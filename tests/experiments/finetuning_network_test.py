@@ -281,12 +281,14 @@ def test_only_who_is_there_pays_in_a_poisson_round(toy, sizes):
 def test_messages_of_all_that_a_method_trains_are_not_sparse(toy):
   trainable = {**toy.task.trainable, "fixed": jnp.zeros(3)}
   algorithm = parameters.partial(
-    fed_avg.fed_avg,
+    lambda loss_fn: fed_avg.fed_avg(
+      loss_fn,
+      optax.sgd(0.1),
+      optax.sgd(1.0),
+      placement=toy.task.placement,
+    ),
     toy.task.loss_fn,
-    optax.sgd(0.1),
-    optax.sgd(1.0),
     is_trained=lambda path: path == "w",
-    placement=toy.task.placement,
   )
   task = dataclasses.replace(toy.task, trainable=trainable)
   made = Toy(task, algorithm).experiment()

@@ -1,7 +1,6 @@
-"""Recording, fitting, loading and fitting anew, at toy size."""
+"""Recording and fitting, at toy size."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -20,12 +19,12 @@ from fedjax_llm.codecs import (
   row_network,
   transforms,
 )
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base
 from fedjax_llm.data import records
 from fedjax_llm.experiments import finetuning, runner, tasks
 from fedjax_llm.experiments import tgap as experiments
-from fedjax_llm.federated import codec_state, network, parameters
-from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
+from fedjax_llm.federated import network, parameters
+from fedjax_llm.federated.algorithms import tgap
 from fedjax_llm.models import lora
 
 TOY = configs.load(str(pathlib.Path(__file__).parent.parent / "toy_config.py"))
@@ -58,7 +57,7 @@ def task(halves):
 
 
 def test_tasks_are_divided_with_their_rows_and_say_so(halves):
-  # Numbers are counted on, so no row is like another.
+  # The rows are numbered, so no two rows are equal.
   first, second = (
     {tuple(row) for row in half.population.examples.tokens.tolist()}
     for half in halves
@@ -151,19 +150,18 @@ def test_another_source_is_refused(task):
 
 def fit_rows(task, store, folder, steps=20):
   """Fits an autoencoder and returns the folder that it is in."""
-  experiments.fit_autoencoder(
-    store,
-    folder,
-    layout=layouts.columns(task.trainable, width=16),
-    network=row_network.network(16, latents=8, bits=None),
-    settings=fitting.Settings(steps=steps, evaluate_every=10),
+  finish = experiments.fit_autoencoder(
+    layouts.columns(task.trainable, width=16),
+    row_network.network(16, latents=8, bits=None),
+    fitting.Settings(steps=steps, evaluate_every=10),
   )
+  finish(store, folder)
   return folder / "codec"
 
 
 def fit_transform(task, store, folder, bits=8.0):
   """The same with a transform. Of so few entries headers take six bits."""
-  experiments.fit_transform(store, folder, trainable=task.trainable, bits=bits)
+  experiments.fit_transform(task.trainable, bits)(store, folder)
   return folder / "codec"
 
 
@@ -177,24 +175,14 @@ def transform_folder(task, store, tmp_path_factory):
   return fit_transform(task, store, tmp_path_factory.mktemp("transform"))
 
 
-def sent(coding, vector):
-  """A vector as it arrives."""
-  code = coding.compressor_of(coding.codec)
-  key = jax.random.key(0)
-  return base.transmit(code, vector, code.init(vector), key).received
-
-
 def test_an_autoencoder_is_fitted_written_and_read(task, store, codec_folder):
   codec, about = files.load(codec_folder, task.trainable)
   assert about["snapshots"] == len(store) == 12
   assert about["representation"] == "delta" and about["share"] == 0.3
   assert "constant_mean" in (codec_folder / "report.txt").read_text()
-  coding = experiments.coding(codec, is_refitted=True)
-  assert coding.codec is codec
-  assert coding.setup_bytes == autoencoder.setup_bytes(codec)
-  assert coding.signature == parameters.signature(task.trainable)
-  vector = store.snapshots[0]
-  error = sent(coding, vector) - vector
+  code, vector = autoencoder.autoencoder(codec), store.snapshots[0]
+  state, key = code.init(vector), jax.random.key(0)
+  error = base.transmit(code, vector, state, key).received - vector
   assert np.sum(error**2) < np.sum(vector**2)
 
 
@@ -252,159 +240,3 @@ def test_a_transform_is_fitted_to_rounds_that_do_not_judge_it(
   assert about["snapshots"] == 12
   report = (transform_folder / "report.txt").read_text()
   assert "constant_mean" in report and "bits an entry" in report
-
-
-def test_a_transform_is_coded_for_means_or_for_each_message(
-  task, store, transform_folder
-):
-  codec, _ = files.load(transform_folder, task.trainable)
-  vector, told, errors = store.snapshots[0], {}, {}
-  for unbiased in (True, False):
-    coding = experiments.coding(codec, bits=8.0, unbiased=unbiased)
-    assert coding.setup_bytes == transforms.setup_bytes(codec)
-    received = sent(coding, vector)
-    told[unbiased] = float(received @ vector / (vector @ vector))
-    error = np.sum((received - vector) ** 2) / (vector @ vector)
-    errors[unbiased] = float(error)
-  assert told[True] == pytest.approx(1, abs=0.01)
-  # A code of least error is shorter than the vector by its error.
-  assert told[False] == pytest.approx(1 - errors[False], abs=0.01)
-  assert errors[False] < errors[True]
-
-
-def test_a_transform_is_not_fitted_anew(task, transform_folder):
-  codec, _ = files.load(transform_folder, task.trainable)
-  with pytest.raises(ValueError, match="expected an autoencoder to fit anew"):
-    experiments.coding(codec, is_refitted=True)
-
-
-def test_clients_fetch_a_transform_once(task, transform_folder):
-  codec, _ = files.load(transform_folder, task.trainable)
-  coding = experiments.coding(codec, bits=8.0)
-  algorithm = cg_fed_llm.cg_fed_llm(
-    task.loss_fn,
-    SGD,
-    optax.sgd(1.0),
-    coding=coding,
-    population=6,
-    placement=task.placement,
-  )
-  schedule = dataclasses.replace(SCHEDULE, clients_per_round=6)
-  made = finetuning.fine_tuning(task, algorithm, schedule)
-  size = sum(x.size for x in jax.tree.leaves(task.trainable))
-  state, lines = made.init(), []
-  for number in range(2):
-    state, line = made.round(state, number)
-    lines.append(line)
-  first, second = (line["download_bytes"] for line in lines)
-  assert first - second == 6 * transforms.setup_bytes(codec)
-  vector = jax.ShapeDtypeStruct((size,), np.float32)
-  assert second == 6 * wire.nbytes(base.Dense(vector))
-  assert lines[0]["upload_bytes"] <= 6 * size
-  # At so many bits all of a client arrives.
-  assert lines[0]["innovation_cosine"] > 0.9
-
-
-@pytest.fixture(scope="module")
-def tuned(task, codec_folder):
-  """Rounds with a codec, whose fits are counted."""
-  codec, _ = files.load(codec_folder, task.trainable)
-  algorithm = cg_fed_llm.cg_fed_llm(
-    task.loss_fn,
-    SGD,
-    optax.sgd(1.0),
-    coding=experiments.coding(codec, is_refitted=True),
-    population=6,
-    volunteers=np.ones(6, bool),
-    placement=task.placement,
-  )
-  fits = []
-
-  def refit(vectors, codec):
-    fits.append(len(vectors))
-    return experiments.refit(vectors, codec, fitting.Settings(steps=2))
-
-  plain = finetuning.fine_tuning(task, algorithm, SCHEDULE)
-  return experiments.refitted(plain, refit, every=2), fits
-
-
-def test_a_codec_is_fitted_anew_every_few_rounds(tuned):
-  made, fits = tuned
-  state, codecs, lines = made.init(), [], []
-  for number in range(3):
-    state, line = made.round(state, number)
-    codecs.append(jax.device_get(state.codec.encoder))
-    lines.append(line)
-  same = lambda x, y: jax.tree.all(jax.tree.map(np.array_equal, x, y))
-  assert same(codecs[0], codecs[1]) and not same(codecs[1], codecs[2])
-  assert len(fits) == 1 and 3 <= fits[0] <= 6
-  assert int(state.version) == 2
-  # Everyone of the third round fetches the new encoder.
-  assert lines[2]["download_bytes"] == lines[0]["download_bytes"]
-  assert {"update_cosine", "innovation_cosine"} <= lines[2].keys()
-
-
-def test_nobody_fetches_a_codec_again_that_stayed_the_same(tuned):
-  made, _ = tuned
-  same = experiments.refitted(made, lambda vectors, old: old, every=1)
-  state, version = made.init(), []
-  for number in range(2):
-    state, line = same.round(state, number)
-    version.append(int(state.version))
-  assert version == [1, 1]
-
-
-def test_refitted_rounds_go_on_bit_for_bit(tuned, tmp_path):
-  # What the codec is fitted to is part of the state.
-  made, _ = tuned
-  killed = functools.partial(_killed, made)
-  with pytest.raises(RuntimeError, match="killed"):
-    runner.run(dataclasses.replace(made, round=killed), tmp_path / "a")
-  for folder in ("a", "b"):
-    runner.run(made, tmp_path / folder)
-  adapters = [
-    (tmp_path / x / "adapter" / "adapter_model.safetensors").read_bytes()
-    for x in ("a", "b")
-  ]
-  assert adapters[0] == adapters[1]
-
-
-def _killed(made, state, number):
-  if number == 3:
-    raise RuntimeError("killed")
-  return made.round(state, number)
-
-
-def test_a_codec_is_refitted_at_least_every_round(made):
-  with pytest.raises(ValueError, match="got every=0"):
-    experiments.refitted(made, lambda vectors, codec: codec, every=0)
-
-
-def test_a_codec_stays_where_there_is_nothing_to_fit_it_to():
-  codec = object()
-  settings = fitting.Settings(steps=1)
-  assert experiments.refit(np.zeros((2, 4)), codec, settings) is codec
-
-
-@pytest.mark.parametrize("normalise", ["none", "one", "columns"])
-def test_a_refit_normalises_like_the_last_fit(task, store, normalise):
-  codec, _ = fitting.fit(
-    store.snapshots,
-    layouts.columns(task.trainable, width=16),
-    row_network.network(16, latents=8, bits=None),
-    fitting.Settings(steps=2, normalise=normalise, held_out=0.3),
-  )
-  again = experiments.refit(
-    8 * store.snapshots, codec, fitting.Settings(steps=1)
-  )
-  moved = np.median(again.scale / codec.scale)
-  expected = 1 if normalise == "none" else 8
-  np.testing.assert_allclose(moved, expected, rtol=0.2)
-  assert again.scale.shape == codec.scale.shape
-
-
-def test_known_is_in_the_order_of_clients(tuned):
-  made, _ = tuned
-  state, _ = made.round(made.init(), 0)
-  vectors = codec_state.known(state)
-  assert vectors.shape[0] == int((np.asarray(state.held) > 0).sum()) == 3

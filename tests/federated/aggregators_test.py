@@ -33,7 +33,7 @@ def test_the_weighted_mean_weighs_by_the_weights():
 
 
 def test_the_uniform_mean_counts_clients():
-  # Law 14: neither by examples, nor by who sent an entry: zeros count too.
+  # Neither the examples nor the number of senders of an entry count.
   got = aggregate(aggregators.uniform_mean(), UPDATES, WEIGHTS)
   expected = UPDATES[:3].sum(0) / np.float32(3)
   np.testing.assert_array_equal(got, expected)
@@ -71,3 +71,11 @@ def test_the_mean_of_nobody_is_zero(aggregator):
 def test_the_mean_has_the_type_of_the_updates(aggregator):
   updates = UPDATES.astype(jnp.bfloat16)
   assert aggregate(aggregator, updates, WEIGHTS).dtype == jnp.bfloat16
+
+
+def test_weights_are_normalised_unless_all_are_zero():
+  got = aggregators.normalised(jnp.array([1.0, 0.0, 3.0]))
+  assert got.tolist() == [0.25, 0, 0.75]
+  assert aggregators.normalised(jnp.zeros(2)).tolist() == [0, 0]
+  trees = {"x": jnp.array([[1.0, 2.0], [9.0, 9.0], [5.0, 6.0]])}
+  assert aggregators.weighted_sum(trees, got)["x"].tolist() == [4, 5]

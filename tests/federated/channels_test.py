@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -19,9 +20,9 @@ ADAMW = optax.adamw(0.05, weight_decay=0.1)
 # One step of it doubles the parameters: the update is minus the start.
 DOUBLE = optax.stateless(lambda updates, params: params)
 FEEDBACK = compression.error_feedback(sparse.top_k(0.25))
-# Both ways at random and with memory.
+# Both ways with memory, and up at random.
 CHANNEL = channels.Channel(
-  download=compression.error_feedback(compression.stochastic_uniform(8)),
+  download=compression.power_sgd(2),
   upload=compression.error_feedback(compression.stochastic_uniform(4)),
 )
 ODD = lambda client: client % 2
@@ -87,7 +88,6 @@ def assert_same_bits(got, expected):
 
 
 def test_tiers_of_one_channel_are_no_tiers_bit_for_bit(problem):
-  # Law 13.
   cohorts = problem.cohorts(3)
   got = run(problem, cohorts, channels.Tiers((CHANNEL,), jnp.zeros_like))
   assert_same_bits(got, run(problem, cohorts, CHANNEL))
@@ -126,7 +126,6 @@ def test_every_client_starts_from_what_its_tier_received(
 
 
 def test_the_metrics_are_of_the_messages_of_each_client_s_tier(problem):
-  # Law 17.
   cohort = problem.cohort(2, 5, 4)
   _, (metrics,) = run(problem, [cohort], TIERS)
   assert metrics["download_entries"].tolist() == [6, 18, 6]
@@ -180,6 +179,54 @@ def test_placements_of_tiers_agree(problem, is_on_mesh):
   jax.tree.map(close, got, expected)
 
 
+@pytest.mark.parametrize(
+  "download",
+  [
+    FEEDBACK,
+    compression.ef_sign_sgd(),
+    compression.relative_to(jnp.ones(24), FEEDBACK),
+  ],
+)
+def test_a_download_that_is_for_updates_is_refused(download):
+  with pytest.raises(ValueError, match=r"algorithms\.delta_downloads"):
+    channels.Channel(download)
+  plain = channels.Channel(upload=download)
+  with pytest.raises(ValueError, match=r"algorithms\.delta_downloads"):
+    dataclasses.replace(plain, download=download)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    plain.download = download
+
+
+def test_a_factory_that_was_not_called_is_refused():
+  with pytest.raises(ValueError, match="expected a Compressor as download"):
+    channels.Channel(sparse.top_k)
+
+
+def test_messages_are_counted_exactly_up_to_what_int32_holds():
+  entries = (2**31 - 1) // 4 - 4
+  payload = base.Dense(jax.ShapeDtypeStruct((entries,), jnp.float32))
+  nbytes = wire.nbytes(payload)
+  assert nbytes > 2**31 - 20
+  assert channels.sizes(payload).tolist() == [nbytes, entries]
+  short = base.Dense(jax.ShapeDtypeStruct((3,), jnp.float32))
+  alone = wire.nbytes(short)
+  assert channels.sizes(short, short).tolist() == [2 * alone, 6]
+  with pytest.raises(ValueError, match=f"one of {nbytes + alone} bytes"):
+    channels.sizes(payload, short)
+
+
+@pytest.mark.parametrize("direction", ["download", "upload"])
+def test_a_message_of_over_2_gib_is_refused_before_a_round(direction):
+  # Of shapes alone: nothing of that size is allocated.
+  wide = base.stateless(
+    lambda vector, key: base.Dense(jnp.tile(vector, 2**28)),
+    lambda payload: payload.values[:3],
+  )
+  channel = channels.Channel(**{direction: wide})
+  with pytest.raises(ValueError, match="below 2 GiB, got one of 3221225"):
+    channels.upload_states(channel, jnp.ones(3), None)
+
+
 def test_no_tiers_are_refused(problem):
   with pytest.raises(ValueError, match="at least one channel"):
     compose(problem.loss_fn, channels.Tiers((), ODD))
@@ -187,7 +234,7 @@ def test_no_tiers_are_refused(problem):
 
 @pytest.mark.parametrize("client", [SGD, ADAMW])
 def test_clients_move_only_what_they_train(problem, recorder, client):
-  # Law 8: AdamW would decay what has no gradient, momentum would go on.
+  # AdamW would decay entries without a gradient; momentum would move them on.
   vector = flat(problem.trainable).astype(np.float32)
   mask = np.asarray(sparse.top_k_mask(jnp.asarray(vector), 12))
   states, _ = run(problem, [problem.cohort(2, 5)], HALF, recorder, client)

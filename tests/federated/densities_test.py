@@ -4,7 +4,7 @@ from fedjax_llm.federated import densities
 
 
 def test_a_decaying_density_is_its_formula():
-  # Law 10: start * decay ** (round // every).
+  # The formula is start * decay ** (round // every).
   got = densities.decaying(0.9, 0.7, every=3, rounds=11)
   assert list(got) == [0, 3, 6, 9]
   for number in range(11):
@@ -17,7 +17,6 @@ def test_a_decaying_density_is_its_formula():
 
 
 def test_a_density_that_decays_by_nothing_is_constant():
-  # Law 18.
   assert densities.decaying(0.5, 1.0, every=1, rounds=9) == {0: 0.5}
 
 

@@ -1,5 +1,4 @@
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +47,23 @@ def test_every_entry_is_of_its_column_of_a_and_row_of_b():
     pair["a"][..., 2:], pair["b"][..., 2:, :] = 0, 0
   jax.tree.map(np.testing.assert_array_equal, kept, expected)
   assert (owners == -1).sum() == 4 * 2 + 2
+
+
+def test_the_ranks_of_all_layers_have_numbers_of_their_own():
+  owners, ranks = factors.rank_owners(TREE)
+  assert ranks == [3, 3, 3]
+  _, unravel = ravel_pytree(jax.tree.map(np.float32, TREE))
+  numbers = unravel(jnp.asarray(owners, jnp.float32))
+  # Two layers of `q`, then `top`.
+  for start, pair in (
+    (0, jax.tree.map(lambda x: x[0], numbers["layers"]["q"])),
+    (3, jax.tree.map(lambda x: x[1], numbers["layers"]["q"])),
+    (6, numbers["top"]),
+  ):
+    for rank in range(3):
+      assert (pair["a"][:, rank] == start + rank).all()
+      assert (pair["b"][rank] == start + rank).all()
+  assert (numbers["score"]["kernel"] == -1).all()
 
 
 def test_tiers_send_their_ranks_and_all_else():
@@ -126,19 +142,15 @@ def test_a_truncation_is_that_of_numpy_s_svd(wide, balanced):
     np.testing.assert_allclose(norms, expected, rtol=1e-4)
 
 
-def test_layers_are_decomposed_one_by_one():
+def test_layers_are_decomposed_one_by_one(equations):
   # Of several at once on two cores, a CPU's QRs can wait for each other.
-  def ranks_of_operands(jaxpr):
-    for equation in jaxpr.eqns:
-      if equation.primitive.name in ("qr", "svd"):
-        yield equation.invars[0].aval.ndim
-      for inner in jax.extend.core.jaxprs_in_params(equation.params):
-        yield from ranks_of_operands(inner)
-
   pair = factors.pairs(TREE)[Q]
-  jaxpr = jax.make_jaxpr(lambda x: factors.truncate(x, 2))(pair)
-  found = list(ranks_of_operands(jaxpr.jaxpr))
-  assert found == [2] * 3
+  ranks_of_operands = [
+    equation.invars[0].aval.ndim
+    for equation in equations(lambda x: factors.truncate(x, 2), pair)
+    if equation.primitive.name in ("qr", "svd")
+  ]
+  assert ranks_of_operands == [2] * 3
 
 
 def test_a_truncation_does_not_hang_on_signs():

@@ -249,3 +249,13 @@ def test_rounds_and_seeds_drop_others():
 def test_bad_networks_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     links(**options)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
+def test_a_round_refuses_weights_that_are_no_numbers_of_examples(weight):
+  def advance(state, people):
+    raise AssertionError("trained")
+
+  people = cohort(0, 1, weights=[8, weight])
+  with pytest.raises(ValueError, match="finite weights of at least 0, got"):
+    links().round(advance, (), people, round_number=0, wanted=2)

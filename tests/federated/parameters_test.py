@@ -4,8 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.federated import clients, parameters
+from fedjax_llm.federated import clients, parameters, rounds
 from fedjax_llm.federated.algorithms import fed_avg
+from fedjax_llm.federated.privacy import dp_sgd, mechanisms
+from tests import placements
 
 TREE = {
   "layers": {"q_proj": {"a": 1, "b": 2}, "up": {"a": 3, "b": 4}},
@@ -43,10 +45,8 @@ def quadratic(trainable, frozen, examples, mask, key):
 def test_what_is_not_trained_stays_and_does_not_travel():
   # One client, one step of rate 1/4 on (x + y - 3)^2: x gets half way.
   algorithm = parameters.partial(
-    fed_avg.fed_avg,
+    lambda loss_fn: fed_avg.fed_avg(loss_fn, optax.sgd(0.25), optax.sgd(1.0)),
     quadratic,
-    optax.sgd(0.25),
-    optax.sgd(1.0),
     is_trained=lambda path: path == "x",
   )
   trainable = {"x": jnp.array(0.0), "y": jnp.array(1.0)}
@@ -71,14 +71,34 @@ def test_what_is_not_trained_stays_and_does_not_travel():
 
 def test_a_method_that_trains_nothing_is_refused(problem):
   algorithm = parameters.partial(
-    fed_avg.fed_avg,
+    lambda loss_fn: fed_avg.fed_avg(loss_fn, optax.sgd(0.1), optax.sgd(1.0)),
     problem.loss_fn,
-    optax.sgd(0.1),
-    optax.sgd(1.0),
     is_trained=lambda path: path == "c",
   )
   with pytest.raises(ValueError, match="found none among a, b, head"):
     algorithm.init(problem.trainable)
+
+
+def test_what_the_trained_part_promises_is_kept():
+  def make(loss_fn):
+    train = dp_sgd.local_update(
+      loss_fn, optax.sgd(0.1), clip_norm=1.0, noise_multiplier=0.5
+    )
+    return rounds.federated_round(
+      train,
+      optax.sgd(1.0),
+      aggregate=mechanisms.private_mean(
+        clip_norm=1.0, noise_multiplier=2.0, clients=1
+      ),
+      placement=placements.ALONE,
+    )
+
+  algorithm = parameters.partial(
+    make, quadratic, is_trained=lambda path: path == "x"
+  )
+  assert algorithm.noise_multiplier == 2
+  assert algorithm.example_noise_multiplier == 0.5
+  assert algorithm.placement == placements.ALONE
 
 
 def test_every_entry_has_an_owner(problem):

@@ -78,6 +78,25 @@ def test_a_residual_is_that_of_the_first():
   assert schedules.alternating(first, adds(2)).residual is residual
 
 
+@pytest.mark.parametrize(
+  "kind", ["noise_multiplier", "example_noise_multiplier"]
+)
+def test_the_noise_is_the_least_of_all_and_none_if_one_has_none(kind):
+  with_noise = lambda *each: [adds(1)._replace(**{kind: x}) for x in each]
+  noise = lambda *each: getattr(schedules.alternating(*with_noise(*each)), kind)
+  assert noise(2.0, 0.5) == 0.5
+  assert noise(0.0, 0.5) == 0
+  assert noise(2.0, None) is None
+
+
+def test_algorithms_of_one_placement_take_turns_at_it():
+  here, there = placements.on(1, 1), placements.on(2, 1)
+  at = lambda placement: adds(1)._replace(placement=placement)
+  assert schedules.alternating(at(there), at(there)).placement == there
+  with pytest.raises(ValueError, match="need one placement"):
+    schedules.alternating(at(here), at(there))
+
+
 @pytest.mark.parametrize("starts", [(), (1,), (-1, 0)])
 def test_stages_begin_with_round_zero(starts):
   with pytest.raises(ValueError, match="begins with round 0"):

@@ -4,7 +4,6 @@ import dataclasses
 import os
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -153,16 +152,3 @@ def lora_factors(draw):
   """Random factors of a model; both are far from zero."""
   key = jax.random.key(0)
   return lambda model, seed=1: draw(lora.init(model, key), seed)
-
-
-@pytest.fixture
-def equations():
-  """All equations of a jaxpr, those of inner jaxprs included."""
-
-  def walk(jaxpr):
-    for equation in jaxpr.eqns:
-      yield equation
-      for inner in jax.extend.core.jaxprs_in_params(equation.params):
-        yield from walk(inner)
-
-  return lambda fn, *args: list(walk(jax.make_jaxpr(fn)(*args).jaxpr))

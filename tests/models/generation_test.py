@@ -299,7 +299,7 @@ def test_text_fills_the_learned_positions_and_no_more(gpt2_config, base_params):
   (got,) = generation.generate(model, params, None, [prompt], max_new_tokens=24)
   apply = jax.jit(lambda rows: model.apply({"params": params}, rows))
   assert got == plain(apply, prompt, 24)
-  with pytest.raises(ValueError, match="64 positions, got 65"):
+  with pytest.raises(ValueError, match="at most 64 tokens.*got 65"):
     generation.generate(model, params, None, [prompt], max_new_tokens=25)
 
 
@@ -308,13 +308,13 @@ def test_text_fills_the_learned_positions_and_no_more(gpt2_config, base_params):
   [
     ({"prompts": []}, "at least one token"),
     ({"prompts": [[1], []]}, "at least one token"),
-    ({"prompts": [[1, 96]]}, r"ids of prompts in \[0, 96\)"),
-    ({"prompts": [[-1]]}, r"ids of prompts in \[0, 96\)"),
+    ({"prompts": [[1, 96]]}, r"token ids in \[0, 96\), got \[96\]"),
+    ({"prompts": [[-1]]}, r"token ids in \[0, 96\), got \[-1\]"),
     ({"max_new_tokens": 0}, "max_new_tokens >= 1, got 0"),
     ({"temperature": -1.0}, "temperature=-1.0"),
     ({"top_p": 0.0}, "top_p=0.0"),
     ({"top_p": 1.5}, "top_p=1.5"),
-    ({"temperature": 1.0, "key": None}, "needs a key"),
+    ({"temperature": 1.0, "key": None}, "expected a key to sample"),
     ({"factors": {}}, "None for one without, got factors"),
   ],
 )

@@ -17,8 +17,8 @@ ALL = lora.LoRA(rank=3, alpha=6.0, targets=decoder.LINEAR)
     ({"rank": 0}, "rank >= 1, got 0"),
     ({"dropout": 1.0}, r"dropout in \[0, 1\), got 1.0"),
     ({"dropout": -0.1}, "got -0.1"),
-    ({"targets": ()}, "at least one target"),
-    ({"targets": "q_proj"}, "sequence"),
+    ({"targets": ()}, r"at least one layer, got \(\)"),
+    ({"targets": "q_proj"}, "got 'q_proj'. Give a tuple"),
   ],
 )
 def test_bad_settings_are_refused(change, named):

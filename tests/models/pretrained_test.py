@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_what_is_saved_is_loaded(variant, base_params, tmp_path):
   equal(loaded, params)
 
 
-def test_the_fingerprint_is_of_shape_and_weights_wherever_they_lie(
+def test_the_fingerprint_is_that_of_the_config_and_weights_in_any_folder(
   folder, tmp_path_factory
 ):
   copy = tmp_path_factory.mktemp("elsewhere") / "copy"
@@ -71,6 +72,70 @@ def test_the_fingerprint_is_of_shape_and_weights_wherever_they_lie(
   assert pretrained.fingerprint(copy) == before
   edit(copy, lambda tensors: tensors["model.norm.weight"].__iadd__(1))
   assert pretrained.fingerprint(copy) != before
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_the_directory(
+  tmp_path, monkeypatch
+):
+  for name in ("config.json", "adapter_config.json", "tokenizer.json"):
+    (tmp_path / name).write_text(name)
+  before = pretrained.fingerprint(tmp_path)
+  glob = pathlib.Path.glob
+  backwards = lambda self, pattern: reversed([*glob(self, pattern)])
+  monkeypatch.setattr(pathlib.Path, "glob", backwards)
+  assert pretrained.fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+  ],
+)
+def test_the_fingerprint_covers_every_file_that_decides_the_result(
+  tmp_path, name
+):
+  (tmp_path / "config.json").write_text("{}")
+  prints = {pretrained.fingerprint(tmp_path)}
+  for content in ("one", "two"):
+    (tmp_path / name).write_text(content)
+    prints.add(pretrained.fingerprint(tmp_path))
+  assert len(prints) == 3
+
+
+def test_the_fingerprint_covers_names(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.safetensors").write_text("same")
+  prints = [pretrained.fingerprint(tmp_path / name) for name in ("a", "b")]
+  assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "generation_config.json",
+    "README.md",
+    "trainer_state.json",
+    "consolidated.safetensors",
+  ],
+)
+def test_the_fingerprint_leaves_out_files_that_are_not_loaded(tmp_path, name):
+  (tmp_path / "config.json").write_text("{}")
+  before = pretrained.fingerprint(tmp_path)
+  (tmp_path / name).write_text("other")
+  assert pretrained.fingerprint(tmp_path) == before
 
 
 def test_tensors_have_the_names_and_layout_of_hugging_face(
@@ -175,7 +240,7 @@ def test_an_untied_model_needs_its_output_matrix(folder):
     ("config.json", "{", "config.json"),
     ("config.json", '{"model_type": "t5"}', "config.json.*llama.*'t5'"),
     ("model.safetensors", None, "Only safetensors"),
-    ("model.safetensors", "version https://git-lfs", "not a safetensors"),
+    ("model.safetensors", "version https://git-lfs", "a safetensors file at"),
   ],
 )
 def test_a_broken_folder_is_refused(folder, file, content, named):

@@ -227,5 +227,5 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_a_run_without_a_round_is_refused(tmp_path):
   folder = write(tmp_path / "run", "flasc", *lines()[:1])
-  with pytest.raises(ValueError, match="no finished round"):
+  with pytest.raises(ValueError, match="expected a finished round"):
     report.load(folder)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedjax_llm.cli import run as commands
+from fedjax_llm.cli import compare as commands
 from fedjax_llm.reporting import studies
 from tests import toy_study
 

@@ -2,22 +2,24 @@
 
 Liu et al., "EcoLoRA: Communication-Efficient Federated Fine-Tuning of Large
 Language Models", 2025 (arXiv 2506.02001), as far as its abstract and summaries
-of it say. Followed are: what is trained is split in segments, of which client i
-sends number (i + t) mod segments in round t; a segment is averaged over those
-who sent it; `a` and `b` are sparsified by Top-K, with residuals, each with a
-density of its own that follows the training; positions are coded without loss.
+of it say. From there: the trainable parameters are split into segments, and
+client i sends segment (i + t) mod segments in round t; the server averages a
+segment over those who sent it; `a` and `b` are sparsified by Top-K with
+residuals, each with its own density that follows the training; positions are
+coded without loss.
 
-Chosen here: a segment is an equal part of all `a` and one of all the rest, so
-that its length does not depend on its number; a head counts as `b`. Densities
-fall exponentially with the loss, from a maximum towards a minimum, and because
-the size of a message is static they take a few levels, which the server
-announces as one byte, from the losses that clients report. A residual holds
-what Top-K left of the segments that a client sent; segments whose turn it was
-not are nowhere remembered, for others have sent them. Positions are the
-supports of the wire, where the paper has Golomb codes, and the download is
-dense unless told otherwise.
+Chosen here: a segment is an equal part of all `a` and an equal part of all the
+rest, so that all segments have the same length; a head counts as `b`. Densities
+fall exponentially with the loss, from a maximum towards a minimum. The size of
+a message is static, so there are only a few densities; the server announces one
+of them as one byte, from the losses that clients report. A residual holds what
+Top-K left of the segments that a client sent. A segment whose turn it was not
+is not remembered, because another client has sent it. Positions are coded as
+the wire codes supports, where the paper has Golomb codes. The download is dense
+unless told otherwise.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,8 +28,15 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, segments, wire
-from fedjax_llm.federated import channels, clients, draws, parameters, rounds
+from fedjax_llm.compression import base, grouped, wire
+from fedjax_llm.federated import (
+  answers,
+  channels,
+  clients,
+  downloads,
+  parameters,
+  rounds,
+)
 
 
 class EcoState(NamedTuple):
@@ -36,11 +45,12 @@ class EcoState(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters that are sent and trained.
-    optimizer: state of the server optimizer.
-    losses: mean training loss of the first round and of the last, float32 [2].
-    answered: int32, in how many rounds there was anybody.
-    download: state of the download compressor.
-    residuals: of the clients, [population, segments, entries of a segment].
+    optimizer: the server optimizer's state.
+    losses: float32 [2], the mean training losses of the first and last round.
+    answered: int32, the number of rounds in which a client took part.
+    download: the download compressor's state.
+    residuals: what clients did not send, [population, segments, entries of a
+      segment].
   """
 
   round: Any
@@ -56,9 +66,9 @@ class Layout(NamedTuple):
   """How parameters become segments, and back.
 
   Attributes:
-    rows: tree -> [segments, entries], of each segment first the `a`.
-    tree: its inverse.
-    sizes: how many entries of a segment are of `a`, and how many are not.
+    rows: tree -> [segments, entries]; a segment begins with its part of `a`.
+    tree: the inverse of `rows`.
+    sizes: how many entries of a segment belong to `a`, and how many do not.
   """
 
   rows: Callable[[Any], Any]
@@ -80,31 +90,32 @@ def eco_lora(
   download: base.Compressor | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """EcoLoRA, with what its abstract leaves open chosen as said above.
+  """EcoLoRA, with the choices above where its abstract leaves something open.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update; `optax.sgd(1.0)` replaces each
       segment by its mean.
-    population: number of clients.
-    segment_count: how many segments there are, at least 1; with a cohort of
-      fewer clients some are not sent.
-    a_densities: least and largest share of a segment's `a` that is sent, in
-      (0, 1].
-    b_densities: the same of all else.
-    decay: gamma >= 0 in the density, which is the least plus the range times
-      exp(-gamma (first loss - last loss)); 0 for the largest in all rounds.
-    levels: how many densities there are in the range, in [2, 256]; each is a
+    population: the number of clients.
+    segment_count: the number of segments, at least 1. If a cohort has fewer
+      clients, some segments are not sent.
+    a_densities: the least and the largest share of a segment's `a` that is
+      sent, in (0, 1].
+    b_densities: the same for everything else.
+    decay: gamma >= 0. The density is the least plus the range times
+      exp(-gamma (first loss - last loss)); 0 keeps the largest in all rounds.
+    levels: the number of densities in the range, in [2, 256]; each is a
       compiled branch.
-    download: of the parameters; None for nothing.
+    download: compresses the parameters; None for no compression.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a number is out of range.
   """
   _require(segment_count, a_densities, b_densities, decay, levels)
-  channel = channels.Channel(download or base.identity())
+  placement = placement or clients.Placement()
+  download = download or base.identity()
   choices = [
     tuple(
       least + (most - least) * level / (levels - 1)
@@ -112,8 +123,10 @@ def eco_lora(
     )
     for level in range(levels)
   ]
-  answers = clients.map_clients(
-    _answer(loss_fn, client_optimizer, segment_count, choices),
+  at_clients = answers.at_clients(
+    clients.local_update(loss_fn, client_optimizer),
+    _answer(segment_count, choices),
+    functools.partial(_share, segment_count),
     placement=placement,
   )
 
@@ -125,57 +138,48 @@ def eco_lora(
       optimizer=server_optimizer.init(trainable),
       losses=jnp.zeros(2, jnp.float32),
       answered=jnp.int32(0),
-      download=channel.download.init(ravel_pytree(trainable)[0]),
-      residuals=jnp.zeros((population, *shape)),
+      download=download.init(ravel_pytree(trainable)[0]),
+      residuals=(),
     )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
+    residuals = jnp.zeros((population, *shape))
+    return rounds.first_state(state, placement, residuals=residuals)
 
   def round_fn(state, frozen, examples, cohort, key):
-    message = _broadcast(channel, state, key)
+    sent = _send(download, state, key)
     drop = jnp.maximum(state.losses[0] - state.losses[1], 0)
     level = jnp.round(jnp.exp(-decay * drop) * (levels - 1)).astype(jnp.int32)
-    shared = (state, message.received, level, frozen, examples, key)
-    memory = state.residuals[cohort.clients]
-    total, (memory, metrics) = answers(shared, (cohort, memory))
-    sums, weights, report, everybody, present = total
-    means = sums / jnp.where(weights > 0, weights, 1)[:, None]
-    updates, optimizer = server_optimizer.update(
-      layout(state.trainable, segment_count).tree(means),
-      state.optimizer,
-      state.trainable,
+    shared = (state.trainable, state.round, sent.received, level, frozen)
+    arrived = at_clients(
+      state.round, shared, state.residuals, examples, cohort, key
     )
+    sums, weights, report = arrived.total
+    means = sums / jnp.where(weights > 0, weights, 1)[:, None]
+    update = layout(state.trainable, segment_count).tree(means)
+    after = rounds.optimizer_step(server_optimizer, state, update)
     loss = (report[0] / jnp.maximum(report[1], 1)).astype(jnp.float32)
     first = jnp.where(state.answered > 0, state.losses[0], loss)
-    after = EcoState(
-      round=state.round + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      optimizer=optimizer,
+    after = after._replace(
       losses=jnp.stack([first, loss]),
       answered=state.answered + 1,
-      download=message.state,
-      residuals=state.residuals.at[cohort.clients].set(memory),
+      download=sent.state,
+      residuals=arrived.memory,
     )
-    after = rounds.unless_nobody(present > 0, after, state)
-    sent = message.payload, base.Dense(level[None].astype(jnp.uint8))
-    each = lambda total: jnp.full(cohort.clients.shape, total, jnp.int32)
-    return rounds.replicate(after, placement), {
-      "train_loss": everybody[0] / jnp.maximum(everybody[1], 1),
-      "tokens": everybody[1],
-      "download_bytes": each(sum(map(wire.nbytes, sent))),
-      "download_entries": each(sum(map(wire.entries, sent))),
-      **metrics,
-    }
+    after = rounds.unless_nobody(arrived.weights.any(), after, state)
+    payloads = sent.payload, base.Dense(level[None].astype(jnp.uint8))
+    sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
   def received_fn(state, key):
-    message = _broadcast(channel, state, key)
-    return ravel_pytree(state.trainable)[1](message.received)
+    received = _send(download, state, key).received
+    return ravel_pytree(state.trainable)[1](received)
 
-  return rounds.FederatedAlgorithm(init, round_fn, received_fn)
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received_fn, placement=placement
+  )
 
 
 def layout(trainable: Any, segment_count: int) -> Layout:
-  """How `trainable` is split in equal segments, the last filled with zeros."""
+  """Splits `trainable` into equal segments, the last filled up with zeros."""
   split = lambda tree: parameters.split(
     tree, lambda path: parameters.factor(path) == "a"
   )
@@ -203,67 +207,56 @@ def layout(trainable: Any, segment_count: int) -> Layout:
   return Layout(rows, tree, sizes)
 
 
-def _broadcast(channel, state, key):
+def _send(download, state, key):
   vector, _ = ravel_pytree(state.trainable)
-  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
-  return base.transmit(channel.download, vector, state.download, key)
+  return downloads.send(download, vector, state.download, state.round, key)
 
 
-def _answer(loss_fn, optimizer, segment_count, choices):
-  """Makes the function that trains one client, for `clients.map_clients`."""
-  local_update = clients.local_update(loss_fn, optimizer)
+def _answer(segment_count, choices):
+  """A client sends the segment whose turn it is, and its loss."""
 
-  def fn(shared, client):
-    state, start, level, frozen, examples, key = shared
-    cohort, residual = client
-    split = layout(state.trainable, segment_count)
-    _, unravel = ravel_pytree(state.trainable)
-    start = unravel(start)
-    training = local_update(
-      start,
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
-    )
-    update = split.rows(jax.tree.map(jnp.subtract, start, training.trainable))
-    number = (cohort.clients + state.round) % segment_count
-    target = update[number] + residual[number]
-    branches = [_send(split.sizes, densities) for densities in choices]
+  def answer(shared, client):
+    trainable, round_number, start, level, frozen = shared
+    split = layout(trainable, segment_count)
+    _, unravel = ravel_pytree(trainable)
+    training = client.train(unravel(start), frozen)
+    # All segments are checked: if another one diverged, this one will too.
+    update = start - ravel_pytree(training.trainable)[0]
+    number = (client.number + round_number) % segment_count
+    target = split.rows(unravel(update))[number] + client.memory[number]
+    branches = [_send_segment(split.sizes, shares) for shares in choices]
     received, nbytes, entries = jax.lax.switch(level, branches, target)
-    # Of all of them: who diverged in another segment will in this one.
-    finite = jnp.isfinite(update).all() & jnp.isfinite(received).all()
-    weight = jnp.where(finite, cohort.weights, 0).astype(update.dtype)
-    left = residual.at[number].set(target - received)
-    summed = lambda x: jnp.where(weight > 0, x, 0)
-    row = jnp.zeros_like(update).at[number].set(summed(weight * received))
     sums = jnp.stack([training.loss, training.count.astype(jnp.float32)])
     report = base.Dense(sums.astype(jnp.float32))
-    summand = (
-      row,
-      jnp.zeros(segment_count, weight.dtype).at[number].set(weight),
-      summed(report.values),
-      (training.loss, training.count),
-      (weight > 0).astype(jnp.int32),
+    message = channels.Message(
+      (number, received, report.values),
+      client.memory.at[number].set(target - received),
+      nbytes + wire.nbytes(report),
+      entries + wire.entries(report),
     )
-    return summand, (
-      jnp.where(weight > 0, left, residual),
-      {
-        "upload_bytes": nbytes + wire.nbytes(report),
-        "upload_entries": entries + wire.entries(report),
-        "finite": finite,
-      },
-    )
+    return answers.Answer(training, update, message)
 
-  return fn
+  return answer
 
 
-def _send(sizes, densities):
+def _share(segment_count, received, weight, shared):
+  """Sums of segments, of their weights, and of what clients report."""
+  del shared
+  number, segment, report = received
+  summed = lambda x: jnp.where(weight > 0, x, 0)
+  rows = jnp.zeros((segment_count, segment.size), segment.dtype)
+  return (
+    rows.at[number].set(summed(weight * segment)),
+    jnp.zeros(segment_count, weight.dtype).at[number].set(weight),
+    summed(report),
+  )
+
+
+def _send_segment(sizes, densities):
   """Sends a segment with these densities of `a` and of the rest."""
 
   def fn(target):
-    compressor = segments.top_k_per_segment(sizes, densities)
+    compressor = grouped.top_k_per_segment(sizes, densities)
     message = base.transmit(compressor, target, (), jax.random.key(0))
     numbers = wire.nbytes(message.payload), wire.entries(message.payload)
     return message.received, *map(jnp.int32, numbers)

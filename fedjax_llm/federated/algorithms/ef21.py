@@ -1,13 +1,15 @@
 """EF21: error feedback that sends how a client's update has changed.
 
 Richtárik, Sokolov, Fatkhullin, "EF21: A New, Simpler, Theoretically Better, and
-Practically Faster Error Feedback", 2021 (arXiv 2106.05203); clients that are
-not there change nothing, as in Fatkhullin et al., "EF21 with Bells & Whistles",
-2021 (arXiv 2110.03294). A client keeps g_i, what the server takes its update
-for. Up travels C(update - g_i), which is added to g_i, and at the server to the
-mean of all g_i, also of those who are not there; on this mean it steps. If
-updates settle, the g_i settle at the updates: nothing is lost.
+Practically Faster Error Feedback", 2021 (arXiv 2106.05203), with partial
+participation as in Fatkhullin et al., "EF21 with Bells & Whistles", 2021 (arXiv
+2110.03294). A client keeps g_i, the server's estimate of its update. It sends
+C(update - g_i), which both ends add: the client to g_i, the server to the mean
+of all clients' g_i. The server steps on this mean. If updates converge, the g_i
+converge to them: nothing is lost.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 import optax
@@ -25,26 +27,27 @@ def ef21(
   upload: base.Compressor,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Federated averaging of the updates that the server knows of all clients.
+  """Federated averaging of the server's estimates of all clients' updates.
 
-  Where the paper has a gradient, here is the update of a client, whose g_i is
-  zero before its first round. Clients count alike, as in the paper, whatever
-  their weights. While only few clients have been there, the mean over all is
-  small; and the older a g_i, the less it says.
+  A client's update takes the place of the paper's gradient; its g_i is zero
+  before its first round. Every client counts once, as in the paper. The mean is
+  over all clients, so it is small while only a few have taken part; and an old
+  g_i says little about today's update.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean of all g_i; the paper's is `optax.sgd`.
-    population: number of clients.
-    upload: C of the paper, a contraction such as `top_k`: what is unbiased only
-      may let the g_i grow.
+    population: the number of clients.
+    upload: the paper's C, a contraction such as `top_k`. With a compressor that
+      is only unbiased the g_i may grow.
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     The algorithm, whose upload state is (g_i, state of `upload`). Its rounds
-    tell no cosines: what arrives is no update, but the change of one.
+    never measure cosines: what arrives is the change of an update.
   """
+  placement = placement or clients.Placement()
   algorithm = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     # With a decay of one the trace is the sum of all that came: the mean g_i.
@@ -52,23 +55,18 @@ def ef21(
     channel=channels.Channel(upload=increments(upload)),
     aggregate=_share_of_all(population),
     population=population,
-    placement=placement,
+    placement=dataclasses.replace(placement, cosines=False),
   )
-
-  def round_fn(*arguments):
-    state, metrics = algorithm.round(*arguments)
-    return state, {x: y for x, y in metrics.items() if "cosine" not in x}
-
-  return algorithm._replace(round=round_fn)
+  return algorithm._replace(placement=placement)
 
 
 def increments(compressor: base.Compressor) -> base.Compressor:
-  """Sends how a vector differs from the sum of all that arrived before.
+  """Sends the difference of a vector to the sum of what arrived before.
 
-  What is decoded is the increment, for a receiver that adds up.
+  The decoded vector is an increment, for a receiver that adds up.
 
   Args:
-    compressor: of the difference.
+    compressor: compresses the difference.
 
   Returns:
     A `Compressor` with state (sum of what arrived, state of `compressor`).
@@ -88,7 +86,7 @@ def increments(compressor: base.Compressor) -> base.Compressor:
 
 
 def _share_of_all(population: int) -> aggregators.Aggregator:
-  """The sum over the clients that are there, divided by how many there are."""
+  """The sum over the clients that took part, divided by the population."""
 
   def share(update, weight, state):
     del state

@@ -5,18 +5,18 @@ Decentralized Data", 2017; Reddi et al., "Adaptive Federated Optimization",
 2021 (arXiv 2003.00295). The method is the choice of the two optimizers:
 
   FedAvg      server `optax.sgd(1.0)`
-  FedIT       the same of LoRA's factors, `a` and `b` each averaged by itself,
-              weighted by examples (Zhang et al., 2023, the code "Shepherd")
+  FedIT       FedAvg of LoRA's factors, `a` and `b` each averaged by itself
+              (Zhang et al., 2023, the code "Shepherd")
   FedAvgM     server `fed_avg_m(rate)`
   FedAdam     server `fed_adam(rate)`
   FedYogi     server `fed_yogi(rate)`
   FedAdagrad  server `fed_adagrad(rate)`
   FedProx     client `optax.chain(clients.proximal(mu), optax.sgd(rate))`
 
-Any other optimizer of optax's does as well. The adaptive ones here are the
-second paper's Algorithm 2, which optax's are not: no moment is corrected for
-its bias, tau is added to the root and not under it, and the second moment
-starts at tau squared.
+Any other optax optimizer serves as well. The adaptive ones here are the second
+paper's Algorithm 2. They differ from optax's: no moment is corrected for its
+bias, tau is added to the root and not under it, and the second moment starts at
+tau squared.
 """
 
 from collections.abc import Callable
@@ -26,26 +26,42 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import aggregators, clients, rounds
 
 
 def fed_avg(
   loss_fn: clients.LossFn,
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
-  **parts: Any,
+  *,
+  channel: rounds.AnyChannel | None = None,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Local training, a mean of the updates, a server step on it.
+
+  The mean is weighted by the clients' numbers of examples, as in the first
+  paper, unless `aggregate` says otherwise.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update.
-    **parts: `channel`, `aggregate`, `population`, `placement` of
-      `rounds.federated_round`.
+    channel: how messages are compressed, see `rounds.federated_round`; None
+      for nothing.
+    aggregate: from updates to one; the mean weighted by examples if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
   """
-  local_update = clients.local_update(loss_fn, client_optimizer)
-  return rounds.federated_round(local_update, server_optimizer, **parts)
+  return rounds.federated_round(
+    clients.local_update(loss_fn, client_optimizer),
+    server_optimizer,
+    channel=channel,
+    aggregate=aggregate,
+    population=population,
+    placement=placement,
+  )
 
 
 def fed_avg_m(
@@ -61,9 +77,9 @@ def fed_adagrad(
   """The server of FedAdagrad: v grows by the squared update.
 
   Args:
-    learning_rate: of the server, or a schedule of it.
-    b1: decay of the first moment, in [0, 1); the paper's experiments use 0.
-    tau: degree of adaptivity, positive.
+    learning_rate: the server's rate, or a schedule of it.
+    b1: the decay of the first moment, in [0, 1); the paper's experiments use 0.
+    tau: the degree of adaptivity, positive.
 
   Raises:
     ValueError: if a number is out of range.
@@ -81,10 +97,10 @@ def fed_adam(
   """The server of FedAdam: v is the moving mean of the squared update.
 
   Args:
-    learning_rate: of the server, or a schedule of it.
-    b1: decay of the first moment, in [0, 1).
-    b2: decay of the second moment, in [0, 1).
-    tau: degree of adaptivity, positive.
+    learning_rate: the server's rate, or a schedule of it.
+    b1: the decay of the first moment, in [0, 1).
+    b2: the decay of the second moment, in [0, 1).
+    tau: the degree of adaptivity, positive.
 
   Raises:
     ValueError: if a number is out of range.
@@ -103,10 +119,10 @@ def fed_yogi(
   """The server of FedYogi: v follows the squared update by steps of its size.
 
   Args:
-    learning_rate: of the server, or a schedule of it.
-    b1: decay of the first moment, in [0, 1).
-    b2: decay of the second moment, in [0, 1).
-    tau: degree of adaptivity, positive.
+    learning_rate: the server's rate, or a schedule of it.
+    b1: the decay of the first moment, in [0, 1).
+    b2: the decay of the second moment, in [0, 1).
+    tau: the degree of adaptivity, positive.
 
   Raises:
     ValueError: if a number is out of range.
@@ -129,7 +145,7 @@ def _adaptive(
   b2: float,
   tau: float,
 ) -> optax.GradientTransformation:
-  """Algorithm 2; `grow` makes the next v of v and the squared update."""
+  """Algorithm 2; `grow(v, squared update)` returns the next v."""
   if not (0 <= b1 < 1 and 0 <= b2 < 1 and tau > 0):
     raise ValueError(
       "an adaptive server expected b1 and b2 in [0, 1) and tau > 0, got"

@@ -1,10 +1,8 @@
-"""FedEx-LoRA: the base model takes what the mean factors miss of the mean.
+"""FedEx-LoRA: the base model absorbs the error of averaging factors.
 
 Singhal, Ponkshe, Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and
 Efficient Fine-Tuning of Foundation Models", 2024 (arXiv 2410.09432).
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,9 @@ import optax
 
 from fedjax_llm.compression import base
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
-  gathering,
   product_aggregation,
   rounds,
 )
@@ -28,29 +26,31 @@ def fed_ex_lora(
   weighted: bool = False,
   upload: base.Compressor | None = None,
   population: int,
-  **placement: Any,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FedEx-LoRA: factors are averaged, and the kernels take the residual.
 
   The server adds `scale * (mean(a_k b_k) - mean(a_k) mean(b_k))` to the base
-  kernels, so that the model is the mean of the clients' models exactly, as far
-  as their uploads are. Heads are averaged. A server optimizer has no place: the
+  kernels, so that the model is exactly the mean of the clients' models, if
+  their uploads are exact. Heads are averaged. There is no server optimizer: the
   residual would undo its step.
 
-  Up travels the update of all factors; down the factors and the residuals that
-  the client missed. That of a round of K clients is the product of (K - 1) * r
-  columns and rows, because it is `sum_k p_k (a_k - mean a) (b_k - mean b)` and
-  these sum to zero: the factors of all clients but one, or the dense matrices
-  if those are smaller. A client keeps the residual between its visits.
+  A client uploads the update of all factors. It downloads the factors and the
+  residuals that it missed. The residual of a round of K clients is `sum_k p_k
+  (a_k - mean a) (b_k - mean b)`. These differences sum to zero, so it is a
+  product of (K - 1) * r columns and rows: the factors of all clients but one,
+  or the dense matrices if these are smaller. A client keeps the residual
+  between its rounds.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the paper's is AdamW.
     scale: `LoRA.scale`.
-    weighted: weight clients by the cohort's weights; the paper's mean is plain.
-    upload: what compresses the updates; None for nothing.
-    population: number of clients.
-    **placement: `placement` of `rounds.federated_round`.
+    weighted: whether to weight clients by their numbers of examples; the
+      paper's mean counts every client once.
+    upload: compresses the updates; None for no compression.
+    population: the number of clients.
+    placement: see `clients.Placement`; all devices if not given.
   """
 
   def tiers_of(trainable):
@@ -60,8 +60,8 @@ def fed_ex_lora(
     del trainable, key  # Replaced; deterministic.
     present = weights > 0
     weights = weights if weighted else present.astype(weights.dtype)
-    weights = gathering.normalised(weights)
-    mean = gathering.mean(trained, weights)
+    weights = aggregators.normalised(weights)
+    mean = aggregators.weighted_sum(trained, weights)
     centred = jax.tree.map(lambda x, y: x - y[None], trained, mean)
     added = factors.stacks(centred, weights)
     return product_aggregation.Combined(
@@ -74,10 +74,10 @@ def fed_ex_lora(
     tiers_of,
     scale=scale,
     population=population,
-    **placement,
+    placement=placement,
   )
 
 
 def _after_first(present):
-  """Clients that come after the first that is there."""
+  """The clients after the first that took part."""
   return jnp.cumsum(present) > 1

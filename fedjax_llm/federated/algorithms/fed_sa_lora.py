@@ -6,6 +6,7 @@ factors; only `a` travels and is averaged. Its `b`, and its head if the model
 has one, stay with the client until it takes part again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import (
   aggregators,
+  answers,
   channels,
   clients,
   draws,
@@ -29,14 +30,12 @@ class FedSAState(NamedTuple):
   """What the server and all clients keep between rounds.
 
   Attributes:
-    inner: the state of the server, of the shared part.
-    own: the personal part of every client, [population, ...].
-    has_trained: bool [population], who has taken part so far.
+    inner: the server's state, which has the shared part. Its `upload` is
+      (personal parts [population, ...], which clients have taken part so far,
+      the upload compressor's states).
   """
 
-  inner: Any
-  own: Any
-  has_trained: Any
+  inner: rounds.ServerState
 
   @property
   def round(self) -> Any:
@@ -44,17 +43,22 @@ class FedSAState(NamedTuple):
     return self.inner.round
 
   @property
+  def own(self) -> Any:
+    """Every client's personal part, [population, ...]."""
+    return self.inner.upload[0]
+
+  @property
   def trainable(self) -> Any:
-    """The shared part with the mean of the personal ones, see `fed_sa_lora`."""
+    """The shared part and the mean personal part, see `fed_sa_lora`."""
     return parameters.combine(self.inner.trainable, _mean(self))
 
 
 def personal(state: FedSAState, client: int) -> Any:
-  """The parameters of one client: to evaluate it on its own data.
+  """One client's parameters, to evaluate it on its own data.
 
   Args:
-    state: of `fed_sa_lora`.
-    client: number of the client; one that never took part has the initial
+    state: the state of `fed_sa_lora`.
+    client: the client's number; one that never took part has the initial
       personal part.
   """
   own = jax.tree.map(lambda x: x[client], state.own)
@@ -77,43 +81,38 @@ def fed_sa_lora(
   """FedSA-LoRA; its state grows with the population.
 
   `received` and `state.trainable`, which evaluation and export use, have the
-  mean of the personal parts of the clients that have taken part so far (the
-  initial one before anyone did). The paper evaluates each client with its own:
-  see `personal`.
+  mean personal part of the clients that have taken part so far (the initial
+  part before the first round). The paper evaluates each client with its own
+  part: see `personal`.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: of both parts; starts afresh in every round.
-    server_optimizer: of the shared part; the paper averages: `optax.sgd(1.0)`.
-    population: number of clients.
+    client_optimizer: steps on both parts; starts afresh in every round.
+    server_optimizer: steps on the shared part; the paper averages:
+      `optax.sgd(1.0)`.
+    population: the number of clients.
     is_shared: which parameters travel, by their path, see `parameters.split`.
-    channel: what compresses them.
-    aggregate: of the shared part; None for the weighted mean.
+    channel: how the shared part is compressed; None for nothing.
+    aggregate: from updates of the shared part to one; the mean weighted by
+      examples if not given.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: if `channel` freezes parameters; from `init`, if nothing is
-      shared.
+    ValueError: if the channel has `trains`; from `init`, if nothing is shared.
   """
-  channel = channel or channels.Channel()
-  if channel.trains is not None:
+  if channel is not None and channel.trains is not None:
     raise ValueError(
       "fed_sa_lora trains all parameters, got a channel with `trains`. Leave it"
       " out."
     )
-  aggregate = aggregate or aggregators.weighted_mean()
-  local_update = clients.local_update(loss_fn, client_optimizer)
-  of_server = rounds.federated_round(
-    local_update,
+  inner = rounds.federated_round(
+    clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
     channel=channel,
     aggregate=aggregate,
     population=population,
     placement=placement,
-  )
-  answers = clients.map_clients(
-    _answer(local_update, channel, aggregate, is_shared),
-    placement=placement,
+    answer=functools.partial(_answer, channels.tiers_of(channel), is_shared),
   )
 
   def init(trainable):
@@ -123,98 +122,48 @@ def fed_sa_lora(
       raise ValueError(f"fed_sa_lora found nothing to share among {names}.")
     copies = lambda x: jnp.tile(x, (population, *[1] * jnp.ndim(x)))
     own = (jax.tree.map(copies, own), jnp.zeros(population, bool))
-    return FedSAState(of_server.init(shared), *rounds.replicate(own, placement))
+    own = clients.replicate(own, inner.placement)
+    state = inner.init(shared)
+    return FedSAState(state._replace(upload=(*own, state.upload)))
 
   def round_fn(state, frozen, examples, cohort, key):
-    server = state.inner
-    message = _broadcast(channel, server, key)
-    memory = (state.own, server.upload)
-    total, (kept, present, metrics) = answers(
-      (server, message.payload, message.received, frozen, examples, key),
-      (cohort, jax.tree.map(lambda x: x[cohort.clients], memory)),
-    )
-    put = lambda everyone, some: everyone.at[cohort.clients].set(some)
-    own, upload = jax.tree.map(put, memory, kept)
-    share, loss, count = total
-    after = rounds.server_step(server_optimizer, aggregate, server, share, key)
-    after = after._replace(download=(message.state,), upload=upload)
-    if not aggregate.steps_when_empty:
-      after = rounds.unless_nobody(present.any(), after, server)
-    has_trained = state.has_trained.at[cohort.clients].max(present)
-    to_all = lambda number: jnp.full_like(cohort.clients, number)
-    return rounds.replicate(FedSAState(after, own, has_trained), placement), {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
-      "download_bytes": to_all(wire.nbytes(message.payload)),
-      "download_entries": to_all(wire.entries(message.payload)),
-      **metrics,
-    }
+    after, metrics = inner.round(state.inner, frozen, examples, cohort, key)
+    return FedSAState(after), metrics
 
   def received(state, key):
-    shared = of_server.received(state.inner, key)
-    return parameters.combine(shared, _mean(state))
+    return parameters.combine(inner.received(state.inner, key), _mean(state))
 
-  return rounds.FederatedAlgorithm(init, round_fn, received)
+  # The mean of the personal parts is not private, whatever `aggregate` is.
+  return inner._replace(
+    init=init, round=round_fn, received=received, noise_multiplier=None
+  )
 
 
 def _mean(state):
-  """The mean of the personal parts of those who have taken part."""
-  count = state.has_trained.sum()
+  """The mean personal part of the clients that have taken part."""
+  _, has_trained, _ = state.inner.upload
+  count = has_trained.sum()
 
   def mean(x):
-    trained = jnp.expand_dims(state.has_trained, range(1, x.ndim))
+    trained = jnp.expand_dims(has_trained, range(1, x.ndim))
     total = jnp.where(trained, x, 0).sum(0)
-    # Before anyone did, they are all alike.
+    # Before the first round all personal parts are the same.
     return jnp.where(count > 0, total / jnp.maximum(count, 1), x[0])
 
   return jax.tree.map(mean, state.own)
 
 
-def _broadcast(channel, server, key):
-  """The message to all clients: the shared part."""
-  vector, _ = ravel_pytree(server.trainable)
-  key = draws.stream(key, draws.Purpose.DOWNLOAD, server.round)
-  return base.transmit(channel.download, vector, server.download[0], key)
-
-
-def _answer(local_update, channel, aggregate, is_shared):
-  """Makes the function that trains one client, for `clients.map_clients`."""
-  tiers = channels.tiers_of(channel)
-
-  def fn(common, client):
-    server, payload, received, frozen, examples, key = common
-    cohort, (own, memory) = client
-    _, unravel = ravel_pytree(server.trainable)
-    key_of = lambda purpose: draws.stream(
-      key, purpose, server.round, cohort.clients
-    )
-    training = local_update(
-      parameters.combine(unravel(received), own),
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      key_of(draws.Purpose.TRAIN),
-    )
-    shared, trained = parameters.split(training.trainable, is_shared)
-    update = received - ravel_pytree(shared)[0]
-    message = channels.upload(
-      tiers, [payload], 0, update, memory, key_of(draws.Purpose.UPLOAD)
-    )
-    everything = (training.trainable, message.received)
-    finite = jnp.isfinite(ravel_pytree(everything)[0]).all()
-    weight = jnp.where(finite, cohort.weights, 0)
-    keep = lambda new, old: jnp.where(weight > 0, new, old)
-    kept = jax.tree.map(keep, (trained, message.memory), (own, memory))
-    share = aggregate.share(message.received, weight, server.aggregate)
-    return (share, training.loss, training.count), (
-      kept,
-      weight > 0,
-      {
-        "upload_bytes": message.nbytes,
-        "upload_entries": message.entries,
-        "finite": finite,
-      },
-    )
-
-  return fn
+def _answer(tiers, is_shared, shared, client):
+  """A client trains both parts, sends the shared one and keeps its own."""
+  own, _, memory = client.memory
+  (start,) = shared.received
+  _, unravel = ravel_pytree(shared.trainable)
+  training = client.train(
+    parameters.combine(unravel(start), own), shared.frozen
+  )
+  sent, kept = parameters.split(training.trainable, is_shared)
+  update = start - ravel_pytree(sent)[0]
+  key = client.key(draws.Purpose.UPLOAD)
+  message = channels.upload(tiers, shared.payloads, 0, update, memory, key)
+  message = message._replace(memory=(kept, jnp.bool(True), message.memory))
+  return answers.Answer(training, update, message, message.received)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
-from fedjax_llm.federated import clients, parameters, rounds
+from fedjax_llm.federated import aggregators, clients, parameters, rounds
 from fedjax_llm.federated.algorithms import fed_avg
 
 Bases = Callable[[Any], Any]
@@ -30,8 +30,10 @@ def fed_sb(
   server_optimizer: optax.GradientTransformation,
   *,
   bases: Bases,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **parts: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Fed-SB. To the model it is LoRA with the factors `a @ core` and `b`.
 
@@ -39,13 +41,15 @@ def fed_sb(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: of the clients.
-    server_optimizer: of the server; the paper averages: `optax.sgd(1.0)`.
+    client_optimizer: the clients' optimizer.
+    server_optimizer: the server's; the paper averages: `optax.sgd(1.0)`.
     bases: where `a`, `b` and the cores start, `gradient_bases(...)` or
-      `random_bases(key)`: from LoRA factors, of which the shapes count, to a
-      tree that has a `core` beside `a` and `b`.
-    make: what is done with the cores, such as `flasc.flasc`.
-    **parts: the other arguments of `make`.
+      `random_bases(key)`: from LoRA factors, whose shapes count, to a tree that
+      has a `core` beside `a` and `b`.
+    make: the algorithm that trains the cores, see `freezing.ffa_lora`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is larger than its layer.
@@ -56,13 +60,17 @@ def fed_sb(
     return parameters.split(bases(trainable), is_trained)
 
   return parameters.parametrised(
-    make,
+    lambda of_cores: make(
+      of_cores,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     divide=divide,
     join=_factors,
-    **parts,
   )
 
 
@@ -78,7 +86,7 @@ def random_bases(key: PRNGKeyArray) -> Bases:
   Both ends draw them from the experiment's seed, so they are never sent.
 
   Args:
-    key: of the draws; those of a layer do not depend on what others there are.
+    key: the key of the draws. A layer's draws do not depend on other layers.
   """
 
   def pair(path, factors):
@@ -111,27 +119,27 @@ def gradient_bases(
 ) -> Bases:
   """The leading singular vectors of the gradient of each layer's kernel.
 
-  The start of the paper: `a @ core @ b` is the first step of full fine-tuning,
-  cut to the rank. The authors take the sign of the gradient, which is AdamW's
-  first step and needs gradients as large as the model; here it is the gradient
-  itself, SGD's first step, and only its products with bases are ever computed,
-  from those of the LoRA factors (a randomised SVD, Halko, Martinsson, Tropp,
-  2011). So kernels may be quantised.
+  The paper's start: `a @ core @ b` is the first step of full fine-tuning,
+  truncated to the rank. The authors take the sign of the gradient, which is
+  AdamW's first step and needs gradients as large as the model. Here it is the
+  gradient itself, SGD's first step. Only its products with bases are computed,
+  from the gradients of the LoRA factors (a randomised SVD, Halko, Martinsson,
+  Tropp, 2011), so kernels may be quantised.
 
   The server does this before the first round, with examples that it has. The
-  bases have to be sent once to each client, as many numbers as LoRA's factors,
-  which the bytes of the rounds do not hold.
+  bases must be sent once to each client: as many numbers as LoRA's factors. The
+  bytes of the rounds do not include them.
 
   Args:
     loss_fn: see `clients.local_update`.
     frozen: the base model's parameters.
-    examples: what the gradient is of: a batch of them, as `loss_fn` takes it.
-    key: of the first guess of the bases, and of `loss_fn`.
-    learning_rate: of the step of gradient descent on the cores, from zero,
-      where they start. That is a step with `learning_rate * scale**2` on the
-      kernels, of LoRA's scale. 0 to start at the base model.
-    iterations: passes of the power iteration, at least 1, two gradients each;
-      more are more exact where singular values are close.
+    examples: a batch of examples, as `loss_fn` takes it, for the gradient.
+    key: the key of the first guess of the bases and of `loss_fn`.
+    learning_rate: the rate of one step of gradient descent on the cores, from
+      zero. It is a step with `learning_rate * scale**2` on the kernels, where
+      `scale` is LoRA's. 0 to start at the base model.
+    iterations: passes of the power iteration, at least 1, two gradients each.
+      More are more exact where singular values are close.
 
   Raises:
     ValueError: if `iterations` is below 1.
@@ -149,7 +157,7 @@ def gradient_bases(
     return jax.grad(mean_loss)(tree)
 
   def without(name, tree):
-    """The factors, of which one is zero, so that their product is."""
+    """The factors with one of them zero, so that their product is zero."""
     blank = lambda path, x: {
       "a": x["a"],
       "b": x["b"],
@@ -188,7 +196,7 @@ def _columns(x):
 
 
 def _one_by_one(fn, x):
-  """Of every matrix of a stack; for the reason see `factors.truncate`."""
+  """Applies `fn` to every matrix of a stack, see `factors.truncate`."""
   if x.ndim == 2:
     return fn(x)
   return jax.lax.map(functools.partial(_one_by_one, fn), x)
@@ -200,9 +208,9 @@ def _rows(x):
 
 
 def _map_pairs(fn, tree, *others, path=""):
-  """The tree with `fn(path, pair, ...)` in the place of each pair of factors.
+  """Replaces each pair of factors by `fn(path, pair, ...)`.
 
-  A pair is what a node has of `a`, `b` and `core`, a dictionary.
+  A pair is a dictionary of those of `a`, `b` and `core` that a node has.
   """
   if not isinstance(tree, Mapping):
     return tree

@@ -5,24 +5,24 @@ Federated Large Language Models Fine-Tuning", 2025 (arXiv 2510.04601), by its
 abstract and, where that leaves a choice, by the code published with it
 (Youth-49/FedSRD_2025).
 
-Up travel of each matrix the entries that matter most to the product a b: an
-entry of the update of `a` counts by its magnitude times the norm of the row of
-the trained `b` that it meets, one of `b` times the norm of the column of the
-received `a`; what is sent is scaled to the sum of magnitudes that all had. The
-server takes the mean of the clients' products, the nearest product of the
-adapter's rank to it (the variant FedSRD-e leaves that out), and moves one
-factor, the other one the next round, to where the product comes nearest to
-that. This move travels down, random entries of it, scaled to be unbiased: the
-support is a seed.
+A client sends the entries of each matrix that matter most to the product a b.
+An entry of the update of `a` counts by its magnitude times the norm of the row
+of the trained `b` that it is multiplied with; an entry of `b` by its magnitude
+times the norm of the column of the received `a`. What is sent is scaled to the
+sum of the magnitudes of all entries. The server computes the mean of the
+clients' products and the nearest product of the adapter's rank to it (the
+variant FedSRD-e leaves this out). It then moves one factor, `a` and `b` in
+turn, to where the product comes nearest to that target. Random entries of this
+move travel down, scaled to be unbiased: their support is a seed.
 
 Chosen here: each matrix sends the same share, where the code prunes more the
-higher the kurtosis of the importances is; as many entries travel down in every
-round, where the code drops each with a probability; `b` moves first, because
-while `b` is zero, moving `a` changes nothing (the code begins with `a`, see
-`a_first`); what is in no pair, such as a head, travels both ways as one more
-matrix, and moves to its mean in all rounds; and a client that missed rounds
-fetches the moves of all of them, or the parameters if that is less, as it does
-when it comes for the first time.
+higher the kurtosis of the importances is. Every round sends equally many
+entries down, where the code drops each with a probability. `b` moves first,
+because moving `a` changes nothing while `b` is zero (the code begins with `a`,
+see `a_first`). What is in no pair, such as a head, travels both ways as one
+more matrix, and moves to its mean in every round. A client that missed rounds
+fetches the moves of all of them, or the parameters if these are smaller; so
+does a client that comes for the first time.
 """
 
 import math
@@ -33,13 +33,13 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, segments, sparse, wire
+from fedjax_llm.compression import base, grouped, sparse, wire
 from fedjax_llm.federated import (
-  channels,
+  aggregators,
+  answers,
   clients,
   draws,
   factors,
-  gathering,
   parameters,
   rounds,
 )
@@ -51,8 +51,8 @@ class FedSRDState(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters, the same at every client that is up to date.
-    missed: int32 [population, 2], how many bytes and numbers each client has
-      yet to fetch to be so.
+    missed: int32 [population, 2], the bytes and entries that each client must
+      still fetch.
   """
 
   round: Any
@@ -71,18 +71,18 @@ def fed_srd(
   a_first: bool = False,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FedSRD; clients are weighted by the cohort's weights.
+  """FedSRD; clients are weighted by their numbers of examples.
 
-  There is no server optimizer: the server's step is to the mean product.
+  There is no server optimizer: the server steps to the mean product.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
-    population: number of clients.
-    upload_density: share of the update of each matrix that is sent, in (0, 1].
-    download_density: share of the move of a factor that is sent, in (0, 1].
-    truncated: whether the mean product is brought to the adapter's rank before
-      a factor moves towards it; False for FedSRD-e.
+    population: the number of clients.
+    upload_density: the share of each matrix's update that is sent, in (0, 1].
+    download_density: the share of a factor's move that is sent, in (0, 1].
+    truncated: whether the mean product is truncated to the adapter's rank
+      before a factor moves towards it; False for FedSRD-e.
     a_first: whether `a` moves in even rounds and `b` in odd ones, as in the
       authors' code; else the other way round.
     placement: see `clients.Placement`; all devices if not given.
@@ -91,9 +91,10 @@ def fed_srd(
     ValueError: if a density is out of range; from `init`, if there are no
       factors.
   """
-  segments.counts_of_each([1], [upload_density])
+  grouped.counts_of_each([1], [upload_density])
   download = sparse.random_k(download_density)
-  at_clients = gathering.gather(
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
     clients.local_update(loss_fn, client_optimizer),
     _answer(upload_density),
     placement=placement,
@@ -102,27 +103,19 @@ def fed_srd(
   def init(trainable):
     factors.pairs(trainable)
     dense = jnp.broadcast_to(_dense(trainable), (population, 2))
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    copy = jax.tree.map(jnp.array, trainable)
-    return rounds.replicate(FedSRDState(jnp.int32(0), copy, dense), placement)
+    state = FedSRDState(jnp.int32(0), trainable, dense)
+    return rounds.first_state(state, placement)
 
   def round_fn(state, frozen, examples, cohort, key):
-    answers = at_clients(
-      state.trainable,
-      state.round,
-      (state.trainable, frozen),
-      (),
-      examples,
-      cohort,
-      key,
-    )
-    weights = gathering.normalised(answers.weights)
-    mean = gathering.mean(answers.trained, weights)
-    targets = factors.stacks(answers.trained, weights)
+    shared = (state.trainable, frozen)
+    arrived = at_clients(state.round, shared, (), examples, cohort, key)
+    weights = aggregators.normalised(arrived.weights)
+    mean = aggregators.weighted_sum(arrived.own, weights)
+    targets = factors.stacks(arrived.own, weights)
     pairs = factors.pairs(state.trainable)
 
     def move(name):
-      """Sends where the factors of that name, and the rest, move."""
+      """Moves the factors of that name, and what is in no pair."""
       moved = {
         path: _moved(pair, targets[path], name, truncated)
         for path, pair in pairs.items()
@@ -140,30 +133,33 @@ def fed_srd(
 
     is_a = (state.round % 2 == 0) == a_first
     trainable, size = jax.lax.cond(is_a, lambda: move("a"), lambda: move("b"))
-    old = state.missed[cohort.clients]
-    came = (answers.weights > 0)[:, None]
-    missed = state.missed.at[cohort.clients].set(jnp.where(came, 0, old))
+    old = answers.take(state.missed, cohort.clients)
+    came = (arrived.weights > 0)[:, None]
+    missed = jnp.where(came, 0, old)
+    missed = answers.put(state.missed, cohort.clients, missed)
     missed = jnp.minimum(missed + size[None], _dense(trainable)[None])
     after = FedSRDState(state.round + 1, trainable, missed)
     after = rounds.unless_nobody(came.any(), after, state)
-    metrics = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
-    return rounds.replicate(after, placement), answers.metrics | metrics
+    sizes = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
-  def received_fn(state, key):
-    del key  # Every client is brought up to date.
-    return state.trainable
-
-  return rounds.FederatedAlgorithm(init, round_fn, received_fn)
+  return rounds.FederatedAlgorithm(
+    init,
+    round_fn,
+    # Every client is brought up to date.
+    received=lambda state, key: state.trainable,
+    placement=placement,
+  )
 
 
 def _moved(pair, target, name, truncated):
-  """The pair, one factor of which goes to where the product is nearest."""
+  """Moves one factor of a pair to where the product is nearest."""
   if pair.a.ndim > 2:  # One by one, for the reason in `factors.truncate`.
     move = lambda both: _moved(both[0], both[1], name, truncated)
     return jax.lax.map(move, (pair, target))
   if truncated:
     target = factors.truncate(target, pair.a.shape[-1])
-  # The product of these is the distance, which is not formed.
+  # The product of these is the distance; it is not formed.
   far = jnp.concatenate([target.a, -pair.a], axis=-1)
   away = jnp.concatenate([target.b, pair.b], axis=-2)
   if name == "a":
@@ -172,39 +168,35 @@ def _moved(pair, target, name, truncated):
 
 
 def _answer(density):
-  """A client sends of each matrix what matters most to the products."""
+  """A client sends the entries that matter most to the products."""
 
-  def answer(shared, train, client, memory, key):
-    del client
+  def answer(shared, client):
     trainable, frozen = shared
     start, unravel = ravel_pytree(trainable)
-    training = train(start, frozen)
+    training = client.train(trainable, frozen)
     update = start - ravel_pytree(training.trainable)[0]
     sizes = _matrices(trainable)
-    counts = segments.counts_of_each(sizes, [density] * len(sizes))
+    counts = grouped.counts_of_each(sizes, [density] * len(sizes))
     scores = jax.tree.map(
       lambda x, weight: jnp.abs(x) * weight,
       unravel(update),
       _importance(trainable, training.trainable),
     )
     scores, _ = ravel_pytree(scores)
-    mask = segments.largest_of_each(scores, sizes, counts)
+    mask = grouped.largest_of_each(scores, sizes, counts)
     kept = jnp.where(mask, update, 0)
-    scaled = segments.rescale_each(kept, update, sizes)
-    sender = segments.send_mask(mask, sum(counts))
-    message = base.transmit(sender, scaled, (), key)
-    nbytes, entries = _size(message.payload)
-    return (
-      start,
-      training,
-      channels.Message(message.received, memory, nbytes, entries),
-    )
+    scaled = grouped.rescale_each(kept, update, sizes)
+    sender = grouped.send_mask(mask, sum(counts))
+    sent = base.transmit(sender, scaled, (), client.key(draws.Purpose.UPLOAD))
+    message = answers.message(sent.received, (), sent.payload)
+    own = unravel(start - sent.received)
+    return answers.Answer(training, update, message, sent.received, own)
 
   return answer
 
 
 def _importance(received, trained):
-  """What an entry's magnitude counts by, a tree like that of parameters."""
+  """The factor that each entry's magnitude counts by, a tree of parameters."""
 
   def of(old, new):
     of_a = jnp.linalg.norm(new.b, axis=-1)[..., None, :]
@@ -219,7 +211,7 @@ def _importance(received, trained):
 
 
 def _matrices(trainable):
-  """The sizes of all matrices in the flat vector; of a head, all of a leaf."""
+  """The sizes of all matrices in the flat vector; a head's leaf is one."""
   sizes = []
   for path, leaf in zip(
     parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
@@ -235,6 +227,6 @@ def _size(payload):
 
 
 def _dense(trainable):
-  """The bytes and numbers of all parameters."""
+  """The bytes and entries of all parameters."""
   vector, _ = ravel_pytree(trainable)
   return _size(base.Dense(vector))

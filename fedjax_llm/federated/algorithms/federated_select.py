@@ -10,11 +10,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 import optax
 
-from fedjax_llm.compression import base, groups, sparse
+from fedjax_llm.compression import base, grouped, sparse
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -35,40 +33,41 @@ def federated_select(
   density: densities.Density,
   warm_up_rounds: int = 1,
   top_k: sparse.TopK = sparse.top_k,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, unstructured: the Top-K of the round, trained alone.
 
-  Without a dense round before, as in the authors' code, LoRA can be stuck for
-  ever: `b` is zero at the start, so a Top-K that `a` and a head fill has none
-  of it; what was not received is not trained, so `b` stays zero; and as long as
-  it is, `a` has no gradient. Then a head is all that learns. One dense round,
-  the default, which SparseAdapter has as well, sets `b` free if it leaves some
-  of it among the largest parameters: `b` must have moved far enough. Else take
-  the largest of `a` and of `b` apart:
-  `top_k=partial(sparse.top_k_per_group, parameters.owners(trainable))`.
+  Without a dense round first, as in the authors' code, LoRA can be stuck for
+  ever. `b` is zero at the start, so a Top-K that `a` and a head fill has no
+  entry of `b`. What is not received is not trained, so `b` stays zero, and
+  while it is zero `a` has no gradient: only a head learns. One dense round, the
+  default here and in SparseAdapter, frees `b` if it moves `b` far enough to be
+  among the largest parameters. If not, take the largest of `a` and of `b` each
+  by itself: `top_k=partial(grouped.top_k_per_group, parameters.owners(tree))`.
 
-  The support travels down; what comes back is of the same support, so values
-  alone travel up.
+  The support travels down. The update has the same support, so only values
+  travel up.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    density: share of the parameters that is sent, in (0, 1]; or such shares by
-      the round they begin with, from 0 on, counted without the warm-up.
-    warm_up_rounds: how many rounds are dense at first; 0 for the authors' code.
-    top_k: from a density to what sends the largest parameters.
-    **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `placement` of `rounds.federated_round`.
+    density: the share of the parameters that is sent, in (0, 1]; or such
+      shares by the round they begin with, from 0 on, without the warm-up.
+    warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
+    top_k: from a density to the compressor that sends the largest parameters.
+    aggregate: from updates to one; the uniform mean if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density or `warm_up_rounds` is out of range.
   """
   if warm_up_rounds < 0:
     raise ValueError(f"expected {warm_up_rounds=} to be 0 or more.")
-  parts = {"aggregate": aggregators.uniform_mean()} | parts
   stages = {
     warm_up_rounds + begin: share
     for begin, (share,) in densities.stages(density).items()
@@ -80,7 +79,9 @@ def federated_select(
         client_optimizer,
         server_optimizer,
         channel=_channel(share, top_k),
-        **parts,
+        aggregate=aggregate or aggregators.uniform_mean(),
+        population=population,
+        placement=placement,
       )
       for begin, share in ({0: 1.0} | stages).items()
     }
@@ -97,11 +98,11 @@ def received_alone(
   download: base.Compressor,
   support: Callable[[Any], Any] = sparse.support,
 ) -> channels.Channel:
-  """Clients train and send what they received: its support is known above.
+  """Clients train and send what they received, whose support both ends know.
 
   Args:
-    download: of some entries of the parameters.
-    support: which entries a payload of it holds.
+    download: sends some entries of the parameters.
+    support: payload -> which entries it has.
   """
   return channels.Channel(
     download=download,
@@ -117,76 +118,57 @@ def federated_select_ranks(
   *,
   ranks: Sequence[int],
   of_client: Callable[[Any], Any] | None = None,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, structured: the largest ranks of every LoRA pair.
 
   A rank is a column of `a` and its row of `b`, which travel and are trained
-  together; each layer has its own choice of them. The largest are those of
-  which both as one vector have the largest norm: the norm of their product is
-  zero for all at the start, and later for all that were not chosen then, so
-  that it would never choose others. What is in no pair, such as a head, travels
-  and is trained whole. Down travel values and which ranks they are of, up
-  values alone.
+  together; each layer chooses its own ranks. The largest ranks have the largest
+  norm of column and row as one vector. The norm of their product would not do:
+  it is zero for all ranks at the start, and later for all ranks that were never
+  chosen. What is in no pair, such as a head, travels and is trained whole.
+  Values and the numbers of their ranks travel down; only values travel up.
 
-  The code of FLASC's authors chooses columns and rows each for themselves, so
-  that they do not match, and a client holds more ranks than it should.
+  The code of FLASC's authors chooses columns and rows independently, so that
+  they do not match, and a client holds more ranks than it should.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    ranks: how many ranks of a pair each tier of clients receives, the best
-      last; one of them, if all clients are alike.
-    of_client: numbers of clients -> numbers of their tiers; None to deal them
-      out in turn, as the authors do.
-    **parts: as of `federated_select`.
+    ranks: how many ranks of a pair each tier receives, the best last; one
+      number if all clients are alike.
+    of_client: numbers of clients -> numbers of their tiers. If not given,
+      client i is in tier i modulo tiers, as in the authors' code.
+    aggregate: as in `federated_select`.
+    population: as in `federated_select`.
+    placement: as in `federated_select`.
 
   Raises:
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
       if a rank is not in [1, that of the pairs].
   """
-  tier = of_client or (lambda client: client % len(ranks))
-  parts = {"aggregate": aggregators.uniform_mean()} | parts
 
-  def of(trainable):
-    owners, rows = _rank_owners(trainable)
-    support = functools.partial(groups.support, owners=owners)
+  def tiers(trainable):
+    owners, rows = factors.rank_owners(trainable)
+    support = functools.partial(grouped.support, owners=owners)
     each = [
       received_alone(
-        groups.top_k_groups(owners, rows, [x] * len(rows)), support
+        grouped.top_k_groups(owners, rows, [x] * len(rows)), support
       )
       for x in ranks
     ]
-    return fed_avg.fed_avg(
-      loss_fn,
-      client_optimizer,
-      server_optimizer,
-      channel=channels.Tiers(each, tier),
-      **parts,
-    )
+    return channels.Tiers(each, of_client or clients.in_turn(len(each)))
 
-  return rounds.FederatedAlgorithm(
-    init=lambda trainable: of(trainable).init(trainable),
-    round=lambda state, *rest: of(state.trainable).round(state, *rest),
-    received=lambda state, key: of(state.trainable).received(state, key),
+  return fed_avg.fed_avg(
+    loss_fn,
+    client_optimizer,
+    server_optimizer,
+    channel=tiers,
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
+    placement=placement,
   )
-
-
-def _rank_owners(trainable):
-  """Which rank of which layer each entry is of, and the ranks of each layer."""
-  owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), trainable)
-  numbered, rows, count = {}, [], 0
-  for path, pair in factors.pairs(trainable).items():
-    *layers, _, rank = pair.a.shape
-    number = count + np.arange(np.prod(layers, dtype=int) * rank)
-    number = number.reshape(*layers, rank)
-    numbered[path] = factors.Pair(
-      np.broadcast_to(number[..., None, :], pair.a.shape),
-      np.broadcast_to(number[..., :, None], pair.b.shape),
-    )
-    rows += [rank] * (number.size // rank)
-    count += number.size
-  owners = factors.put(owners, numbered)
-  return np.concatenate([x.ravel() for x in jax.tree.leaves(owners)]), rows

@@ -6,10 +6,10 @@ Sketching", 2020 (arXiv 2007.07682), algorithm 1, and its code
 clients' sketches is that of their mean update, and momentum and error feedback
 can be carried out on sketches, at the server: clients keep no memory. In each
 round the server looks up the k entries that are largest in the accumulated
-sketch; these move the parameters, and their sketch is taken out of it.
+sketch. It moves the parameters by these, and subtracts their sketch.
 
-All clients and the server start with the parameters that the seed draws. Down
-travel the k-sparse moves of the rounds that a client has missed, or the
+All clients and the server start with the parameters that the seed draws. A
+client downloads the k-sparse moves of the rounds that it missed, or the
 parameters if these are shorter.
 """
 
@@ -24,7 +24,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from fedjax_llm.compression import base, sketch, sparse, wire
-from fedjax_llm.federated import aggregators, clients, draws, rounds
+from fedjax_llm.federated import (
+  aggregators,
+  answers,
+  clients,
+  draws,
+  rounds,
+)
 
 Table = Float[Array, " cells"]
 
@@ -36,8 +42,8 @@ class FetchSGDState(NamedTuple):
     round: int32, how many rounds are done.
     trainable: the parameters, the same at every client that is up to date.
     momentum: S_u, a sketch.
-    error: S_e, a sketch of all that has yet to move the parameters.
-    missed: int32 [population], how many moves each client has yet to fetch.
+    error: S_e, a sketch of what has not moved the parameters yet.
+    missed: int32 [population], how many moves each client must still fetch.
   """
 
   round: Any
@@ -48,16 +54,16 @@ class FetchSGDState(NamedTuple):
 
 
 def subtract(momentum: Table, error: Table, move: Table) -> tuple[Table, Table]:
-  """Takes the sketch of a move out of the error, as algorithm 1 has it."""
+  """Subtracts the sketch of a move from the error, as in algorithm 1."""
   return momentum, error - move
 
 
 def clear(momentum: Table, error: Table, move: Table) -> tuple[Table, Table]:
-  """Empties the cells that a move has touched, as the authors' code has it.
+  """Empties the cells that a move has touched, as in the authors' code.
 
-  Momentum as well: the factor masking of DGC. The error of a move, which is
-  never subtracted exactly, then does not come back; what else was in the cells
-  is lost.
+  It empties the momentum as well: the factor masking of DGC. So the error of a
+  move, which is never subtracted exactly, does not come back, but everything
+  else in these cells is lost.
   """
   empty = lambda table: jnp.where(move != 0, 0, table)
   return empty(momentum), empty(error)
@@ -79,21 +85,21 @@ def fetch_sgd(
 ) -> rounds.FederatedAlgorithm:
   """FetchSGD (algorithm 1), with a client's update in the place of a gradient.
 
-  One local step of `optax.sgd(1.0)` sends the paper's gradient. Clients count
-  alike, as in the paper, whatever their weights.
+  One local step of `optax.sgd(1.0)` sends the paper's gradient. Every client
+  counts once, as in the paper.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
-    population: number of clients.
-    rows: of a sketch, see `sketch.count_sketch`.
-    columns: of a sketch.
+    population: the number of clients.
+    rows: the rows of a sketch, see `sketch.count_sketch`.
+    columns: the columns of a sketch.
     density: k over the number of entries, in (0, 1].
-    learning_rate: eta of the server, positive.
-    momentum: rho of the server, in [0, 1).
+    learning_rate: the server's eta, positive.
+    momentum: the server's rho, in [0, 1).
     settle: `(momentum, error, sketch of the move) -> (momentum, error)`, what
-      is left of both once the parameters have moved: `subtract` or `clear`.
-    seed: of the hashes, which everybody knows.
+      remains of both once the parameters have moved: `subtract` or `clear`.
+    seed: the seed of the hashes, which everybody knows.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -107,8 +113,11 @@ def fetch_sgd(
   to_server = sketch.count_sketch(rows, columns, seed=seed)
   largest = sparse.top_k(density)
   mean = aggregators.uniform_mean()
-  answers = clients.map_clients(
-    _answer(clients.local_update(loss_fn, client_optimizer), to_server, mean),
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
+    clients.local_update(loss_fn, client_optimizer),
+    _answer(to_server),
+    lambda table, weight, shared: mean.share(table, weight, ()),
     placement=placement,
   )
 
@@ -122,8 +131,7 @@ def fetch_sgd(
       error=empty.values,
       missed=jnp.zeros(population, jnp.int32),
     )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
+    return rounds.first_state(state, placement)
 
   def move(state, table, key):
     """The server's part: from the mean sketch to the next state."""
@@ -143,70 +151,58 @@ def fetch_sgd(
     return after, sent.payload
 
   def round_fn(state, frozen, examples, cohort, key):
-    shared = (state.trainable, state.round, frozen, examples, key)
-    (share, loss, count), (present, metrics) = answers(shared, cohort)
-    table, _ = mean.finish(share, (), key)
+    shared = (state.trainable, frozen)
+    arrived = at_clients(state.round, shared, (), examples, cohort, key)
+    table, _ = mean.finish(arrived.total, (), key)
     after, payload = move(state, table, key)
-    missed = state.missed[cohort.clients]
+    missed = answers.take(state.missed, cohort.clients)
     fetched, most = _fetch(missed, payload, state.trainable)
+    present = arrived.weights > 0
     missed = jnp.where(present, 0, missed)
-    missed = state.missed.at[cohort.clients].set(missed)
+    missed = answers.put(state.missed, cohort.clients, missed)
     after = after._replace(missed=jnp.minimum(missed + 1, most))
     after = rounds.unless_nobody(present.any(), after, state)
-    return rounds.replicate(after, placement), {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
+    sizes = {
       "download_bytes": fetched[:, 0],
       "download_entries": fetched[:, 1],
-      **metrics,
     }
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
-  received = lambda state, key: state.trainable
-  return rounds.FederatedAlgorithm(init, round_fn, received)
+  return rounds.FederatedAlgorithm(
+    init,
+    round_fn,
+    received=lambda state, key: state.trainable,
+    placement=placement,
+  )
 
 
-def _answer(local_update, to_server, mean):
-  """Makes the function that trains one client, for `clients.map_clients`."""
+def _answer(to_server):
+  """A client sends the sketch of its update."""
 
-  def fn(shared, cohort):
-    trainable, number, frozen, examples, key = shared
-    training = local_update(
-      trainable,
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      draws.stream(key, draws.Purpose.TRAIN, number, cohort.clients),
-    )
+  def answer(shared, client):
+    trainable, frozen = shared
+    training = client.train(trainable, frozen)
     start, _ = ravel_pytree(trainable)
     update = start - ravel_pytree(training.trainable)[0]
+    key = client.key(draws.Purpose.UPLOAD)
     payload, _ = to_server.encode(update, (), key)
-    # Of both: a sum may overflow.
-    finite = jnp.isfinite(update).all() & jnp.isfinite(payload.values).all()
-    weight = jnp.where(finite, cohort.weights, 0)
-    share = mean.share(payload.values, weight, ())
-    return (share, training.loss, training.count), (
-      weight > 0,
-      {
-        "upload_bytes": jnp.int32(wire.nbytes(payload)),
-        "upload_entries": jnp.int32(wire.entries(payload)),
-        "finite": finite,
-      },
-    )
+    message = answers.message(payload.values, (), payload)
+    return answers.Answer(training, update, message)
 
-  return fn
+  return answer
 
 
 def _fetch(missed, payload, trainable):
-  """What fetching so many moves takes, or the parameters if that is less.
+  """Sizes of the missed moves, or of the parameters if these are smaller.
 
   Args:
-    missed: how many moves, int32 [cohort].
-    payload: of one move.
+    missed: int32 [cohort], how many moves each client missed.
+    payload: one move.
     trainable: the parameters.
 
   Returns:
-    Bytes and numbers, int32 [cohort, 2]; and how many moves are too many.
+    Bytes and entries, int32 [cohort, 2]; and the number of moves from which on
+    the parameters are smaller.
   """
   vector, _ = ravel_pytree(trainable)
   move, whole = (

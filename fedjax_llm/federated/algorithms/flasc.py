@@ -2,8 +2,8 @@
 
 Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024
 (arXiv 2406.05233). The server sends the Top-K of the trainable parameters,
-one global selection over all of them; clients start from it, zeros elsewhere,
-train every entry, and answer with the Top-K of their update, each its own.
+one global selection over all of them. Clients start from these, with zeros
+elsewhere, train every entry, and answer with the Top-K of their own update.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,9 @@ def flasc(
   download_density: densities.Density,
   upload_density: densities.Density,
   top_k: sparse.TopK = sparse.top_k,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
 
@@ -39,20 +41,20 @@ def flasc(
     loss_fn: see `clients.local_update`.
     client_optimizer: the authors use `optax.sgd(rate, momentum=0.9)`.
     server_optimizer: the authors use `server_adamw`.
-    download_density: share of the parameters that is sent, in (0, 1]; or such
-      shares by the round they begin with, as `densities.decaying` makes them.
-    upload_density: share of an update that is sent, likewise.
-    top_k: from a density to what downloads the largest parameters. The paper's
-      is one Top-K of all, which leaves out `b` while it is smaller than `a`;
-      see `sparse.top_k_per_group`, and `compression.relative_to` for the Top-K
-      of what has moved.
-    **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `placement` of `rounds.federated_round`.
+    download_density: the share of the parameters that is sent, in (0, 1]; or
+      such shares by the round they begin with, see `densities.decaying`.
+    upload_density: the share of an update that is sent, likewise.
+    top_k: from a density to the compressor that downloads the largest
+      parameters. The paper's is one Top-K of all, which leaves out `b` while it
+      is smaller than `a`; see `grouped.top_k_per_group`, and
+      `compression.relative_to` for the Top-K of what has moved.
+    aggregate: from updates to one; the uniform mean if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density is out of range.
   """
-  parts = {"aggregate": aggregators.uniform_mean()} | parts
   stages = densities.stages(download_density, upload_density)
   return schedules.staged(
     {
@@ -61,7 +63,9 @@ def flasc(
         client_optimizer,
         server_optimizer,
         channel=_channel(down, up, top_k),
-        **parts,
+        aggregate=aggregate or aggregators.uniform_mean(),
+        population=population,
+        placement=placement,
       )
       for begin, (down, up) in stages.items()
     }
@@ -75,35 +79,40 @@ def flasc_tiers(
   *,
   tiers: Sequence[tuple[float, float]],
   of_client: Callable[[Any], Any] | None = None,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLASC among clients of different bandwidth, each tier at its densities.
 
-  The mean is over all clients, so what only a rich tier sends is divided by the
-  poor ones too. The authors' code for tiers sends a task head whole, outside
+  The mean is over all clients: an entry that only the last tier sends is still
+  divided by all. The authors' code for tiers sends a task head whole, outside
   the Top-K of the download; here, as in FLASC itself, one Top-K is over all.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the authors use `optax.sgd(rate, momentum=0.9)`.
     server_optimizer: the authors use `server_adamw`.
-    tiers: download and upload density of each tier, in (0, 1], the best last:
-      the authors' are (1 / 16, 1 / 16), (1 / 4, 1 / 4), (1, 1).
-    of_client: numbers of clients -> numbers of their tiers; None to deal them
-      out in turn, as the authors do.
-    **parts: as of `flasc`.
+    tiers: the download and upload density of each tier, in (0, 1], the best
+      last; the authors' are (1 / 16, 1 / 16), (1 / 4, 1 / 4), (1, 1).
+    of_client: numbers of clients -> numbers of their tiers. If not given,
+      client i is in tier i modulo tiers, as in the authors' code.
+    aggregate: as in `flasc`.
+    population: as in `flasc`.
+    placement: as in `flasc`.
 
   Raises:
     ValueError: if there is no tier, or a density is out of range.
   """
-  parts = {"aggregate": aggregators.uniform_mean()} | parts
   each = tuple(_channel(*shares) for shares in tiers)
   return fed_avg.fed_avg(
     loss_fn,
     client_optimizer,
     server_optimizer,
-    channel=channels.Tiers(each, of_client or (lambda x: x % len(each))),
-    **parts,
+    channel=channels.Tiers(each, of_client or clients.in_turn(len(each))),
+    aggregate=aggregate or aggregators.uniform_mean(),
+    population=population,
+    placement=placement,
   )
 
 

@@ -1,9 +1,9 @@
 """FLASC-Search: which rank and which density, found by few runs.
 
 Kuo, Raje, Rajesh, Smith, 2024 (arXiv 2406.05233). This is our reading of an
-abstract, which says that one starts from a small rank and density, and keeps
-comparing one configuration of larger rank to one of larger density. Here the
-two are larger by one factor, so that they send about as many numbers.
+abstract: start from a small rank and density, and keep comparing one
+configuration of larger rank with one of larger density. Here both grow by the
+same factor, so that they send about equally many numbers.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ class Trial(NamedTuple):
   """A configuration and what it gave.
 
   Attributes:
-    rank: of the adapters.
-    density: of the messages.
-    utility: the larger the better.
-    nbytes: what the run sent.
+    rank: the rank of the adapters.
+    density: the density of the messages.
+    utility: the result; larger is better.
+    nbytes: the bytes that the run sent.
   """
 
   rank: int
@@ -30,8 +30,8 @@ class Search(NamedTuple):
   """What a search found.
 
   Attributes:
-    best: the trial of the highest utility that was within the bounds.
-    trials: all of them, in order.
+    best: the trial of the highest utility within the bounds.
+    trials: all trials, in order.
   """
 
   best: Trial
@@ -50,18 +50,18 @@ def search(
   """Grows rank or density, whichever buys more utility for a byte.
 
   Each step measures `(factor * rank, density)` and `(rank, factor * density)`,
-  as far as they are within the bounds, and goes on from the better: that which
-  gained more over the last for each byte that it sent more, or, if neither
-  gained, lost less. Their bytes are nearly equal; measured, they differ by
-  supports and by what has no rank.
+  if they are within the bounds, and goes on from the better one: the one that
+  gained more utility for each additional byte, or, if neither gained, lost
+  less. Their bytes are nearly equal; they differ by supports and by what has no
+  rank.
 
   Args:
     measure: runs a configuration: (rank, density) -> (utility, bytes sent).
-    rank: to start from, in [1, `max_rank`].
-    density: to start from, in (0, 1].
-    max_rank: no configuration has a larger rank.
-    most_bytes: configurations that send more are neither kept nor gone on from.
-    factor: by which rank or density grows, at least 2.
+    rank: the first rank, in [1, `max_rank`].
+    density: the first density, in (0, 1].
+    max_rank: the largest rank.
+    most_bytes: the most bytes; a configuration that sends more is discarded.
+    factor: the factor by which rank or density grows, at least 2.
 
   Raises:
     ValueError: if an argument is out of range, or the first configuration sends
@@ -98,7 +98,7 @@ def search(
 
 
 def _worth(trial, last):
-  """What is gained for a byte more; what is lost, if nothing is gained."""
+  """The gain for each additional byte; the loss, if there is no gain."""
   gain = trial.utility - last.utility
   more = max(1, trial.nbytes - last.nbytes)
   return gain / more if gain > 0 else gain

@@ -14,9 +14,9 @@ import optax
 
 from fedjax_llm.compression import base
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
-  gathering,
   product_aggregation,
   rounds,
 )
@@ -30,30 +30,32 @@ def flex_lora(
   of_client: Callable[[Any], Any] | None = None,
   balanced: bool = False,
   upload: base.Compressor | None = None,
-  **placement: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FlexLoRA: the SVD of `sum_k p_k a_k b_k`, truncated to each tier's rank.
 
-  Exact if the adapter's rank is at least that of the sum, else the nearest of
-  its rank; `p_k` are the cohort's weights, and heads are averaged by them.
-  There is no server optimizer. Up and down travel a client's ranks of the
-  factors, and a client keeps nothing. The first message is of the first ranks
-  of the factors that training starts from.
+  The result is exact if the adapter's rank is at least that of the sum, else
+  the nearest of its rank. `p_k` are the clients' numbers of examples over their
+  sum; heads are averaged by them. There is no server optimizer. A client's
+  ranks of the factors travel both ways, and a client keeps nothing. The first
+  download has the first ranks of the factors that training starts from.
 
-  The paper scales by alpha / r_k, the rank of the client. Here all train under
-  one `LoRA.scale`, as FLASC's authors have it, so it does not appear.
+  The paper scales by alpha / r_k, with the client's rank r_k. Here all clients
+  train with one `LoRA.scale`, as in the code of FLASC's authors.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
-    ranks: of the tiers, see `factors.tiers`; the best last.
+    ranks: the rank of each tier, see `factors.tiers`; the best last.
     of_client: numbers of clients -> numbers of their tiers.
-    balanced: split the singular values evenly between the factors; the paper
-      gives all to `b`, `a = U`, `b = S V'`. Split evenly, a rank whose singular
-      value is zero is zero in both factors, and never trained again.
-    upload: what compresses the updates; None for nothing.
-    **placement: `population` (if the upload keeps a state for each client),
-      `placement` of `rounds.federated_round`.
+    balanced: whether to split the singular values evenly between the factors;
+      the paper gives all to `b`, `a = U`, `b = S V'`. Split evenly, a rank
+      whose singular value is zero is zero in both factors: it is never trained
+      again.
+    upload: compresses the updates; None for no compression.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -62,7 +64,8 @@ def flex_lora(
     clients.local_update(loss_fn, client_optimizer),
     functools.partial(nearest_products, balanced=balanced),
     lambda trainable: factors.tiers(trainable, ranks, of_client, upload),
-    **placement,
+    population=population,
+    placement=placement,
   )
 
 
@@ -76,16 +79,16 @@ def nearest_products(
 ) -> product_aggregation.Combined:
   """The factors whose products are nearest to the mean products.
 
-  Arguments are as of `combine` of `product_aggregation.product_round`, and
-  `balanced` as in `flex_lora`.
+  Arguments are those of `combine` in `product_aggregation.product_round`, and
+  `balanced` of `flex_lora`.
   """
   del key  # Deterministic.
-  weights = gathering.normalised(weights)
+  weights = aggregators.normalised(weights)
   stacks = factors.stacks(trained, weights)
   rank = factors.rank(trainable)
   nearest = {
     path: factors.truncate(pair, rank, balanced=balanced)
     for path, pair in stacks.items()
   }
-  mean = gathering.mean(trained, weights)
+  mean = aggregators.weighted_sum(trained, weights)
   return product_aggregation.Combined(factors.put(mean, nearest))

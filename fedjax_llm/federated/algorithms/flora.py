@@ -4,6 +4,7 @@ Wang, Shen, He, Sun, Wang, Lyu, Li, "FLoRA: Federated Fine-Tuning Large Language
 Models with Heterogeneous Low-Rank Adaptations", 2024 (arXiv 2409.05976).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
-  gathering,
   product_aggregation,
   rounds,
 )
@@ -31,30 +32,31 @@ def flora(
   of_client: Callable[[Any], Any] | None = None,
   upload: base.Compressor | None = None,
   population: int,
-  **placement: Any,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLoRA: `sum_k p_k a_k b_k` goes to the kernels, and the factors start anew.
 
-  Exact for clients of any ranks, as far as their uploads are; `p_k` are the
-  cohort's weights, and heads are averaged by them. There is no server
-  optimizer: what is merged is merged at rate 1.
+  The merged product is exact for clients of any ranks, if their uploads are.
+  `p_k` are the clients' numbers of examples over their sum; heads are averaged
+  by them. There is no server optimizer: products are merged at rate 1.
 
-  Up travels the update of a client's factors; down the factors of all clients
-  of every round that the client missed, side by side as the method stacks them,
+  A client uploads the update of its factors. It downloads the factors of all
+  clients of every round that it missed, side by side as the method stacks them,
   or the dense sum if that is smaller. The new factors, `a` random and `b` zero,
   cost nothing: both ends draw them from the experiment's seed and the round. A
-  client keeps the merged model between its visits. The paper's clients take
+  client keeps the merged model between its rounds. The paper's clients take
   part in every round.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the paper's is AdamW.
-    scale: `LoRA.scale`, one for all ranks.
-    ranks: of tiers of clients, see `factors.tiers`; None for one of full rank.
+    scale: `LoRA.scale`, the same for all ranks.
+    ranks: the rank of each tier, see `factors.tiers`; None for one tier of the
+      full rank.
     of_client: numbers of clients -> numbers of their tiers.
-    upload: what compresses the updates; None for nothing.
-    population: number of clients.
-    **placement: `placement` of `rounds.federated_round`.
+    upload: compresses the updates; None for no compression.
+    population: the number of clients.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -69,17 +71,18 @@ def flora(
 
     def with_known(channel, rank):
       known = jnp.where((owners >= 0) & (owners < rank), vector, 0)
-      return channel._replace(download=base.relative_to(known, heads))
+      download = base.relative_to(known, heads)
+      return dataclasses.replace(channel, download=download)
 
     return tiers._replace(channels=[*map(with_known, tiers.channels, own)])
 
   def combine(trainable, trained, weights, key):
-    present, weights = weights > 0, gathering.normalised(weights)
+    present, weights = weights > 0, aggregators.normalised(weights)
     pairs = factors.pairs(trainable)
     keys = dict(zip(pairs, jax.random.split(key, len(pairs)), strict=True))
     anew = {path: factors.redraw(x, keys[path]) for path, x in pairs.items()}
     return product_aggregation.Combined(
-      trainable=factors.put(gathering.mean(trained, weights), anew),
+      trainable=factors.put(aggregators.weighted_sum(trained, weights), anew),
       added=factors.stacks(trained, weights),
       forwarded=present,
     )
@@ -91,5 +94,5 @@ def flora(
     ranks=ranks,
     scale=scale,
     population=population,
-    **placement,
+    placement=placement,
   )

@@ -5,6 +5,7 @@ factors. With one factor the same at all clients it is: `a` times the mean of
 their `b` is the mean of the products. So these methods aggregate exactly.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, sparse
 from fedjax_llm.federated import (
+  aggregators,
   channels,
   clients,
   parameters,
@@ -29,8 +32,10 @@ def ffa_lora(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **parts: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FFA-LoRA: `a` stays at its random start, `b` is trained.
 
@@ -40,21 +45,29 @@ def ffa_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: of the clients.
-    server_optimizer: of the server; the paper averages: `optax.sgd(1.0)`.
-    make: what is done with `b`: `flasc.flasc` for FLASC of it, for instance.
-    **parts: the other arguments of `make`.
+    client_optimizer: the clients' optimizer.
+    server_optimizer: the server's; the paper averages: `optax.sgd(1.0)`.
+    make: the algorithm that trains `b`. For FLASC of `b`, for instance,
+      `functools.partial(flasc.flasc, download_density=0.25,
+      upload_density=0.25)`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if there is nothing but `a`.
   """
   return parameters.partial(
-    make,
+    lambda of_trained: make(
+      of_trained,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     is_trained=lambda path: parameters.factor(path) != "a",
-    **parts,
   )
 
 
@@ -63,31 +76,39 @@ def linear_probe(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **parts: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Linear probing: the head alone is trained and sent.
+  """Linear probing: only the head is trained and sent.
 
-  Factors stay at their start, where their product is zero, so the base model is
-  what it was.
+  The factors stay at their start, where their product is zero, so the base
+  model does not change.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: of the clients.
-    server_optimizer: of the server.
-    make: what is done with the head.
-    **parts: the other arguments of `make`.
+    client_optimizer: the clients' optimizer.
+    server_optimizer: the server's optimizer.
+    make: the algorithm that trains the head, see `ffa_lora`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if the model has no head.
   """
   algorithm = parameters.partial(
-    make,
+    lambda of_trained: make(
+      of_trained,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     is_trained=_is_head,
-    **parts,
   )
 
   def init(trainable):
@@ -113,7 +134,9 @@ def ro_lora(
   server_optimizer: optax.GradientTransformation,
   *,
   channel: channels.Channel | None = None,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """RoLoRA: a round trains `b`, the next one `a`, and so on.
 
@@ -121,58 +144,81 @@ def ro_lora(
   Alternating Optimization of LoRA", 2025 (arXiv 2502.01755). `b` is first,
   because `a` has no gradient while `b` is zero. A head is trained every round.
 
-  Clients upload what they trained, and download both factors. The paper counts
-  one factor down too, that of the round before: its clients take part in all
-  rounds and keep the other. Here they come and go and keep nothing.
+  Clients upload what they trained, and download both factors. In the paper one
+  factor is downloaded, that of the round before: its clients take part in every
+  round and keep the other factor. Here they come and go and keep nothing.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: of the clients; starts afresh in every round.
-    server_optimizer: of the server; has one state for each factor and one for
-      the head, which wait while theirs are not trained. The paper averages:
+    client_optimizer: starts afresh at every client in every round.
+    server_optimizer: keeps one state for each factor and one for the head,
+      which wait while theirs are not trained. The paper averages:
       `optax.sgd(1.0)`.
-    channel: what compresses the download, and the entries that are uploaded.
-      The upload must have no memory: it is of other entries every round.
-    **parts: `aggregate`, `population`, `placement` of `rounds.federated_round`.
+    channel: how downloads are compressed, and the entries that are uploaded.
+      Its upload has no memory, because other entries are sent every round.
+    aggregate: from updates to one; the mean weighted by examples if not given.
+    population: the number of clients, which this method does not need.
+    placement: see `clients.Placement`; all devices if not given.
+
+  Raises:
+    ValueError: from `init`, if the upload has a memory.
   """
-  # Without a chain of nothing, which would be a few bytes.
-  compressed = channel is not None
-  channel = channel or channels.Channel()
   local_update = clients.local_update(loss_fn, client_optimizer)
 
-  def turn(trainable, waits):
-    is_trained = lambda path: parameters.factor(path) != waits
-    mask = _flat_mask(trainable, is_trained)
-
-    def upload(payload):
-      values = [channel.uplink(payload)] if compressed else []
-      return base.chain(sparse.select(mask), *values)
-
-    def trains(payload):
-      return mask if channel.trains is None else mask & channel.trains(payload)
-
+  def turn(waits):
     return rounds.federated_round(
       local_update,
       _waiting(server_optimizer, waits),
-      channel=channels.Channel(channel.download, upload, trains),
-      **parts,
+      channel=functools.partial(_without, waits, channel),
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
     )
 
-  # Made of the tree at hand, because which entries are which depends on it.
-  turns = lambda trainable: schedules.alternating(
-    turn(trainable, "a"), turn(trainable, "b")
-  )
-  return rounds.FederatedAlgorithm(
-    init=lambda trainable: turns(trainable).init(trainable),
-    round=lambda state, *arguments: turns(state.trainable).round(
-      state, *arguments
-    ),
-    received=lambda state, key: turns(state.trainable).received(state, key),
-  )
+  algorithm = schedules.alternating(turn("a"), turn("b"))
+
+  def init(trainable):
+    _refuse_memory(_without("a", channel, trainable), trainable)
+    return algorithm.init(trainable)
+
+  return algorithm._replace(init=init)
+
+
+def _without(
+  waits: str, channel: channels.Channel | None, trainable: Any
+) -> channels.Channel:
+  """The channel of a round in which one factor is neither trained nor sent."""
+  is_trained = lambda path: parameters.factor(path) != waits
+  mask = _flat_mask(trainable, is_trained)
+  if channel is None:
+    return channels.Channel(
+      upload=sparse.select(mask), trains=lambda payload: mask
+    )
+
+  def upload(payload):
+    return base.chain(sparse.select(mask), channel.uplink(payload))
+
+  def trains(payload):
+    return mask if channel.trains is None else mask & channel.trains(payload)
+
+  return channels.Channel(channel.download, upload, trains)
+
+
+def _refuse_memory(channel, trainable):
+  """Refuses an upload that keeps a state from one round to the next."""
+  vector, _ = ravel_pytree(trainable)
+  states = functools.partial(channels.upload_states, channel, population=1)
+  if jax.tree.leaves(jax.eval_shape(states, vector)):
+    raise ValueError(
+      "ro_lora expected an upload without memory, got one that keeps a state"
+      " for each client: `a` and `b` take turns, so that it would add what was"
+      " left of one to the other. Take it out of error_feedback and its kin, or"
+      " train both factors with fed_avg."
+    )
 
 
 def _flat_mask(tree: Any, is_chosen: Callable[[str], bool]) -> Any:
-  """Which entries of the flat vector of `tree` are of chosen leaves."""
+  """A mask of the entries of the flat vector that belong to chosen leaves."""
   pairs = zip(parameters.paths(tree), jax.tree.leaves(tree), strict=True)
   return np.concatenate(
     [np.full(np.size(x), is_chosen(path)) for path, x in pairs]
@@ -182,7 +228,7 @@ def _flat_mask(tree: Any, is_chosen: Callable[[str], bool]) -> Any:
 def _waiting(
   optimizer: optax.GradientTransformation, waits: str
 ) -> optax.GradientTransformation:
-  """Steps on all but one factor, whose parameters and state stay."""
+  """Steps on all but one factor, which keeps its parameters and its state."""
   kinds = ("a", "b", None)
 
   def of(kind, tree):

@@ -1,19 +1,16 @@
 """Pruned adapters: clients hold the largest weights, and train nothing else.
 
-Both methods are pruning of adapters in one place, brought to LoRA and many
-clients as FLASC's authors did for comparison: the server stays dense, sends the
-Top-K of its parameters, and clients train and answer with these alone.
-Clients have no memory, so the support travels down with the values; up, values
-travel alone.
+Both methods were made to prune adapters on one machine. FLASC's authors brought
+them to LoRA and many clients for comparison: the server stays dense and sends
+the Top-K of its parameters, and clients train and send only these. Clients have
+no memory, so the support travels down with the values; up travel only values.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.compression import base, segments, sparse, wire
+from fedjax_llm.compression import base, sparse, wire
 from fedjax_llm.federated import (
   aggregators,
   channels,
@@ -32,31 +29,32 @@ def sparse_adapter(
   *,
   density: float,
   top_k: sparse.TopK = sparse.top_k,
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """SparseAdapter (He et al., 2022, arXiv 2210.04284): pruned once, for ever.
 
-  The first round is dense both ways, or else `b`, which is zero before it,
-  would be pruned whole. The Top-K of what it leaves is all that is sent and
-  trained from then on. The server's other parameters may move on by the
-  momentum and the decay of its optimizer, but nobody reads them: evaluate
-  `received`.
+  The first round is dense both ways. Otherwise all of `b` would be pruned,
+  because it is zero before that round. The Top-K of the parameters after it is
+  all that is sent and trained from then on. The server's other parameters may
+  move on by the momentum and the decay of its optimizer, but nobody reads them:
+  evaluate `received`.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    density: share of the parameters that is kept, in (0, 1].
-    top_k: from a density to what sends the largest parameters; see
-      `federated_select`.
-    **parts: `aggregate` (the uniform mean unless told otherwise), `population`,
-      `placement` of `rounds.federated_round`.
+    density: the share of the parameters that is kept, in (0, 1].
+    top_k: see `federated_select`.
+    aggregate: from updates to one; the uniform mean if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `density` is out of range.
   """
-  parts = {"aggregate": aggregators.uniform_mean()} | parts
   pruned = _first_top_k(top_k(density))
   # In the dense round nothing is chosen, but its state is that of the others.
   dense = base.Compressor(
@@ -71,7 +69,13 @@ def sparse_adapter(
   return schedules.staged(
     {
       begin: fed_avg.fed_avg(
-        loss_fn, client_optimizer, server_optimizer, channel=channel, **parts
+        loss_fn,
+        client_optimizer,
+        server_optimizer,
+        channel=channel,
+        aggregate=aggregate or aggregators.uniform_mean(),
+        population=population,
+        placement=placement,
       )
       for begin, channel in stages.items()
     }
@@ -84,25 +88,30 @@ def adapter_lth(
   server_optimizer: optax.GradientTransformation,
   *,
   density: densities.Density,
-  **parts: Any,
+  top_k: sparse.TopK = sparse.top_k,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Adapter-LTH (Wu and Chen, 2022): pruned further and further.
 
   It is Federated Select with a density that falls from 1, for instance
   `densities.decaying(1.0, 0.9, every=10, rounds=200, floor=1 / 16)`. As in the
-  code of FLASC's authors, nothing is rewound to where it started, and what was
+  code of FLASC's authors, no parameter is rewound to its start, and what was
   pruned may come back, because the server keeps all parameters and chooses
-  anew every round.
+  again every round.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    density: shares of the parameters that are sent, in (0, 1], by the round
-      they begin with.
-    **parts: `top_k` of `federated_select`; `aggregate` (the uniform mean unless
-      told otherwise), `population`, `placement` of `rounds.federated_round`.
+    density: the share of the parameters that is sent, in (0, 1]; or such
+      shares by the round they begin with.
+    top_k: see `federated_select`.
+    aggregate: from updates to one; the uniform mean if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density is out of range.
@@ -113,14 +122,17 @@ def adapter_lth(
     server_optimizer,
     density=density,
     warm_up_rounds=0,
-    **parts,
+    top_k=top_k,
+    aggregate=aggregate,
+    population=population,
+    placement=placement,
   )
 
 
 def _first_top_k(top_k: base.Compressor) -> base.Compressor:
-  """Sends the entries that are the Top-K of the first vector, of all vectors.
+  """Sends of every vector the entries that are the Top-K of the first one.
 
-  Its state is whether they are chosen, and which they are.
+  The state is whether they are chosen, and a mask of them.
   """
 
   def init(vector):
@@ -133,9 +145,7 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     mask = jax.lax.cond(
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
-    send = lambda values: segments.send_mask(mask, count).encode(
-      values, (), key
-    )[0]
+    send = lambda values: sparse.gather(values, mask, count)
     # What arrives of zeros: `top_k` may send how much has moved since the seed.
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)

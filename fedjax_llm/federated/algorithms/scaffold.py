@@ -16,8 +16,17 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import aggregators, channels, clients, draws, rounds
+from fedjax_llm.compression import base
+from fedjax_llm.federated import (
+  aggregators,
+  answers,
+  channels,
+  clients,
+  downloads,
+  draws,
+  local_training,
+  rounds,
+)
 
 
 class ScaffoldState(NamedTuple):
@@ -26,12 +35,12 @@ class ScaffoldState(NamedTuple):
   Attributes:
     round: int32, how many rounds are done.
     trainable: the parameters that are sent and trained.
-    optimizer: state of the server optimizer.
+    optimizer: the server optimizer's state.
     control: c, the server's control variate, [n].
-    controls: c_i, those of the clients, [population, n].
-    download: states of the download compressor, of the parameters and of c.
-    upload: states of the upload compressor, of the update and of the change of
-      c_i, [population, ...].
+    controls: c_i, the clients' control variates, [population, n].
+    download: the download compressor's states: for the parameters and for c.
+    upload: the upload compressor's states, [population, ...]: for the update
+      and for the change of c_i.
   """
 
   round: Any
@@ -54,23 +63,23 @@ def scaffold(
 ) -> rounds.FederatedAlgorithm:
   """SCAFFOLD (Algorithm 1, option II).
 
-  Clients count alike, as in the paper, whatever their weights; one of weight
-  zero, or that diverged, keeps its c_i. What a client adds to its c_i is what
-  arrived of it, so that c stays the mean of all c_i under any compressor.
+  Every client counts once, as in the paper. A client that is left out keeps its
+  c_i. A client adds to its c_i what arrived at the server, so that c stays the
+  mean of all c_i under any compressor.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_learning_rate: of the clients' plain SGD, positive: c_i is measured
-      from the update, which is this times a sum of gradients.
+    client_learning_rate: the rate of the clients' plain SGD, positive. The
+      update is this rate times a sum of gradients, from which c_i is computed.
     server_optimizer: steps on the mean update; the paper's is
       `optax.sgd(eta_g)`.
-    population: number of clients.
-    channel: what compresses the messages of both kinds; None for nothing.
+    population: the number of clients.
+    channel: how messages of both kinds are compressed; None for nothing.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: if the learning rate is not positive, or the channel says what
-      clients train.
+    ValueError: if the learning rate is not positive, or the channel has
+      `trains`.
   """
   if client_learning_rate <= 0:
     raise ValueError(f"scaffold expected {client_learning_rate=} > 0.")
@@ -79,9 +88,19 @@ def scaffold(
     raise ValueError(
       "scaffold trains every entry; give it a channel without `trains`."
     )
+  placement = placement or clients.Placement()
   mean = aggregators.uniform_mean()
-  answers = clients.map_clients(
-    _answer(loss_fn, client_learning_rate, channel, mean),
+
+  def share(received, weight, shared):
+    del shared
+    update, change = received
+    own = mean.share(update, weight, ())
+    return own, jnp.where(weight > 0, change, 0)
+
+  at_clients = answers.at_clients(
+    _corrected(loss_fn, client_learning_rate),
+    _answer(channel, client_learning_rate),
+    share,
     placement=placement,
   )
 
@@ -93,122 +112,94 @@ def scaffold(
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
       control=jnp.zeros_like(vector),
-      controls=jnp.zeros((population, vector.size), vector.dtype),
+      controls=(),
       download=(channel.download.init(vector), channel.download.init(vector)),
+      upload=(),
+    )
+    return rounds.first_state(
+      state,
+      placement,
+      controls=jnp.zeros((population, vector.size), vector.dtype),
       upload=(uploads(), uploads()),
     )
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    return rounds.replicate(jax.tree.map(jnp.array, state), placement)
 
   def round_fn(state, frozen, examples, cohort, key):
-    _, unravel = ravel_pytree(state.trainable)
     messages = _broadcast(channel, state, key)
-    payloads = tuple(x.payload for x in messages)
-    received = tuple(x.received for x in messages)
-    shared = (state, payloads, received, frozen, examples, key)
-    memory = jax.tree.map(
-      lambda x: x[cohort.clients], (state.controls, state.upload)
-    )
-    total, (memory, metrics) = answers(shared, (cohort, memory))
-    share, change, loss, count, present = total
+    received, download, payloads = zip(*messages, strict=True)
+    shared = (state.trainable, frozen, payloads, received)
+    memory = (state.controls, state.upload)
+    arrived = at_clients(state.round, shared, memory, examples, cohort, key)
+    share, change = arrived.total
     update, _ = mean.finish(share, (), key)
-    updates, optimizer = server_optimizer.update(
-      unravel(update), state.optimizer, state.trainable
-    )
-    controls, upload = jax.tree.map(
-      lambda everyone, some: everyone.at[cohort.clients].set(some),
-      (state.controls, state.upload),
-      memory,
-    )
-    after = ScaffoldState(
-      round=state.round + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      optimizer=optimizer,
+    _, unravel = ravel_pytree(state.trainable)
+    after = rounds.optimizer_step(server_optimizer, state, unravel(update))
+    controls, upload = arrived.memory
+    after = after._replace(
       control=state.control + change / population,
       controls=controls,
-      download=tuple(x.state for x in messages),
+      download=download,
       upload=upload,
     )
-    after = rounds.unless_nobody(present > 0, after, state)
-    each = lambda total: jnp.full(cohort.clients.shape, total, jnp.int32)
-    return rounds.replicate(after, placement), {
-      "train_loss": loss / jnp.maximum(count, 1),
-      "tokens": count,
-      "download_bytes": each(sum(wire.nbytes(x) for x in payloads)),
-      "download_entries": each(sum(wire.entries(x) for x in payloads)),
-      **metrics,
-    }
+    after = rounds.unless_nobody(arrived.weights.any(), after, state)
+    sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
+    return clients.replicate(after, placement), arrived.metrics | sizes
 
   def received_fn(state, key):
     parameters, _ = _broadcast(channel, state, key)
     return ravel_pytree(state.trainable)[1](parameters.received)
 
-  return rounds.FederatedAlgorithm(init, round_fn, received_fn)
-
-
-def _broadcast(channel, state, key):
-  """The messages to all clients: of the parameters, and of c."""
-  key = draws.stream(key, draws.Purpose.DOWNLOAD, state.round)
-  vectors = ravel_pytree(state.trainable)[0], state.control
-  return tuple(
-    base.transmit(channel.download, vector, memory, draws.stream(key, i))
-    for i, (vector, memory) in enumerate(
-      zip(vectors, state.download, strict=True)
-    )
+  return rounds.FederatedAlgorithm(
+    init, round_fn, received_fn, placement=placement
   )
 
 
-def _answer(loss_fn, learning_rate, channel, mean):
-  """Makes the function that trains one client, for `clients.map_clients`."""
+def _broadcast(channel, state, key):
+  """The messages to all clients: the parameters, and c."""
+  vectors = ravel_pytree(state.trainable)[0], state.control
+  return [
+    downloads.send(channel.download, vector, memory, state.round, key, i)
+    for i, (vector, memory) in enumerate(
+      zip(vectors, state.download, strict=True)
+    )
+  ]
 
-  def fn(shared, client):
-    state, payloads, (start, control), frozen, examples, key = shared
-    cohort, (own, memory) = client
-    _, unravel = ravel_pytree(state.trainable)
+
+def _corrected(loss_fn, learning_rate):
+  """SGD along the gradient plus a correction, which comes beside `frozen`."""
+  plain = local_training.batch_gradient(loss_fn)
+
+  def gradient_fn(trainable, shared, *batch, trains):
+    frozen, correction = shared
+    gradient, sums = plain(trainable, frozen, *batch, trains=trains)
+    return jax.tree.map(jnp.add, gradient, correction), sums
+
+  return local_training.local_steps(gradient_fn, optax.sgd(learning_rate))
+
+
+def _answer(channel, learning_rate):
+  """A client sends its update and the change of c_i."""
+
+  def answer(shared, client):
+    trainable, frozen, payloads, (start, control) = shared
+    own, memory = client.memory
+    _, unravel = ravel_pytree(trainable)
     correction = unravel(control - own)
-    optimizer = optax.chain(
-      optax.stateless(
-        lambda updates, _: jax.tree.map(jnp.add, updates, correction)
-      ),
-      optax.sgd(learning_rate),
-    )
-    training = clients.local_update(loss_fn, optimizer)(
-      unravel(start),
-      frozen,
-      examples,
-      cohort.indices,
-      cohort.mask,
-      draws.stream(key, draws.Purpose.TRAIN, state.round, cohort.clients),
-    )
+    training = client.train(unravel(start), (frozen, correction))
     update = start - ravel_pytree(training.trainable)[0]
-    steps = cohort.mask.any(axis=1).sum()
-    along = update / (learning_rate * jnp.maximum(steps, 1))
+    along = update / (learning_rate * jnp.maximum(client.steps, 1))
     # Who took no step has learned nothing of its gradient.
-    change = jnp.where(steps > 0, along - control, 0)
-    key = draws.stream(key, draws.Purpose.UPLOAD, state.round, cohort.clients)
+    change = jnp.where(client.steps > 0, along - control, 0)
+    key = client.key(draws.Purpose.UPLOAD)
     parts = zip(payloads, (update, change), memory, strict=True)
-    sent = [
-      base.transmit(channel.uplink(payload), vector, x, draws.stream(key, i))
-      for i, (payload, vector, x) in enumerate(parts)
-    ]
-    vectors = [update, change, *(x.received for x in sent)]
-    finite = jnp.isfinite(jnp.stack(vectors)).all()
-    weight = jnp.where(finite, cohort.weights, 0)
-    keep = lambda new, old: jnp.where(weight > 0, new, old)
-    arrived = jnp.where(weight > 0, sent[1].received, 0)
-    states = tuple(x.state for x in sent)
-    memory = jax.tree.map(keep, (own + arrived, states), (own, memory))
-    share = mean.share(sent[0].received, weight, ())
-    present = (weight > 0).astype(jnp.int32)
-    summand = (share, arrived, training.loss, training.count, present)
-    size = lambda of: jnp.int32(sum(of(x.payload) for x in sent))
-    return summand, (
-      memory,
-      {
-        "upload_bytes": size(wire.nbytes),
-        "upload_entries": size(wire.entries),
-        "finite": finite,
-      },
+    received, states, sent = zip(
+      *(
+        base.transmit(channel.uplink(payload), vector, x, draws.stream(key, i))
+        for i, (payload, vector, x) in enumerate(parts)
+      ),
+      strict=True,
     )
+    kept = (own + received[1], states)
+    message = answers.message(received, kept, *sent)
+    return answers.Answer(training, update, message, received[0])
 
-  return fn
+  return answer

@@ -2,28 +2,26 @@
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
 client's data, `data.split_rows.divide`, and fits its autoencoder on what was
-recorded over clients and rounds ("temporal ensemble"). Its first version does
-so without federated learning, each client alone, its last by federated
-pre-training: here are both.
+recorded over clients and rounds ("temporal ensemble"). Its first version trains
+each client alone, its last by federated pre-training: here are both.
 
-Metrics of a round have `snapshots` [cohort, n] too: what `cg_fed_llm` would put
-through a codec. The recorder gets them entry by entry, which the paper does not
-count and which is here in `upload_bytes`.
+A round has one more metric, `snapshots` [cohort, n]: what `cg_fed_llm` would
+put through a codec. They are sent uncompressed to be recorded. The paper does
+not count these bytes; here they are in `upload_bytes`.
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base
 from fedjax_llm.federated import (
-  channels,
+  aggregators,
+  answers,
   clients,
   codec_state,
-  gathering,
   rounds,
 )
 from fedjax_llm.federated.algorithms import cg_fed_llm
@@ -36,31 +34,33 @@ def federated_pretraining(
   *,
   population: int,
   representation: cg_fed_llm.Representation = "delta",
-  **parts: Any,
+  aggregate: aggregators.Aggregator | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Federated averaging, bit for bit; snapshots are of a round.
+  """Federated averaging, bit for bit, with the snapshots of each round.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh at every client in every round.
     server_optimizer: steps on the mean update.
-    population: number of clients.
+    population: the number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
-    **parts: `aggregate`, `placement` of `rounds.federated_round`.
+    aggregate: from updates to one; the mean weighted by examples if not given.
+    placement: see `clients.Placement`; all devices if not given.
   """
   upload = codec_state.remembered(base.identity())
   inner = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
     server_optimizer,
     channel=cg_fed_llm.channel(upload, representation),
+    aggregate=aggregate,
     population=population,
-    **parts,
+    placement=placement,
   )
 
-  def round_fn(state, *arguments):
-    after, metrics = inner.round(state, *arguments)
-    _, _, cohort, _ = arguments
-    sent = after.upload[0].vector[cohort.clients]
+  def round_fn(state, frozen, examples, cohort, key):
+    after, metrics = inner.round(state, frozen, examples, cohort, key)
+    sent = answers.take(after.upload[0].vector, cohort.clients)
     return after, metrics | {"snapshots": sent}
 
   return inner._replace(round=round_fn)
@@ -71,8 +71,8 @@ class LocalState(NamedTuple):
 
   Attributes:
     round: int32, how many rounds are done.
-    start: what all start from.
-    own: parameters of each client [population, n].
+    start: the parameters that all clients start from.
+    own: [population, n], the parameters of each client.
   """
 
   round: Any
@@ -93,15 +93,16 @@ def local_pretraining(
   representation: cg_fed_llm.Representation = "delta",
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Each client goes on from its own parameters; nothing comes down.
+  """Each client goes on from its own parameters; nothing is downloaded.
 
-  Snapshots are increments of a visit: with whole cohorts and one local epoch,
-  of an epoch, as in the paper's figures of 20 epochs.
+  A snapshot is what one round changed. If every client takes part in every
+  round with one local epoch, it is the change of an epoch, as in the paper's
+  figures of 20 epochs.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: starts afresh in every round.
-    population: number of clients.
+    population: the number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -110,20 +111,17 @@ def local_pretraining(
   """
   cg_fed_llm.channel(base.identity(), representation)  # Refuses another.
 
-  def answer(shared, train, client, own, key):
-    del client, key  # Nothing is random.
-    training = train(own, shared)
+  def answer(shared, client):
+    start, frozen = shared
+    own, (_, unravel) = client.memory, ravel_pytree(start)
+    training = client.train(unravel(own), frozen)
     trained, _ = ravel_pytree(training.trainable)
     update = own - trained
-    message: Any = base.Dense(update)
-    nbytes, entries = wire.nbytes(message), wire.entries(message)
-    return (
-      own,
-      training,
-      channels.Message(update, trained, jnp.int32(nbytes), jnp.int32(entries)),
-    )
+    message = answers.message(update, trained, base.Dense(update))
+    return answers.Answer(training, update, message, update)
 
-  at_clients = gathering.gather(
+  placement = placement or clients.Placement()
+  at_clients = answers.at_clients(
     clients.local_update(loss_fn, client_optimizer),
     answer,
     placement=placement,
@@ -131,27 +129,29 @@ def local_pretraining(
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    # Copied, so that donating the state leaves the caller's arrays alone.
-    start = jax.tree.map(jnp.array, trainable)
     own = jnp.tile(vector[None], (population, 1))
-    return rounds.replicate(LocalState(jnp.int32(0), start, own), placement)
+    state = LocalState(jnp.int32(0), trainable, ())
+    return rounds.first_state(state, placement, own=own)
 
   def round_fn(state, frozen, examples, cohort, key):
-    before = state.own[cohort.clients]
-    answers = at_clients(
-      state.start, state.round, frozen, before, examples, cohort, key
+    arrived = at_clients(
+      state.round, (state.start, frozen), state.own, examples, cohort, key
     )
-    after = answers.memory
+    before, after = (
+      answers.take(own, cohort.clients) for own in (state.own, arrived.memory)
+    )
     none = jnp.zeros(len(cohort.clients), jnp.int32)
-    metrics = answers.metrics | {
+    metrics = arrived.metrics | {
       "download_bytes": none,
       "download_entries": none,
       "snapshots": before - after if representation == "delta" else after,
     }
-    own = state.own.at[cohort.clients].set(after)
-    state = state._replace(round=state.round + 1, own=own)
-    return rounds.replicate(state, placement), metrics
+    state = state._replace(round=state.round + 1, own=arrived.memory)
+    return clients.replicate(state, placement), metrics
 
   return rounds.FederatedAlgorithm(
-    init, round_fn, received=lambda state, key: state.trainable
+    init,
+    round_fn,
+    received=lambda state, key: state.trainable,
+    placement=placement,
   )

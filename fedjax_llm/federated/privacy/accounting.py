@@ -15,6 +15,22 @@ import numpy as np
 Accountant = Literal["pld", "rdp"]
 
 
+def library() -> types.ModuleType:
+  """Imports dp-accounting.
+
+  Raises:
+    ImportError: if it is not installed.
+  """
+  try:
+    import dp_accounting
+  except ImportError as error:
+    raise ImportError(
+      "privacy needs dp-accounting, the extra `privacy`: run"
+      " `pip install 'dp-accounting>=0.6'`."
+    ) from error
+  return dp_accounting
+
+
 def gaussian_epsilon(
   noise_multiplier: float, count: int, delta: float, accountant: Accountant
 ) -> float:
@@ -53,7 +69,7 @@ def poisson_epsilon(
   _check(count, accountant)
   if noise_multiplier == 0:
     return math.inf
-  dp = _dp_accounting()
+  dp = library()
   event = dp.GaussianDpEvent(noise_multiplier)
   if expected < population:
     event = dp.PoissonSampledDpEvent(expected / population, event)
@@ -82,7 +98,7 @@ def fixed_size_epsilon(
   _check(count, accountant)
   if noise_multiplier == 0:
     return math.inf
-  dp = _dp_accounting()
+  dp = library()
   if accountant == "pld":
     losses = _losses_without_replacement(
       dp, size / population, noise_multiplier
@@ -122,16 +138,6 @@ def _losses_without_replacement(
     interval, -steps, steps, np.append(mirrored[:0:-1], delta)
   )
   return dp.pld.privacy_loss_distribution.PrivacyLossDistribution(losses)
-
-
-def _dp_accounting() -> types.ModuleType:
-  try:
-    import dp_accounting
-  except ImportError as error:
-    raise ImportError(
-      "epsilon needs dp-accounting: pip install 'dp-accounting>=0.6'."
-    ) from error
-  return dp_accounting
 
 
 def _check(count, accountant):

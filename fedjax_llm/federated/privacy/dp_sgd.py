@@ -6,12 +6,18 @@ says little about any one example, to the server too. What that is worth is
 accounted by `privacy.ExampleLevel`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federated import clients
+from fedjax_llm.federated import (
+  clients,
+  local_training,
+  mapping,
+)
 from fedjax_llm.federated.privacy import mechanisms
 
 
@@ -22,7 +28,7 @@ def local_update(
   clip_norm: float,
   noise_multiplier: float,
   microbatch: int | None = None,
-) -> clients.LocalUpdate:
+) -> local_training.LocalUpdate:
   """Makes the private training that one client does in one round.
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
@@ -68,19 +74,18 @@ def local_update(
       gradient, sums = jax.grad(mean_loss, has_aux=True)(
         trainable, (*batch, key)
       )
-      gradient, _ = ravel_pytree(clients.only(trains, gradient))
+      gradient, _ = ravel_pytree(local_training.only(trains, gradient))
       gradient = mechanisms.clip(gradient.astype(precise), clip_norm)
       return (jnp.where(is_real, gradient, 0), sums), ()
 
     noise_key, loss_key = jax.random.split(key)
     rows = (examples, mask, jax.random.split(loss_key, mask.size))
     # What maps over clients and adds up serves as well for examples.
-    over_rows = clients.map_in_steps(of_example, microbatch)
+    over_rows = mapping.in_steps(of_example, microbatch)
     (total, sums), _ = over_rows((), rows)
     total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)
     gradient = unravel((total / mask.size).astype(flat.dtype))
-    return clients.only(trains, gradient), sums
+    return local_training.only(trains, gradient), sums
 
-  return clients.local_steps(
-    gradient_fn, optimizer, example_noise_multiplier=noise_multiplier
-  )
+  plain = local_training.local_steps(gradient_fn, optimizer)
+  return dataclasses.replace(plain, example_noise_multiplier=noise_multiplier)

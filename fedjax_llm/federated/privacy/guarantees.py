@@ -39,7 +39,8 @@ class ClientLevel:
   clients_per_round: int
 
   def __post_init__(self):
-    """Refuses values out of range with a `ValueError`."""
+    """Refuses values out of range, or a missing dp-accounting."""
+    accounting.library()
     _check_noise(self.noise_multiplier)
     if self.sampling not in ("poisson", "fixed"):
       raise ValueError(
@@ -145,7 +146,8 @@ class ExampleLevel:
   local_epochs: int = 1
 
   def __post_init__(self):
-    """Refuses values out of range with a `ValueError`."""
+    """Refuses values out of range, or a missing dp-accounting."""
+    accounting.library()
     _check_noise(self.noise_multiplier)
     if not 0 < self.delta < 1:
       raise ValueError(f"expected delta in (0, 1), got {self.delta}.")

@@ -119,7 +119,8 @@ def fed_avg_states(problem, cohorts):
 
 @pytest.mark.parametrize("representation", ["delta", "state"])
 def test_a_codec_that_loses_nothing_is_fed_avg(problem, representation):
-  # Bit for bit, also of states: start - (start - update) is the update again.
+  # Bit for bit for both: start - (start - update) is the update again, except
+  # for ties of rounding.
   cohorts = problem.cohorts(4)
   expected = fed_avg_states(problem, cohorts)
   got = play(problem, MEAN, cohorts, representation, True)
@@ -127,7 +128,7 @@ def test_a_codec_that_loses_nothing_is_fed_avg(problem, representation):
 
 
 def test_of_one_client_it_is_plain_local_training(problem, oracle):
-  # Up to the rounding of an update.
+  # Equal up to the rounding of an update.
   cohort = problem.cohort(2)
   (got,) = play(problem, MEAN, [cohort], "delta", True)
   start = oracle.flatten(problem.trainable)
@@ -137,7 +138,7 @@ def test_of_one_client_it_is_plain_local_training(problem, oracle):
 
 
 def test_the_sum_is_as_many_means_as_there_are_clients(problem):
-  # Updates, and not the factors they are of, add up.
+  # The sum is that of the updates, not that of the factors.
   cohort = problem.cohort(1, 3, 5)
   uniform = cohort._replace(weights=np.ones(3, np.float32))
   start = problem.trainable
@@ -149,7 +150,7 @@ def test_the_sum_is_as_many_means_as_there_are_clients(problem):
 
 
 def test_the_mean_of_products_is_not_the_product_of_means(problem):
-  # But of one client they are the same.
+  # For one client the two are the same.
   def products(*chosen):
     cohort = problem.cohort(*chosen)
     for make in (MEAN, PRODUCT):

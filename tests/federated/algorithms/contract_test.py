@@ -98,9 +98,9 @@ def residual_method(make, **knobs):
   return algorithm
 
 
-# Random messages, with a memory of both kinds of senders.
+# Random messages, and clients that remember what theirs lost.
 FEEDBACK = channels.Channel(
-  compression.error_feedback(compression.stochastic_uniform(8)),
+  compression.stochastic_uniform(8),
   compression.error_feedback(
     compression.chain(sparse.top_k(0.25), compression.stochastic_uniform(4))
   ),
@@ -210,16 +210,14 @@ ALGORITHMS = {
     volunteers=[True, False] * 3 + [True],
   ),
   "CG-FedLLM, products": codec_method(cg_fed_llm.cg_fed_llm_products),
-  "incremental downloads": lambda loss_fn, **parts: (
-    delta_downloads.delta_downloads(
-      loss_fn,
-      CLIENT,
-      flasc.server_adamw(0.05),
-      download=compression.lloyd_max(3, block=8),
-      upload=compression.error_feedback(sparse.top_k(0.5)),
-      population=7,
-      **parts,
-    )
+  "delta downloads": lambda loss_fn, **parts: delta_downloads.delta_downloads(
+    loss_fn,
+    CLIENT,
+    flasc.server_adamw(0.05),
+    download=compression.lloyd_max(3, block=8),
+    upload=compression.error_feedback(sparse.top_k(0.5)),
+    population=7,
+    **parts,
   ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -231,6 +229,42 @@ def program(name, loss_fn, **placement):
   placement = placement or {"placement": placements.ALONE}
   algorithm = ALGORITHMS[name](loss_fn, **placement)
   return algorithm, jax.jit(algorithm.round, donate_argnums=0)
+
+
+# Methods whose mean counts every client once, or weights it by norms.
+COUNTED_ONCE = {
+  "SCAFFOLD",
+  "FLASC",
+  "FLASC by round",
+  "FLASC tiers",
+  "Federated Select",
+  "Federated Select, ranks",
+  "SparseAdapter",
+  "Adapter-LTH",
+  "zero-padded HetLoRA",
+  "HetLoRA",
+  "FedEx-LoRA",
+  "EF21",
+  "FetchSGD",
+  "private mean",
+  "adaptive private mean",
+  "delta downloads",
+}
+# Methods that take no `aggregate`, or have it set above.
+WITHOUT_AGGREGATE = {
+  "SCAFFOLD",
+  "HetLoRA",
+  "FlexLoRA",
+  "FLoRA",
+  "FedEx-LoRA",
+  "EcoLoRA",
+  "FedSRD",
+  "EF21",
+  "FetchSGD",
+  "private mean",
+  "adaptive private mean",
+  "CG-FedLLM, products",
+}
 
 
 class Run(NamedTuple):
@@ -285,7 +319,7 @@ def test_an_experiment_is_compiled_once_and_only_values_change(problem, name):
 
 @each_algorithm
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(problem, name):
-  # Law 21, from a state that left the device; it is also determinism.
+  # The state has left the device. This also tests that runs are deterministic.
   cohorts = problem.cohorts(4)
   whole = play(problem, name, cohorts)
   saved = jax.device_put(whole.states[2])
@@ -321,7 +355,6 @@ def only(cohort, i):
 
 @each_algorithm
 def test_the_order_of_clients_matters_only_to_rounding(problem, name):
-  # Law 16.
   cohort = problem.cohort(3, 6, 1)
   turned = jax.tree.map(lambda x: x[::-1], cohort)
   runs = [play(problem, name, [each]) for each in (cohort, turned)]
@@ -370,6 +403,51 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
   assert trained < 0.8 * loss(mine, trainable)
 
 
+@each_algorithm
+def test_clients_weigh_as_their_method_says(problem, name):
+  cohort = problem.cohort(2, 5, 4)
+  heavier = cohort._replace(weights=cohort.weights * np.float32([3, 1, 1]))
+  got, other = (play(problem, name, [each]) for each in (cohort, heavier))
+  pairs = zip(*map(jax.tree.leaves, (got.states, other.states)), strict=True)
+  is_same = all(np.array_equal(*pair) for pair in pairs)
+  assert is_same == (name in COUNTED_ONCE)
+
+
+@each_algorithm
+def test_a_weight_that_counts_no_examples_leaves_the_client_out(problem, name):
+  cohort = problem.cohort(3, 4, 1)
+  got, absent = (
+    play(problem, name, [cohort._replace(weights=np.float32(weights))])
+    for weights in ([np.nan, 2, np.inf], [0, 2, 0])
+  )
+  assert_same_bits(got.states[-1], absent.states[-1])
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in ALGORITHMS if name not in WITHOUT_AGGREGATE]
+)
+def test_a_private_mean_tells_its_noise_through_every_method(problem, name):
+  algorithm = ALGORITHMS[name](problem.loss_fn, aggregate=PRIVATE)
+  # What clients keep to themselves reaches the parameters without noise.
+  expected = None if name == "FedSA-LoRA" else PRIVATE.noise_multiplier
+  assert algorithm.noise_multiplier == expected
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_AGGREGATE))
+def test_the_other_methods_take_no_private_mean(problem, name):
+  with pytest.raises(TypeError, match="aggregate"):
+    ALGORITHMS[name](problem.loss_fn, aggregate=PRIVATE)
+  algorithm, _ = program(name, problem.loss_fn)
+  is_private = name in ("private mean", "adaptive private mean")
+  assert algorithm.noise_multiplier == (0.05 if is_private else None)
+
+
+@each_algorithm
+def test_no_method_forgets_its_placement(problem, name):
+  algorithm, _ = program(name, problem.loss_fn)
+  assert algorithm.placement == placements.ALONE
+
+
 @pytest.mark.parametrize(
   ("name", "devices", "clients_per_step"),
   [
@@ -392,8 +470,8 @@ def test_training_lowers_the_loss_and_leaves_the_caller_s_arrays(problem, name):
   ],
 )
 def test_placements_agree(problem, name, devices, clients_per_step):
-  # Law 21: three clients one by one, which is the reference, in steps of two,
-  # all at once, and on two devices.
+  # The reference trains three clients one by one. The others train them in
+  # steps of two, all at once, and on two devices.
   placement = dict(placement=placements.on(devices, clients_per_step))
   cohorts = problem.cohorts(2)
   got = play(problem, name, cohorts, **placement)
@@ -405,7 +483,6 @@ def test_placements_agree(problem, name, devices, clients_per_step):
 
 
 def test_a_compiled_round_is_the_round(problem, name="FedAvg"):
-  # Law 21.
   algorithm, _ = program(name, problem.loss_fn)
   (cohort,) = problem.cohorts(1)
   arguments = (problem.frozen, problem.examples, cohort, KEY)

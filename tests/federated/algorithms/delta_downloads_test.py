@@ -43,7 +43,7 @@ def run(problem, cohorts, download=None, upload=None):
   return state, seen
 
 
-def test_incremental_is_its_oracle_in_float64(problem, oracle):
+def test_delta_downloads_are_their_oracle_in_float64(problem, oracle):
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)
   copies = {client: expected.copy() for client in range(7)}
@@ -64,7 +64,7 @@ def test_incremental_is_its_oracle_in_float64(problem, oracle):
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
   for client, copy in copies.items():
-    np.testing.assert_allclose(state.copies[client], copy, rtol=1e-12)
+    np.testing.assert_allclose(state.upload[0][client], copy, rtol=1e-12)
 
 
 def test_uncompressed_it_is_fed_avg(problem):
@@ -102,12 +102,12 @@ def test_what_a_download_loses_comes_with_the_next(problem):
     arguments = (problem.frozen, problem.examples, nobody, KEY)
     state, _ = step(state, *arguments)
     vector, _ = jax.flatten_util.ravel_pytree(moved)
-    distances.append(np.count_nonzero(~np.isclose(state.copies[3], vector)))
+    distances.append(np.count_nonzero(~np.isclose(state.upload[0][3], vector)))
   n = vector.size
   assert distances == [max(0, n - i * (n // 4)) for i in range(1, 6)]
   # Who was not asked has what the seed drew.
   start, _ = jax.flatten_util.ravel_pytree(problem.trainable)
-  np.testing.assert_allclose(state.copies[0], start, rtol=1e-6)
+  np.testing.assert_allclose(state.upload[0][0], start, rtol=1e-6)
 
 
 def test_both_messages_are_counted(problem):
@@ -130,7 +130,7 @@ def test_a_download_may_be_a_chain(problem):
   chained = compression.chain(HALF, compression.identity())
   state, _ = run(problem, cohorts, chained, THIRD)
   expected, _ = run(problem, cohorts, HALF, THIRD)
-  np.testing.assert_array_equal(state.copies, expected.copies)
+  np.testing.assert_array_equal(state.upload[0], expected.upload[0])
 
 
 def test_a_download_with_a_memory_is_refused(problem):

@@ -88,8 +88,8 @@ def np_client(problem, oracle, flat, indices, mask):
 
 
 def test_eco_lora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: segments that several clients send, and that none does; levels that
-  # change; residuals of clients that come again.
+  # Several clients send some segments and none sends others; levels change;
+  # clients come again with their residuals.
   cohorts = problem.cohorts(4, size=6)
   with jax.enable_x64(True):
     states, _ = run(problem, cohorts)
@@ -205,18 +205,27 @@ def test_a_lower_loss_sends_fewer_bytes(problem):
 
 
 def test_the_download_may_be_compressed(problem):
-  # With a memory of the server's.
-  lossy = compression.error_feedback(
-    compression.stochastic_uniform(8, block=24)
-  )
+  lossy = compression.stochastic_uniform(8, block=24)
   states, metrics = run(problem, problem.cohorts(2), download=lossy)
   algorithm, _ = compose(problem.loss_fn, download=lossy)
   received = ravel_pytree(algorithm.received(states[1], KEY))[0]
   vector = ravel_pytree(states[1].trainable)[0]
-  residual, _ = states[1].download
-  np.testing.assert_allclose(received, vector + residual, atol=1e-2)
-  assert residual.any()
+  np.testing.assert_allclose(received, vector, atol=1e-2)
+  assert (received != vector).any()
   assert (metrics[1]["download_bytes"] < 4 * vector.size).all()
+
+
+def test_the_server_keeps_the_memory_of_its_download(problem):
+  states, _ = run(
+    problem, problem.cohorts(2), download=compression.power_sgd(2)
+  )
+  assert (states[0].download != states[1].download).any()
+
+
+def test_a_download_that_adds_up_what_it_lost_is_refused(problem):
+  lossy = compression.error_feedback(compression.stochastic_uniform(8))
+  with pytest.raises(ValueError, match=r"algorithms\.delta_downloads"):
+    compose(problem.loss_fn, download=lossy)
 
 
 def test_a_round_of_nobody_only_counts(problem):

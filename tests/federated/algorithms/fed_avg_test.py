@@ -48,7 +48,7 @@ def np_mean_update(problem, oracle, flat, cohort):
 
 
 def test_fed_avg_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: different cohorts of unequal clients, weighted by their examples.
+  # The cohorts differ; their unequal clients are weighted by examples.
   cohorts = problem.cohorts(4)
   flat = oracle.flatten(problem.trainable)
   with jax.enable_x64(True):
@@ -61,7 +61,7 @@ def test_fed_avg_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_top_k_with_error_feedback_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: each client's own residual, which waits until it comes again.
+  # Each client keeps its own residual until it comes again.
   cohorts = problem.cohorts(4)
   assert np.bincount(np.ravel([x.clients for x in cohorts])).max() > 1
   upload = compression.error_feedback(compression.top_k(0.3))
@@ -86,7 +86,7 @@ def test_top_k_with_error_feedback_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_fed_prox_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: pulled to what was received in this round, not at the start.
+  # The penalty pulls to the download of this round, not to the start.
   cohorts, mu = problem.cohorts(4), 0.5
   client = optax.chain(clients.proximal(mu), PLAIN)
   with jax.enable_x64(True):
@@ -110,7 +110,7 @@ def test_fed_prox_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_a_server_that_replaces_has_the_mean_of_what_was_trained(problem):
-  # Law 2. Weighted for one client, the mean is what that client trained.
+  # If only one client has a weight, the mean is what it trained.
   cohort = problem.cohort(1, 4, 6)
 
   def weighted(*weights):
@@ -127,8 +127,8 @@ def test_a_server_that_replaces_has_the_mean_of_what_was_trained(problem):
 
 
 def test_one_client_is_local_training(problem, oracle):
-  # Law 2, with one client: two rounds without momentum go on as one.
-  # Law 19: momentum starts afresh, so with it they do not.
+  # Without momentum, two rounds equal one round of two epochs. With momentum
+  # they do not, because it starts anew in each round.
   first, second = (problem.cohort(5, order=i, steps=8) for i in (0, 1))
   both = first._replace(
     indices=np.concatenate([first.indices[:, :4], second.indices[:, :4]], 1),

@@ -25,7 +25,7 @@ def split(flat):
 
 
 def test_fed_ex_lora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: a plain mean of unequal clients, and what it misses of the products.
+  # Unequal clients: a plain mean, and its error in the products.
   cohorts = problem.cohorts(4)
   flat, delta = oracle.flatten(problem.trainable), np.zeros((6, 4))
   for cohort in cohorts:

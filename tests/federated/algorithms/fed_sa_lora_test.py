@@ -37,7 +37,7 @@ def run(problem, cohorts, server=REPLACE, examples=None, **parts):
 
 
 def test_fed_sa_lora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: six rounds, so that clients come back to what they had.
+  # Six rounds, so that clients come back to the factors they kept.
   cohorts = problem.cohorts(6)
   start = oracle.flatten(problem.trainable)
   shared = start[:SHARED]

@@ -43,7 +43,7 @@ def fixed_bases(a, b):
 
 
 def test_fed_sb_is_its_oracle_in_float64(problem, oracle):
-  # Law 20, with bases that are not orthonormal, so that none is mistaken.
+  # The bases are not orthonormal, so that none can replace another.
   cohorts = problem.cohorts(4)
   rng = np.random.default_rng(1)
   a, b = rng.normal(0, 0.5, (6, 2)), rng.normal(0, 0.5, (2, 4))
@@ -88,7 +88,8 @@ def test_fed_sb_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_cores_travel_bases_stay_and_products_are_averaged_exactly(problem):
-  # Law 12, of cores: bytes are of rank^2 and the head.
+  # The mean of the cores is exact. The bytes are those of rank^2 entries and
+  # the head.
   bases = fed_sb.random_bases(jax.random.key(1))
   cohort = problem.cohort(2, 5, 3)
 

@@ -95,7 +95,7 @@ def drawn(number, name, density):
 
 @pytest.mark.parametrize("truncated", [True, False])
 def test_fed_srd_is_its_oracle_in_float64(problem, oracle, truncated):
-  # Law 20; without truncation, FedSRD-e.
+  # Without truncation the method is FedSRD-e.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
     states, _ = run(problem, cohorts, truncated=truncated)

@@ -69,7 +69,6 @@ def local_sgd_within(problem, oracle, start, kept, indices, mask):
 def test_federated_select_is_its_oracle_in_float64(
   problem, oracle, warm_up_rounds
 ):
-  # Law 20.
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)
   server = oracle.adamw(0.1)
@@ -93,8 +92,8 @@ def test_federated_select_is_its_oracle_in_float64(
 
 
 def test_without_a_dense_round_lora_is_stuck_and_with_one_it_learns(problem):
-  # Law 11: `a` and the head fill the Top-K of every round, so that `b` is never
-  # received, stays zero, and gives `a` no gradient.
+  # `a` and the head fill the Top-K of every round. So `b` is never received,
+  # stays zero, and gives `a` no gradient.
   cohorts = problem.cohorts(6)
   filled = sum(problem.trainable[name].size for name in ("a", "head"))
   assert 0.5 * flat(problem.trainable).size < filled
@@ -112,8 +111,8 @@ def test_without_a_dense_round_lora_is_stuck_and_with_one_it_learns(problem):
 
 @pytest.mark.parametrize("client", [SGD, ADAM])
 def test_clients_move_nothing_that_they_did_not_receive(problem, client):
-  # Law 8, momentum and decay included. The server replaces, so what it has
-  # outside the mask stays bit for bit.
+  # Momentum and decay do not move other entries either. The server replaces its
+  # entries, so those outside the mask stay bit for bit.
   history = run(problem, problem.cohorts(3), 0.5, 1, client, REPLACE)
   for (before, _), (after, _) in zip(history, history[1:], strict=False):
     kept = np.asarray(sparse.top_k_mask(flat(before.trainable), 12))
@@ -123,7 +122,7 @@ def test_clients_move_nothing_that_they_did_not_receive(problem, client):
 
 
 def test_a_support_travels_down_and_values_alone_travel_up(problem):
-  # Law 17: the first round is dense.
+  # The first round is dense.
   (_, warm), (_, sparse_round) = run(problem, problem.cohorts(2), 0.5, 1)
   n = flat(problem.trainable).size
   values = np.zeros(n // 2, np.float32)
@@ -140,7 +139,6 @@ def test_a_support_travels_down_and_values_alone_travel_up(problem):
 
 
 def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
-  # Law 1.
   cohorts = problem.cohorts(2)
   cohorts = [x._replace(weights=np.ones(3, np.float32)) for x in cohorts]
   got, _ = run(problem, cohorts, 1.0, 0)[-1]
@@ -190,7 +188,7 @@ def largest_ranks(flat, count):
 
 
 def test_selected_ranks_are_their_oracle_in_float64(problem, oracle):
-  # Law 20, with clients of one rank and of two.
+  # Some clients have one rank and some have two.
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)
   server = oracle.adamw(0.1)
@@ -223,7 +221,7 @@ def test_columns_and_rows_of_a_rank_are_chosen_together(problem):
 
 
 def test_lora_learns_from_the_first_round_with_the_ranks_it_has(problem):
-  # Law 11 does not concern ranks: `b` is among what is received, at zero.
+  # Selecting ranks is not stuck: `b` is received, at zero.
   states, _ = run_ranks(problem, problem.cohorts(1), (1,), SGD, REPLACE)
   moved = [np.asarray(x.trainable["b"]).any(axis=1) for x in states]
   assert [rows.tolist().count(True) for rows in moved] == [0, 1]
@@ -255,7 +253,7 @@ def test_every_layer_has_its_own_ranks():
 
 
 def test_tiers_pay_for_the_ranks_they_have(problem):
-  # Law 17: 4 of a head and 10 of each rank; which of two they are takes a byte.
+  # 4 entries of a head and 10 of each rank; one byte names the rank.
   cohort = problem.cohort(2, 5, 4)
   _, (metrics,) = run_ranks(problem, [cohort], (1, 2))
   entries = [14, 24, 14]
@@ -268,7 +266,7 @@ def test_tiers_pay_for_the_ranks_they_have(problem):
 
 
 def test_all_ranks_are_dense_fed_avg(problem):
-  # Law 13, its second half; to rounding, because masks are in the program.
+  # Equal up to rounding, because the program has masks.
   cohorts = problem.cohorts(2)
   cohorts = [x._replace(weights=np.ones(3, np.float32)) for x in cohorts]
   states, _ = run_ranks(problem, cohorts, (2,))

@@ -96,7 +96,7 @@ def assert_close_in_float64(state, expected, oracle):
 
 
 def test_flasc_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: masks both ways, unequal clients that count alike, AdamW.
+  # Masks in both directions, unequal clients of equal weight, AdamW.
   cohorts = problem.cohorts(4)
   expected = np_flasc(problem, oracle, cohorts, lambda *_: (0.6, 0.3))
   with jax.enable_x64(True):
@@ -105,7 +105,7 @@ def test_flasc_is_its_oracle_in_float64(problem, oracle):
 
 
 def test_densities_by_round_are_their_oracle_in_float64(problem, oracle):
-  # Laws 18 and 20: each direction by its own rounds; and 17, their bytes.
+  # Each direction has its own schedule. The bytes follow both.
   cohorts = problem.cohorts(4)
   of = lambda number, client: (0.5 if number < 2 else 0.25, 0.8**number)
   expected = np_flasc(problem, oracle, cohorts, of)
@@ -128,7 +128,7 @@ def test_densities_by_round_are_their_oracle_in_float64(problem, oracle):
 
 
 def test_tiers_are_their_oracle_in_float64(problem, oracle):
-  # Law 20: dealt out in turn, and one mean over all.
+  # Clients are dealt to tiers in turn; one mean is over all.
   cohorts = problem.cohorts(4)
   tiers = ((0.25, 0.125), (0.5, 0.75), (1.0, 1.0))
   of = lambda number, client: tiers[client % 3]
@@ -141,7 +141,6 @@ def test_tiers_are_their_oracle_in_float64(problem, oracle):
 
 
 def test_one_tier_is_flasc_bit_for_bit(problem):
-  # Law 13, in its sense for densities.
   cohorts = problem.cohorts(2)
   make = functools.partial(flasc.flasc_tiers, tiers=((0.6, 0.3),))
   program = compile_round(make, problem.loss_fn, SGD, ADAMW)
@@ -162,7 +161,6 @@ def test_clients_are_of_the_tiers_they_are_said_to_be_of(problem):
 
 
 def test_a_constant_schedule_is_a_constant_bit_for_bit(problem):
-  # Law 18.
   cohorts = problem.cohorts(2)
   constant = densities.decaying(0.6, 1.0, every=1, rounds=9)
   make = functools.partial(
@@ -175,7 +173,6 @@ def test_a_constant_schedule_is_a_constant_bit_for_bit(problem):
 
 
 def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
-  # Law 1.
   cohorts = problem.cohorts(3)
   state, _ = run(problem, SGD, ADAMW, 1.0, 1.0, cohorts)
   dense = fed_avg.fed_avg(
@@ -195,8 +192,8 @@ def test_density_one_is_dense_fed_avg_bit_for_bit(problem):
 
 @pytest.mark.parametrize("density", [0.29, 0.9])
 def test_messages_hold_exactly_k_entries(problem, recorder, density):
-  # Laws 3 and 5: k is the floor, with ties too. At 0.9 the k-th magnitude is
-  # zero, because `b` is, and a threshold would select everything.
+  # k is the floor, also with ties. At 0.9 the k-th magnitude is zero, because
+  # `b` is zero; a threshold would select everything.
   n = flat(problem.trainable).size
   k = int(n * density)
   cohorts = [alone(problem.cohort(2, 5), 0)]
@@ -210,7 +207,7 @@ def test_messages_hold_exactly_k_entries(problem, recorder, density):
 
 
 def test_the_mask_is_global_not_of_each_layer(problem):
-  # Law 4: a tensor that is scaled takes the whole budget.
+  # A tensor that is scaled up takes the whole budget.
   scaled = {**problem.trainable, "a": 1000 * problem.trainable["a"]}
   kept = received(problem._replace(trainable=scaled), 0.5)
   assert kept["a"].all()
@@ -218,7 +215,7 @@ def test_the_mask_is_global_not_of_each_layer(problem):
 
 
 def test_clients_start_from_one_mask_and_zeros(problem, recorder, oracle):
-  # Laws 6 and 7: all of them, whoever they are.
+  # The start does not depend on the client.
   trainable = flat(problem.trainable)
   masked = oracle.top_k(trainable, 0.5)
   assert 0 < np.count_nonzero(masked) < np.count_nonzero(trainable)
@@ -231,8 +228,8 @@ def test_clients_start_from_one_mask_and_zeros(problem, recorder, oracle):
 
 
 def test_clients_choose_what_they_send_each_for_themselves(problem, recorder):
-  # Law 6; law 8: also outside the mask they started from; and law 14: what few
-  # of them send is divided by all.
+  # They also send entries outside the mask they started from. The sum of an
+  # entry is divided by all clients, even if few sent it.
   cohort = problem.cohort(2, 5, 3)
   update = lambda cohort: flat(
     run(problem, SGD, recorder, 0.5, 0.25, [cohort])[0].optimizer
@@ -246,7 +243,6 @@ def test_clients_choose_what_they_send_each_for_themselves(problem, recorder):
 
 
 def test_clients_count_alike_whatever_they_own(problem, recorder):
-  # Law 14.
   cohort = problem.cohort(2, 5, 3)
   heavy = cohort._replace(weights=np.array([100, 1, 1], np.float32))
   states = [
@@ -257,8 +253,8 @@ def test_clients_count_alike_whatever_they_own(problem, recorder):
 
 
 def test_who_learns_at_rate_zero_leaves_the_server_its_decay(problem, oracle):
-  # Law 7: the update is measured from the masked start, so it is exactly zero;
-  # and AdamW decays by 0.01 of its rate, torch's default and not optax's.
+  # The update is measured from the masked start, so it is exactly zero. AdamW
+  # decays by 0.01 of its rate, the default of torch, not that of optax.
   with jax.enable_x64(True):
     state, _ = run(problem, STILL, ADAMW, 0.5, 0.25, problem.cohorts(3))
   expected = oracle.flatten(problem.trainable) * (1 - 0.1 * 0.01) ** 3
@@ -267,14 +263,13 @@ def test_who_learns_at_rate_zero_leaves_the_server_its_decay(problem, oracle):
 
 
 def test_the_download_does_not_depend_on_the_upload_density(problem):
-  # Law 18.
   few, many = received(problem, 0.5, 0.1), received(problem, 0.5, 1.0)
   jax.tree.map(np.testing.assert_array_equal, few, many)
 
 
 def test_the_server_stays_dense_and_what_is_received_is_sparse(problem):
-  # Dense and masked evaluation: of `state.trainable` and of `received`. And law
-  # 17: a round costs a client a support and k values each way.
+  # Dense evaluation takes `state.trainable`, masked evaluation takes
+  # `received`. A client pays for a support and k values in each direction.
   state, metrics = run(problem, SGD, ADAMW, 0.6, 0.3, problem.cohorts(4))
   _, fn = receive(problem.loss_fn, 0.6, 0.3)
   dense, masked = flat(state.trainable), flat(fn(state, KEY))

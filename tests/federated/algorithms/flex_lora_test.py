@@ -49,7 +49,7 @@ def np_flex_lora(problem, oracle, cohorts, balanced):
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_flex_lora_is_its_oracle_in_float64(problem, oracle, balanced):
-  # Law 20: clients of ranks 1 and 2, weighted by their examples.
+  # Clients have ranks 1 and 2 and are weighted by their examples.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
     state, _ = play(problem, cohorts, balanced=balanced)

@@ -38,8 +38,8 @@ def play(problem, cohorts):
 
 
 def test_flora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: clients of ranks 1 and 2, weighted by their examples. The random
-  # factors are the only thing that is taken from the algorithm.
+  # Clients have ranks 1 and 2 and are weighted by their examples. The oracle
+  # takes only the random factors from the algorithm.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
     states = play(problem, cohorts)

@@ -86,7 +86,7 @@ def np_train(problem, oracle, flat, indices, mask, first):
 
 
 def test_het_lora_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: penalty, pruning, weights by norms, padding with zeros.
+  # Penalty, pruning, weights by norms, padding with zeros.
   cohorts = problem.cohorts(4, size=4)
   flat = oracle.flatten(problem.trainable)
   ranks = {client: RANKS[client % 2] for client in range(7)}
@@ -108,14 +108,14 @@ def test_het_lora_is_its_oracle_in_float64(problem, oracle):
       problem, het_lora.het_lora, REPLACE, cohorts, decay=0.5, penalty=PENALTY
     )
   assert {ranks[client] for client in (1, 3, 5)} == {1, 2}
-  assert state.ranks.tolist() == [ranks[client] for client in range(7)]
+  assert state.upload.tolist() == [ranks[client] for client in range(7)]
   got = oracle.flatten(state.trainable)
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, flat, rtol=1e-12, atol=1e-14)
 
 
 def test_zero_padded_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: what low ranks lack counts as an update of zero.
+  # An update of zero stands for the ranks that a client lacks.
   cohorts = problem.cohorts(4)
   flat, server = oracle.flatten(problem.trainable), oracle.adamw(0.1)
   for cohort in cohorts:
@@ -133,7 +133,7 @@ def test_zero_padded_is_its_oracle_in_float64(problem, oracle):
 
 @pytest.mark.parametrize("optimizer", [SGD, optax.adamw(0.1)])
 def test_ranks_that_were_not_received_are_not_trained(problem, optimizer):
-  # Law 13, and nothing is frozen for it.
+  # Their gradients are zero, so nothing needs to be frozen.
   a, b = problem.trainable["a"], np.full((2, 4), 0.3)
   start = {
     "a": a * (np.arange(2) < 1),
@@ -157,8 +157,8 @@ def test_ranks_that_were_not_received_are_not_trained(problem, optimizer):
 
 @pytest.mark.parametrize("name", ["zero_padded_lora", "het_lora"])
 def test_one_tier_is_training_at_that_rank(problem, name):
-  # Law 13, up to rounding; the server's other ranks stay what they were, or
-  # are replaced by the zeros of the paper's padding. All weights are one's.
+  # Equal up to rounding. The other ranks of the server stay, or become the
+  # zeros of the paper's padding. All weights are equal.
   cohorts = [problem.cohort(2, order=i) for i in range(3)]
   knobs = {"decay": 1.0} if name == "het_lora" else {}
   state, _ = play(
@@ -216,7 +216,7 @@ def test_a_client_that_prunes_itself_stays_small(problem):
   # What was sent small comes small from then on.
   np.testing.assert_array_equal(down[1:], up[:-1])
   assert (np.diff(up, axis=0) <= 0).all()
-  assert state.ranks[[0, 1, 3, 4, 5]].tolist() == [2] * 5
+  assert state.upload[[0, 1, 3, 4, 5]].tolist() == [2] * 5
 
 
 def test_the_loss_that_is_reported_is_without_the_penalty(problem):
@@ -297,7 +297,7 @@ def test_ranks_and_weights_are_of_all_modules_and_layers_together():
   state, _ = jax.jit(algorithm.round)(
     algorithm.init(tree), {}, {"x": np.zeros(1, np.float32)}, cohort, KEY
   )
-  assert state.ranks.tolist() == [2, 4]
+  assert state.upload.tolist() == [2, 4]
   for got, small, large in zip(
     matrices(state.trainable), *answers, strict=True
   ):

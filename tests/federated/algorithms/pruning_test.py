@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, sparse, supports, wire
+from fedjax_llm.compression import base, grouped, sparse, supports, wire
 from fedjax_llm.federated import densities, parameters
 from fedjax_llm.federated.algorithms import federated_select, flasc, pruning
 from tests import placements
@@ -89,7 +89,7 @@ def kept_of(name, number, vector, before):
 
 @pytest.mark.parametrize("name", ["SparseAdapter", "Adapter-LTH"])
 def test_pruning_is_its_oracle_in_float64(problem, oracle, name):
-  # Law 20, over five rounds: Adapter-LTH prunes twice.
+  # In five rounds Adapter-LTH prunes twice.
   cohorts = problem.cohorts(5)
   expected = oracle.flatten(problem.trainable)
   server = oracle.adamw(0.1)
@@ -110,7 +110,6 @@ def test_pruning_is_its_oracle_in_float64(problem, oracle, name):
 
 
 def test_sparse_adapter_chooses_once_after_one_dense_round(problem):
-  # Law 9.
   states, _ = run(problem, "SparseAdapter", problem.cohorts(5))
   algorithm, _ = compose("SparseAdapter", problem.loss_fn, ADAMW)
   chosen = [np.asarray(state.download[0][1]) for state in states]
@@ -130,7 +129,7 @@ def test_sparse_adapter_chooses_once_after_one_dense_round(problem):
 
 
 def test_sparse_adapter_moves_only_what_it_kept(problem):
-  # Law 8, at a server that adds no momentum and no decay.
+  # The server adds no momentum and no decay.
   states, _ = run(problem, "SparseAdapter", problem.cohorts(3), REPLACE)
   first, *_, last = states[1:]
   mask = np.asarray(last.download[0][1])
@@ -140,7 +139,6 @@ def test_sparse_adapter_moves_only_what_it_kept(problem):
 
 
 def test_sparse_adapter_pays_for_one_dense_round(problem):
-  # Laws 9 and 17.
   _, (dense, *pruned) = run(problem, "SparseAdapter", problem.cohorts(5))
   n, k = flat(problem.trainable).size, 9
   values = np.zeros(k, np.float32)
@@ -156,7 +154,7 @@ def test_sparse_adapter_pays_for_one_dense_round(problem):
 
 
 def test_adapter_lth_sends_less_and_less(problem):
-  # Law 10: int(n g^(t // f)) entries; the first are pruned at t = f = 2.
+  # int(n g^(t // f)) entries are sent; the first pruning is at t = f = 2.
   _, history = run(problem, "Adapter-LTH", problem.cohorts(5))
   n = flat(problem.trainable).size
   expected = [n, n, int(0.6 * n), int(0.6 * n), int(0.6**2 * n)]
@@ -165,7 +163,6 @@ def test_adapter_lth_sends_less_and_less(problem):
 
 
 def test_a_lottery_without_decay_is_federated_select(problem):
-  # Law 18.
   states = []
   density = densities.decaying(0.5, 1.0, every=1, rounds=9)
   for algorithm in (
@@ -208,7 +205,7 @@ def test_factors_are_received_apart_on_request(problem, make, knobs):
   # A Top-K of a sixth is filled by `a`, a hundred times larger, unless apart.
   scaled = {**problem.trainable, "a": 100 * problem.trainable["a"]}
   apart = functools.partial(
-    sparse.top_k_per_group, parameters.owners(problem.trainable)
+    grouped.top_k_per_group, parameters.owners(problem.trainable)
   )
   received = {}
   for name, top_k in {"global": sparse.top_k, "apart": apart}.items():

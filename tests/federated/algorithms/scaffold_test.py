@@ -58,7 +58,7 @@ def np_train(problem, oracle, start, correction, indices, mask):
 
 
 def test_scaffold_is_its_oracle_in_float64(problem, oracle):
-  # Law 20: option II, clients of unequal steps that count alike.
+  # Option II; clients with unequal steps have equal weights.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
     states, _ = run(problem, cohorts, optax.sgd(0.7))

@@ -66,7 +66,7 @@ def np_recorded(problem, oracle, cohorts, is_local):
 def test_the_snapshots_are_those_of_the_oracle(
   problem, oracle, make, representation
 ):
-  # Law 11: of every client and round, in their order, in float64.
+  # One for every client and round, in order, in float64.
   cohorts = problem.cohorts(4)
   with jax.enable_x64(True):
     state, metrics = play(problem, make, cohorts, representation)
@@ -99,7 +99,6 @@ def test_federated_pretraining_is_fed_avg_bit_for_bit(problem):
 def test_twenty_rounds_of_five_clients_are_a_hundred_snapshots(
   problem, tmp_path
 ):
-  # Law 11.
   store = recording.Store.create(tmp_path, problem.trainable)
   cohorts = problem.cohorts(20, size=5)
   _, metrics = play(problem, federated, cohorts)
@@ -116,7 +115,7 @@ def test_twenty_rounds_of_five_clients_are_a_hundred_snapshots(
 
 
 def test_a_first_step_moves_b_alone(problem):
-  # Law 11: b is zero, so the gradient of a is exactly that.
+  # b is zero, so the gradient of a is exactly zero.
   cohort = problem.cohort(2, 5, steps=1)
   _, metrics = play(problem, federated, [cohort])
   a, b = metrics[0]["snapshots"][:, :12], metrics[0]["snapshots"][:, 12:20]

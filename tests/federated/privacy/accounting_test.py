@@ -144,7 +144,7 @@ def test_bad_questions_are_named():
     accounting.fixed_size_epsilon(9, 3, 1.0, 1, DELTA, "moments")
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_without_the_extra_the_error_names_it(monkeypatch):
   monkeypatch.setitem(sys.modules, "dp_accounting", None)
-  with pytest.raises(ImportError, match="pip install 'dp-accounting"):
+  with pytest.raises(ImportError, match="`pip install 'dp-accounting>=0.6'`"):
     accounting.gaussian_epsilon(1.0, 123, DELTA, "pld")

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import sys
 
 import pytest
 
@@ -27,6 +28,13 @@ def test_without_noise_epsilon_is_infinite_and_said_so():
   bare = guarantees.ClientLevel(0.0, DELTA, "fixed", 50, 5)
   assert bare.epsilon(1) == math.inf
   assert "epsilon = inf" in bare.describe(1)
+
+
+@pytest.mark.parametrize("guarantee", [FIXED, EXAMPLES])
+def test_without_dp_accounting_no_guarantee_is_made(guarantee, monkeypatch):
+  monkeypatch.setitem(sys.modules, "dp_accounting", None)
+  with pytest.raises(ImportError, match="the extra `privacy`"):
+    dataclasses.replace(guarantee, noise_multiplier=1.0)
 
 
 def test_a_run_as_accounted_passes():

@@ -63,7 +63,6 @@ def assert_deviation(sample, expected):
 
 
 def test_a_clipped_update_is_within_the_norm_and_keeps_its_direction():
-  # Law 15.
   for update, length in zip(UPDATES, LENGTHS, strict=True):
     clipped = mechanisms.clip(update, 5.0)
     assert np.linalg.norm(clipped) <= 5 * (1 + 1e-6)
@@ -80,7 +79,6 @@ def test_what_has_no_finite_norm_leaves_no_mark(broken):
 
 
 def test_a_norm_that_nobody_exceeds_gives_the_plain_mean():
-  # Law 15.
   norm = 2 * LENGTHS.max()
   mean, _ = aggregate(aggregators.uniform_mean())
   got, _ = aggregate(private(norm))
@@ -93,7 +91,7 @@ def test_a_norm_that_nobody_exceeds_gives_the_plain_mean():
 
 @pytest.mark.parametrize("norm", [1e-3, 0.1])
 def test_if_everyone_clips_the_normalized_mean_is_of_directions(norm):
-  # Law 15: independent of the norm.
+  # The mean does not depend on the norm.
   got, _ = aggregate(private(norm, normalize=True))
   directions = UPDATES / LENGTHS[:, None]
   np.testing.assert_allclose(got, directions.mean(0), rtol=1e-5, atol=1e-7)
@@ -202,7 +200,7 @@ def flat(tree):
 
 
 def test_four_private_rounds_are_their_oracle_in_float64(problem, oracle):
-  # Law 15: clipped after the upload is sparse, all counted alike, adaptively.
+  # Clipping follows the sparse upload; weights are equal; the norm adapts.
   norm, rate = 0.3, 0.5
   cohorts = problem.cohorts(4)
   expected = oracle.flatten(problem.trainable)

@@ -1,4 +1,4 @@
-"""Law 13 of CG-FedLLM: noise before and after the encoder."""
+"""Noise before and after the encoder of a codec."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A model sits an exam, alone or against another."""
+"""A model sits an exam, C-Eval or MMLU, alone or against another model."""
 
 import dataclasses
 import json
@@ -14,16 +14,17 @@ from fedjax_llm.experiments import loading
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What an exam is sat with.
+  """Options of C-Eval and MMLU.
 
   Attributes:
-    split: "val" or "test"; by default val of C-Eval, test of MMLU.
-    shots: solved examples before a question, fewer where there is no room.
-    subjects: names of subjects; all if there are none.
-    limit: the first so many questions of each subject.
+    split: "val" or "test"; by default val of C-Eval and test of MMLU.
+    shots: number of solved examples before a question; fewer if the context
+      has no room for them.
+    subjects: names of subjects; all subjects if none are given.
+    limit: ask only so many questions of each subject, the first ones.
     chinese_names: name C-Eval's subjects in Chinese, not by their handles.
-    against: another run, adapter or model that answers too: McNemar's test.
-    predictions: where to write the chosen letters, as C-Eval's site takes them.
+    against: another run, adapter or model to compare with (McNemar's test).
+    predictions: file for the chosen letters, in the format of C-Eval's site.
   """
 
   split: exams.Split | None = None
@@ -43,18 +44,10 @@ def sit(
   adapter: str | None,
   settings: loading.Settings,
 ) -> tuple[dict[str, Any], str]:
-  """What an exam comes to, and how people are told.
-
-  Args:
-    exam: which.
-    options: how it is sat.
-    data: where the questions are; None for the exam's place on the hub.
-    model: as in `loading.load`.
-    adapter: as in `loading.load`.
-    settings: what to compute with.
+  """The result of an exam, and the text that shows it.
 
   Raises:
-    ValueError: if there are no such questions, or answers to compare with.
+    ValueError: if there are no such questions, or no answers to compare with.
   """
   split = options.split or exam.split
   papers = exams.papers(
@@ -71,7 +64,7 @@ def sit(
       f"{data or exam.hub} does not tell the answers of {split}: expected"
       " --predictions FILE and no --against, or --split val."
     )
-  # Answering takes long, so what would end it comes before.
+  # Answering takes long: what can be refused is refused before.
   other, other_adapter = None, None
   if options.against is not None:
     other, other_adapter = loading.of_run(options.against)

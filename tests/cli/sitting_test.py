@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.cli import evaluate, examination, main
+from fedjax_llm.cli import evaluate, main, sitting
 from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
 from fedjax_llm.experiments import loading, tasks
 from fedjax_llm.models import adapters, decoder, pretrained
@@ -58,9 +58,9 @@ def sit(data):
 
   def fn(exam, model, adapter=None, *, batch_size=8, **changes):
     options = {"shots": 1, "subjects": SUBJECTS[exam.name]} | changes
-    return examination.sit(
+    return sitting.sit(
       exam,
-      examination.Options(**options),
+      sitting.Options(**options),
       str(data / exam.name),
       model,
       adapter,
@@ -175,7 +175,7 @@ def test_what_would_end_an_exam_is_refused_before_it(
 ):
   answered = []
   monkeypatch.setattr(
-    examination.multiple_choice, "scores", lambda *_, **__: answered.append(1)
+    sitting.multiple_choice, "scores", lambda *_, **__: answered.append(1)
   )
   (tmp_path / "run.json").write_text("{}")
   for changes, message in (
@@ -200,7 +200,7 @@ def test_subjects_may_be_named_in_chinese(data, long_model, monkeypatch):
     long_model,
     task="ceval",
     data=str(data / "ceval"),
-    exam=examination.Options(
+    exam=sitting.Options(
       shots=0, subjects=SUBJECTS["ceval"], limit=1, chinese_names=True
     ),
   )

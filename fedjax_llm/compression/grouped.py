@@ -1,0 +1,285 @@
+"""Top-K by group: sparse messages in which each part has its own budget.
+
+A Top-K of a whole vector spends most of its budget on the parts of the largest
+scale. Here every part, such as one matrix or one LoRA factor, keeps a number of
+entries of its own. `top_k_groups` instead sends groups of entries whole, such
+as the ranks of an adapter: naming groups takes far less than naming entries.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from fedjax_llm.compression import base, sparse, supports, wire
+
+
+@wire.message(tag=12)
+class Grouped:
+  """The entries of `chosen` of `groups`, and all entries of no group.
+
+  `support` packs which groups are chosen; `size` is that of the whole vector.
+  """
+
+  values: Any
+  support: Any
+  groups: int
+  chosen: int
+  size: int
+
+  def check(self) -> None:
+    """Raises a ValueError if the support does not name `chosen` groups."""
+    supports.check(self.support, self.groups, self.chosen)
+    if not self.chosen <= self.values.size <= self.size:
+      raise ValueError(
+        f"The message has {self.values.size} values for {self.chosen} groups"
+        f" of a vector of {self.size}."
+      )
+
+
+def top_k_per_group(
+  owners: Int[np.ndarray, " n"], density: float
+) -> base.Compressor:
+  """Keeps in every group the entries that are largest in magnitude.
+
+  It suits vectors whose parts differ in scale. LoRA's `b`, which starts at
+  zero, would long have no place in one Top-K with `a`.
+
+  Args:
+    owners: the group of each entry.
+    density: fraction of the entries of each group to keep, in (0, 1]; at least
+      one.
+
+  Returns:
+    A `Compressor` whose payload is a `Sparse`.
+
+  Raises:
+    ValueError: if `density` is not in (0, 1]; from `encode`, if the vector is
+      not as long as `owners`.
+  """
+  # Sorted by group, the entries of each are a segment.
+  order = np.argsort(owners, kind="stable")
+  places = np.argsort(order)
+  sizes = np.unique(owners, return_counts=True)[1].tolist()
+  counts = counts_of_each(sizes, [density] * len(sizes))
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    _require_size(vector, order.size)
+    mask = largest_of_each(jnp.asarray(vector)[order], sizes, counts)
+    return sparse.gather(vector, mask[places], sum(counts))
+
+  return base.stateless(encode, sparse.scatter)
+
+
+def top_k_per_segment(
+  sizes: Sequence[int], densities: Sequence[float]
+) -> base.Compressor:
+  """Keeps in every segment the entries that are largest in magnitude.
+
+  Args:
+    sizes: the lengths of the segments, which follow one another. A segment of
+      length zero is left out.
+    densities: fraction of the entries of each segment to keep, in (0, 1]; at
+      least one.
+
+  Returns:
+    A `Compressor` whose payload is a `Sparse`.
+
+  Raises:
+    ValueError: if there is not one density in (0, 1] for each segment; from
+      `encode`, if the vector is not as long as its segments.
+  """
+  counts = counts_of_each(sizes, densities)
+
+  def encode(vector, key):
+    del key  # Deterministic.
+    mask = largest_of_each(vector, sizes, counts)
+    return sparse.gather(vector, mask, sum(counts))
+
+  return base.stateless(encode, sparse.scatter)
+
+
+def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
+  """Sends the entries in `mask`, and which they are.
+
+  Args:
+    mask: the entries to send, known to the sender alone.
+    count: the number of entries in `mask`, at least one.
+
+  Returns:
+    A `Compressor` whose payload is a `Sparse`.
+  """
+  return base.stateless(
+    encode=lambda vector, key: sparse.gather(vector, mask, count),
+    decode=sparse.scatter,
+  )
+
+
+def top_k_groups(
+  owners: Int[np.ndarray, " n"], sizes: Sequence[int], counts: Sequence[int]
+) -> base.Compressor:
+  """Sends whole groups, those that are largest in norm.
+
+  Groups compete within rows, such as the ranks of one matrix. Entries of no
+  group are always sent.
+
+  Args:
+    owners: the group of each entry, counted from 0, or -1 for none; both ends
+      know them.
+    sizes: the number of groups in each row. All groups of a row have the same
+      number of entries, because the size of a message must not depend on data.
+    counts: the number of groups to send of each row, at least one.
+
+  Returns:
+    A `Compressor` whose payload is a `Grouped`.
+
+  Raises:
+    ValueError: if owners, sizes and counts do not fit each other.
+  """
+  groups, chosen = sum(sizes), sum(counts)
+  owners = np.asarray(owners, np.int32)
+  entries = np.bincount(owners[owners >= 0], minlength=groups)
+  rows = np.split(entries, np.cumsum(sizes)[:-1])
+  is_whole = len(entries) == groups and len(sizes) == len(counts)
+  if not is_whole or any(np.ptp(row) for row in rows):
+    raise ValueError(
+      "top_k_groups expected the groups of a row to have one number of entries"
+      f" each, got {[row.tolist() for row in rows]} for {len(counts)} counts."
+    )
+  if not all(1 <= x <= size for x, size in zip(counts, sizes, strict=True)):
+    raise ValueError(
+      "top_k_groups expected from 1 to all groups of each row, got"
+      f" {counts=} of {sizes=}."
+    )
+  sent = [x * row[0] for x, row in zip(counts, rows, strict=True)]
+  count = int(sum(sent) + np.count_nonzero(owners < 0))
+
+  def encode(vector, key):
+    squares = jax.ops.segment_sum(
+      vector**2,
+      _at_the_end(owners, groups),
+      groups + 1,
+      mode="promise_in_bounds",
+    )
+    kept = largest_of_each(squares[:groups], sizes, counts)
+    (indices,) = jnp.nonzero(kept, size=chosen)
+    entries = sparse.select(_members(kept, owners), count)
+    values = entries.encode(vector, (), key)[0].values
+    packed = supports.pack(indices, groups)
+    return Grouped(values, packed, groups, chosen, vector.size)
+
+  def decode(payload):
+    entries = sparse.select(support(payload, owners), count)
+    return entries.decode(base.Dense(jnp.asarray(payload.values)))
+
+  return base.stateless(encode, decode)
+
+
+def support(
+  payload: Grouped, owners: Int[np.ndarray, " n"]
+) -> Bool[Array, " n"]:
+  """Which entries of the vector a payload of `top_k_groups` holds."""
+  chosen = supports.unpack(payload.support, payload.groups, payload.chosen)
+  kept = jnp.zeros(payload.groups, bool).at[chosen].set(True, mode="drop")
+  return _members(kept, owners)
+
+
+def counts_of_each(
+  sizes: Sequence[int], densities: Sequence[float]
+) -> tuple[int, ...]:
+  """The number of entries to keep of each segment.
+
+  Raises:
+    ValueError: if there is not one density in (0, 1] for each segment.
+  """
+  if len(sizes) != len(densities) or not all(0 < x <= 1 for x in densities):
+    raise ValueError(
+      "expected a density in (0, 1] for each segment, got"
+      f" {len(sizes)} segments and {densities=}."
+    )
+  return tuple(
+    min(size, sparse.count_kept(size, density))
+    for size, density in zip(sizes, densities, strict=True)
+  )
+
+
+def largest_of_each(
+  scores: Float[Array, " n"], sizes: Sequence[int], counts: Sequence[int]
+) -> Bool[Array, " n"]:
+  """Which entries of each segment have the largest magnitudes.
+
+  Args:
+    scores: the scores of all segments, one after the other.
+    sizes: the lengths of the segments.
+    counts: the number of entries to choose of each segment.
+
+  Raises:
+    ValueError: if there are more or fewer scores than the segments have.
+  """
+  _require_size(scores, sum(sizes))
+  number = jnp.asarray(counts, jnp.int32)
+  masks = [
+    jax.vmap(sparse.top_k_mask)(grid, number[rows]).ravel()
+    for rows, (grid,) in _runs(sizes, scores)
+  ]
+  return jnp.concatenate(masks)
+
+
+def rescale_each(
+  kept: Float[Array, " n"], whole: Float[Array, " n"], sizes: Sequence[int]
+) -> Float[Array, " n"]:
+  """Scales each segment of `kept` to its sum of magnitudes in `whole`.
+
+  Args:
+    kept: the vector to scale. A segment of zeros stays as it is.
+    whole: the vector with the sums of magnitudes.
+    sizes: the lengths of the segments.
+  """
+
+  def scaled(kept, whole):
+    left, total = (
+      jnp.sum(jnp.abs(x), axis=1, keepdims=True) for x in (kept, whole)
+    )
+    return kept * jnp.where(left > 0, total / jnp.where(left > 0, left, 1), 1)
+
+  runs = _runs(sizes, kept, whole)
+  return jnp.concatenate([scaled(*grids).ravel() for _, grids in runs])
+
+
+def _runs(sizes, *vectors):
+  """Yields runs of equal segments, such as stacked layers, as rows of a grid.
+
+  Yields which segments they are, and the grid of each vector's entries.
+  """
+  row = start = 0
+  for size, run in itertools.groupby(sizes):
+    rows = len(list(run))
+    end = start + rows * size
+    if size:
+      grids = [x[start:end].reshape(rows, size) for x in vectors]
+      yield slice(row, row + rows), grids
+    row, start = row + rows, end
+
+
+def _members(kept, owners):
+  owners = _at_the_end(owners, kept.size)
+  # Checked when the compressor was made.
+  return jnp.append(kept, True).at[owners].get(mode="promise_in_bounds")
+
+
+def _at_the_end(owners, groups):
+  """The owners, with entries of no group in a last group of their own."""
+  return np.where(owners < 0, groups, owners)
+
+
+def _require_size(vector, size):
+  if vector.shape != (size,):
+    raise ValueError(
+      f"expected a vector of {size} entries, one for each entry of the groups"
+      f" or segments, got {vector.shape}."
+    )

@@ -1,0 +1,97 @@
+"""Downloads: what the server sends at the start of a round, and its size."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+from fedjax_llm.compression import base, wire
+from fedjax_llm.federated import channels, draws
+
+
+class Broadcast(NamedTuple):
+  """What all clients of a round share.
+
+  Attributes:
+    trainable: the server's parameters.
+    frozen: what every client already has.
+    payloads: the download of each tier.
+    received: [n], what each tier decodes.
+    masks: which entries each tier trains; None for all.
+    aggregate: the aggregator's state.
+  """
+
+  trainable: Any
+  frozen: Any
+  payloads: Sequence[Any]
+  received: Sequence[Any]
+  masks: Any
+  aggregate: Any = ()
+
+
+def send(
+  compressor: base.Compressor,
+  vector: Float[Array, " n"],
+  state: Any,
+  round_number: Int[Array, ""],
+  key: Any,
+  *stream: int,
+) -> base.Transmission:
+  """Sends a vector from the server to all clients.
+
+  Args:
+    compressor: how the vector is compressed.
+    vector: what is sent.
+    state: the compressor's state.
+    round_number: the number of the round.
+    key: the experiment's key.
+    *stream: numbers that tell the messages of one round apart.
+  """
+  key = draws.stream(key, draws.Purpose.DOWNLOAD, round_number, *stream)
+  return base.transmit(compressor, vector, state, key)
+
+
+def broadcast(
+  tiers: channels.Tiers, state: Any, frozen: Any, key: Any
+) -> tuple[Broadcast, tuple[Any, ...]]:
+  """Sends the parameters to every tier.
+
+  Args:
+    tiers: how they are compressed.
+    state: the server's, with `round`, `trainable` and `download`, the states of
+      the tiers' download compressors.
+    frozen: what every client already has.
+    key: the experiment's key.
+
+  Returns:
+    What clients share, and the download compressors' new states.
+  """
+  vector, _ = ravel_pytree(state.trainable)
+  # Tiers of one random compressor get messages of their own.
+  messages = [
+    send(x.download, vector, memory, state.round, key, *([i] if i else []))
+    for i, (x, memory) in enumerate(
+      zip(tiers.channels, state.download, strict=True)
+    )
+  ]
+  received, after, payloads = zip(*messages, strict=True)
+  masks = channels.trains(tiers, payloads)
+  return Broadcast(state.trainable, frozen, payloads, received, masks), after
+
+
+def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:
+  """Returns the metrics of the downloads.
+
+  Args:
+    sent: what each tier receives: a payload, or a tuple of payloads.
+    tier: the tiers of the cohort's clients.
+  """
+  payloads = [x if isinstance(x, tuple) else (x,) for x in sent]
+  return {
+    f"download_{name}": jnp.array(
+      [sum(map(of, each)) for each in payloads], jnp.int32
+    )[tier]
+    for name, of in (("bytes", wire.nbytes), ("entries", wire.entries))
+  }
