@@ -1,104 +1,111 @@
 """Communication-efficient federated fine-tuning of language models in JAX.
 
-The vocabulary for one's own research code: compressors, the round and the
-algorithms composed from them, LoRA models. Experiments with data, metrics and
-checkpoints are in `finetuning` and `experiment`.
+`import fedjax_llm as fl` is enough for research code. Types and verbs are here.
+Methods are in `fl.algorithms`, compressors in `fl.compression`, what the server
+does with updates in `fl.aggregators`, noise in `fl.privacy`, models with their
+data in `fl.tasks`, data sets in `fl.data`.
+
+A name is imported when it is first used, so that the command line answers at
+once. `docs/your_own.md` shows what to write with them.
 """
 
-from fedjax_llm.compression import (
-  Compressor,
-  cast,
-  chain,
-  count_sketch,
-  deep_gradient_compression,
-  drive,
-  eden,
-  ef_sign_sgd,
-  error_feedback,
-  identity,
-  lloyd_max,
-  natural,
-  power_sgd,
-  qsgd,
-  random_k,
-  relative_to,
-  rotate,
-  select,
-  sign,
-  stc,
-  stochastic_uniform,
-  tern_grad,
-  top_k,
-  top_k_per_group,
-  transmit,
-  trellis,
-)
-from fedjax_llm.federated.aggregators import (
-  mean_over_senders,
-  sum_updates,
-  uniform_mean,
-  weighted_mean,
-)
-from fedjax_llm.federated.algorithms.cg_fed_llm import (
-  cg_fed_llm,
-  cg_fed_llm_products,
-)
-from fedjax_llm.federated.algorithms.delta_downloads import delta_downloads
-from fedjax_llm.federated.algorithms.eco_lora import eco_lora
-from fedjax_llm.federated.algorithms.ef21 import ef21
-from fedjax_llm.federated.algorithms.fed_avg import (
-  fed_adagrad,
-  fed_adam,
-  fed_avg,
-  fed_avg_m,
-  fed_yogi,
-)
-from fedjax_llm.federated.algorithms.fed_ex_lora import fed_ex_lora
-from fedjax_llm.federated.algorithms.fed_sa_lora import fed_sa_lora
-from fedjax_llm.federated.algorithms.fed_sb import fed_sb
-from fedjax_llm.federated.algorithms.fed_srd import fed_srd
-from fedjax_llm.federated.algorithms.federated_select import (
-  federated_select,
-  federated_select_ranks,
-)
-from fedjax_llm.federated.algorithms.fetch_sgd import fetch_sgd
-from fedjax_llm.federated.algorithms.flasc import (
-  flasc,
-  flasc_tiers,
-  server_adamw,
-)
-from fedjax_llm.federated.algorithms.flex_lora import flex_lora
-from fedjax_llm.federated.algorithms.flora import flora
-from fedjax_llm.federated.algorithms.freezing import (
-  ffa_lora,
-  linear_probe,
-  ro_lora,
-)
-from fedjax_llm.federated.algorithms.het_lora import het_lora, zero_padded_lora
-from fedjax_llm.federated.algorithms.pruning import adapter_lth, sparse_adapter
-from fedjax_llm.federated.algorithms.scaffold import scaffold
-from fedjax_llm.federated.channels import Channel, Tiers
-from fedjax_llm.federated.clients import (
-  Cohort,
-  Placement,
-  local_update,
-  map_clients,
-  proximal,
-)
-from fedjax_llm.federated.network import Link, Network
-from fedjax_llm.federated.privacy.guarantees import ClientLevel, ExampleLevel
-from fedjax_llm.federated.privacy.mechanisms import (
-  adaptive_private_mean,
-  private_mean,
-)
-from fedjax_llm.federated.privacy.messages import gaussian_mechanism
-from fedjax_llm.federated.rounds import (
-  FederatedAlgorithm,
-  ServerState,
-  federated_round,
-)
-from fedjax_llm.federated.schedules import alternating, staged
-from fedjax_llm.models.decoder import Decoder, DecoderConfig
-from fedjax_llm.models.generation import generate
-from fedjax_llm.models.heads import Classifier
-from fedjax_llm.models.lora import LoRA
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from fedjax_llm import compression as compression
+  from fedjax_llm import data as data
+  from fedjax_llm.compression.base import Compressor as Compressor
+  from fedjax_llm.compression.base import Dense as Dense
+  from fedjax_llm.compression.base import stateless as stateless
+  from fedjax_llm.compression.base import transmit as transmit
+  from fedjax_llm.compression.wire import message as message
+  from fedjax_llm.experiments import tasks as tasks
+  from fedjax_llm.experiments.finetuning import Schedule as Schedule
+  from fedjax_llm.experiments.finetuning import fine_tuning as fine_tuning
+  from fedjax_llm.experiments.runner import Experiment as Experiment
+  from fedjax_llm.experiments.runner import run as run
+  from fedjax_llm.experiments.tasks import Task as Task
+  from fedjax_llm.federated import aggregators as aggregators
+  from fedjax_llm.federated import answers as answers
+  from fedjax_llm.federated import catalogue as algorithms
+  from fedjax_llm.federated import privacy as privacy
+  from fedjax_llm.federated.aggregators import Aggregator as Aggregator
+  from fedjax_llm.federated.algorithms.flasc import server_adamw as server_adamw
+  from fedjax_llm.federated.channels import Channel as Channel
+  from fedjax_llm.federated.channels import Tiers as Tiers
+  from fedjax_llm.federated.clients import Cohort as Cohort
+  from fedjax_llm.federated.clients import Placement as Placement
+  from fedjax_llm.federated.clients import local_update as local_update
+  from fedjax_llm.federated.clients import map_clients as map_clients
+  from fedjax_llm.federated.clients import proximal as proximal
+  from fedjax_llm.federated.draws import Purpose as Purpose
+  from fedjax_llm.federated.network import Link as Link
+  from fedjax_llm.federated.network import Network as Network
+  from fedjax_llm.federated.privacy.guarantees import ClientLevel as ClientLevel
+  from fedjax_llm.federated.privacy.guarantees import (
+    ExampleLevel as ExampleLevel,
+  )
+  from fedjax_llm.federated.rounds import (
+    FederatedAlgorithm as FederatedAlgorithm,
+  )
+  from fedjax_llm.federated.rounds import ServerState as ServerState
+  from fedjax_llm.federated.rounds import federated_round as federated_round
+  from fedjax_llm.federated.rounds import first_state as first_state
+  from fedjax_llm.federated.rounds import server_step as server_step
+  from fedjax_llm.models.generation import generate as generate
+  from fedjax_llm.models.heads import Classifier as Classifier
+  from fedjax_llm.models.lora import LoRA as LoRA
+
+else:  # Hidden from type checkers: a name that is not above is a mistake.
+
+  def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+      value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _HOMES:
+      home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+      value = getattr(home, name)
+    else:
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # Found at once the next time.
+    return value
+
+
+# Where each name above is from; a test holds the two lists together.
+_MODULES = {
+  "algorithms": "federated.catalogue",
+  "aggregators": "federated.aggregators",
+  "answers": "federated.answers",
+  "compression": "compression",
+  "data": "data",
+  "privacy": "federated.privacy",
+  "tasks": "experiments.tasks",
+}
+_NAMES = {
+  "compression.base": ("Compressor", "Dense", "stateless", "transmit"),
+  "compression.wire": ("message",),
+  "experiments.finetuning": ("Schedule", "fine_tuning"),
+  "experiments.runner": ("Experiment", "run"),
+  "experiments.tasks": ("Task",),
+  "federated.aggregators": ("Aggregator",),
+  "federated.algorithms.flasc": ("server_adamw",),
+  "federated.channels": ("Channel", "Tiers"),
+  "federated.clients": (
+    *("Cohort", "Placement", "local_update", "map_clients", "proximal"),
+  ),
+  "federated.draws": ("Purpose",),
+  "federated.network": ("Link", "Network"),
+  "federated.privacy.guarantees": ("ClientLevel", "ExampleLevel"),
+  "federated.rounds": (
+    *("FederatedAlgorithm", "ServerState", "federated_round", "first_state"),
+    "server_step",
+  ),
+  "models.generation": ("generate",),
+  "models.heads": ("Classifier",),
+  "models.lora": ("LoRA",),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+
+def __dir__() -> list[str]:
+  return sorted([*_MODULES, *_HOMES])

@@ -1,7 +1,10 @@
 """Who may import whom, and who has tests where: read off the source."""
 
 import ast
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +22,11 @@ ALLOWED = {
 # What the parts that a reader starts with do without.
 PURE = ("models", "compression", "federated", "codecs")
 HEAVY = {"datasets", "tyro", "tqdm", "matplotlib"}
+# Slow to import: only by functions that need them, or by what draws and parses.
+SLOW = {"transformers", "datasets", "orbax", "scipy", "tokenizers", "tyro"}
+SLOW |= {"matplotlib", "pandas", "pyarrow", "torch", "jinja2", "dp_accounting"}
+# What configs are made of.
+LIGHT = (*PURE, "data", "evaluation", "experiments")
 
 
 def imports(path):
@@ -31,6 +39,54 @@ def imports(path):
       assert node.level == 0, f"{path} has a relative import"
       names |= {f"{node.module}.{alias.name}" for alias in node.names}
   return names
+
+
+def loaded_by(code: str) -> set[str]:
+  """The libraries that a new process has imported after it ran `code`."""
+  told = "import json, sys; print(json.dumps(list(sys.modules)))"
+  out = subprocess.run(
+    [sys.executable, "-c", f"{code}\n{told}"],
+    cwd=PACKAGE.parent,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  names = json.loads(out.splitlines()[-1])
+  return {name.split(".")[0] for name in names if not name.startswith("_")}
+
+
+def test_the_package_by_itself_imports_nothing_that_is_slow():
+  loaded = loaded_by("import fedjax_llm")
+  assert "fedjax_llm" in loaded
+  assert not loaded & {"jax", "flax", "optax", "numpy", *SLOW}
+
+
+def test_what_configs_are_made_of_is_imported_without_slow_libraries():
+  modules = [
+    "fedjax_llm." + name.removesuffix(".py").replace("/", ".")
+    for name in FILES
+    if name.split("/")[0] in LIGHT and not name.endswith("__init__.py")
+  ]
+  loaded = loaded_by("import " + ", ".join(modules))
+  assert "jax" in loaded and not loaded & SLOW
+
+
+def test_help_comes_without_jax_and_that_of_configs_without_slow_libraries():
+  call = (
+    "import sys\n"
+    "from fedjax_llm.cli import main\n"
+    "sys.argv = ['fedjax-llm', {arguments}]\n"
+    "try: main.main()\n"
+    "except SystemExit: pass"
+  )
+  for arguments in ("'--help'", "'run', '--help'", "'run', 'nothing'"):
+    loaded = loaded_by(call.format(arguments=arguments))
+    assert not loaded & {"jax", *SLOW}, arguments
+  loaded = loaded_by(
+    "from fedjax_llm.cli import configs\n"
+    "for path in configs.folder().glob('*.py'): configs.load(path.stem)"
+  )
+  assert "jax" in loaded and not loaded & SLOW
 
 
 def within(name, allowed):

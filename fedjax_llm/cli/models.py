@@ -1,4 +1,4 @@
-"""What the commands on models and adapters do, once arguments are parsed."""
+"""`fedjax-llm merge` and `fedjax-llm chat`: what is done with an adapter."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def merge(
 ) -> None:
   """Write a model folder with an adapter merged into the weights.
 
-  The folder is one that transformers loads: weights, config, tokenizer.
+  transformers loads the folder: it has weights, config and tokenizer.
 
   Args:
     adapter: PEFT folder or hub name of a LoRA adapter.
     out: where to write the model.
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
-    dtype: of the weights; by default that of the base model.
+    dtype: dtype of the weights; by default that of the base model.
   """
   if out.exists() and any(out.iterdir()):
     raise ValueError(
-      f"--out expected a new folder, got {out}, which has files."
+      f"--out expected a new or empty folder, got {out}, which has files."
     )
   model = model or adapters.base_model(pretrained.resolve(adapter))
   folder = pretrained.resolve(model)
@@ -74,27 +74,31 @@ def chat(
   """Talk to a model, and see what an adapter changes.
 
   With an adapter, both the base model and the adapted one answer. Without
-  --prompt, every line of the standard input is a prompt of its own.
+  --prompt, every line of the standard input is a prompt.
 
   Args:
     model: Hugging Face folder or hub name of the base model; by default the
       one that the adapter names.
     adapter: PEFT folder or hub name of a LoRA adapter for it.
-    prompt: what is to be answered or continued.
-    system: the system message, where the tokenizer's chat template has one.
-    template: what the prompt is put into: "auto" for the tokenizer's chat
-      template if it has one; "plain" to continue the text as it is; "alpaca" or
-      "question" for what the configs on Dolly and GSM8K train with.
-    max_new_tokens: tokens of an answer at most.
-    temperature: 0 for the most likely token, else what logits are divided by.
-    top_p: draws are from the tokens that have this much probability together.
-    seed: of the draws.
-    dtype: what to compute in.
+    prompt: the text to answer or to continue.
+    system: the system message, for a tokenizer with a chat template.
+    template: where the prompt is put: "auto" for the tokenizer's chat template
+      if it has one; "plain" to continue the text as it is; "alpaca" or
+      "question" for the templates of the configs on Dolly and GSM8K.
+    max_new_tokens: most tokens of an answer.
+    temperature: divides the logits; 0 always takes the most likely token.
+    top_p: tokens are drawn from the most likely ones that together have this
+      probability.
+    seed: seed of the draws.
+    dtype: dtype of the model and its activations.
   """
   loaded = loading.load(model, adapter, jnp.dtype(dtype))
   families.check_predicts(loaded.config)
   if loaded.head is not None:
-    raise ValueError(f"{adapter} is of a classifier: it has nothing to say.")
+    raise ValueError(
+      f"chat expected a language model, got {adapter}, the adapter of a"
+      " classifier. Use `fedjax-llm evaluate --task classification`."
+    )
   tokenizer = tasks.load_tokenizer(loaded.folder)
   voices: dict[str, tuple[nn.Module, Any]] = {
     "base": (families.model(loaded.config, dtype=jnp.dtype(dtype)), None)
@@ -104,8 +108,9 @@ def chat(
   ends = {*hub_config.end_tokens(loaded.folder), tokenizer.eos_token_id}
   if system and not (template == "auto" and tokenizer.chat_template):
     raise ValueError(
-      "--system expected a chat template of the tokenizer to put it into, got"
-      " none."
+      "--system expected a tokenizer with a chat template and --template auto,"
+      f" got {template=} and"
+      f" {'a' if tokenizer.chat_template else 'no'} chat template."
     )
   for number, text in enumerate([prompt] if prompt else _lines()):
     ids = _prompt(tokenizer, text, system, template)

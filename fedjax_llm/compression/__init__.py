@@ -1,5 +1,7 @@
 """Compression: how a flat vector becomes a message and a vector again."""
 
+from fedjax_llm.compression import sparse as sparse
+from fedjax_llm.compression import wire as wire
 from fedjax_llm.compression.base import Compressor as Compressor
 from fedjax_llm.compression.base import Dense as Dense
 from fedjax_llm.compression.base import chain as chain

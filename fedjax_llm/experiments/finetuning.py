@@ -103,12 +103,13 @@ def fine_tuning(
 
   Raises:
     ValueError: if more clients are to be selected than there are, if clients
-      are not sampled as `privacy` assumes, or if `algorithm` does not add the
-      noise that `privacy` promises.
+      are not sampled as `privacy` assumes, if `algorithm` does not add the
+      noise that `privacy` promises, or if it has another placement than `task`.
   """
   links = network or networks.IDEAL
   _check(task, links, privacy, schedule)
   _check_noise(algorithm, privacy)
+  _check_placement(task, algorithm)
   sample = cohorts.cohort_sampler(
     task.population,
     clients_per_round=links.selected(schedule.clients_per_round),
@@ -237,6 +238,15 @@ def _check_noise(algorithm, privacy):
       f"{type(privacy).__name__} is accounted for noise_multiplier={expected},"
       f" but the algorithm's {name} is {got}: expected an algorithm with that"
       f" much noise. To make one, {remedy}."
+    )
+
+
+def _check_placement(task, algorithm):
+  """Refuses an algorithm for other devices than those that hold the task."""
+  if algorithm.placement not in (None, task.placement):
+    raise ValueError(
+      f"expected an algorithm for the task's {task.placement}, got one for"
+      f" {algorithm.placement}. Make it with placement=task.placement."
     )
 
 

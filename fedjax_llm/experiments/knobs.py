@@ -42,8 +42,8 @@ class Densities:
   """The share of the entries that FLASC sends.
 
   Attributes:
-    download_density: share of the trained parameters that the server sends.
-    upload_density: share of an update that a client sends.
+    download_density: share of the parameters' entries that the server sends.
+    upload_density: share of an update's entries that a client sends.
   """
 
   download_density: float = 0.25

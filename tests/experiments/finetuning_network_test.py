@@ -15,6 +15,7 @@ from fedjax_llm.experiments import finetuning, run_folder, runner, tasks
 from fedjax_llm.federated import channels, clients, network, parameters, rounds
 from fedjax_llm.federated.algorithms import delta_downloads, fed_avg, flasc
 from fedjax_llm.federated.privacy import dp_sgd, guarantees, mechanisms
+from tests import placements
 
 
 class Toy(NamedTuple):
@@ -382,6 +383,17 @@ def test_privacy_needs_an_algorithm_with_its_noise(toy, make, knobs):
     message = "noise_multiplier=1.0, but .* noise_multiplier is (0.5|None)"
     with pytest.raises(ValueError, match=message):
       other.experiment(privacy=guarantee)
+
+
+def test_an_algorithm_for_other_devices_is_refused(toy):
+  algorithm = fed_avg.fed_avg(
+    toy.task.loss_fn,
+    optax.sgd(0.1),
+    optax.sgd(1.0),
+    placement=placements.on(1, 1),
+  )
+  with pytest.raises(ValueError, match="Make it with placement=task.placement"):
+    toy._replace(algorithm=algorithm).experiment()
 
 
 def by_example(toy, noise_multiplier):

@@ -186,6 +186,7 @@ def through(codec_of, toy_model, clients_per_round=3):
     model=str(toy_model),
     adapter=lora.LoRA(rank=2, alpha=4.0),
     sequence_length=16,
+    placement=placements.ALONE,
   )
   size = sum(leaf.size for leaf in jax.tree.leaves(task.trainable))
   algorithm = fed_avg.fed_avg(
