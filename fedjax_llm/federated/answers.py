@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
-from fedjax_llm.compression import distortion, wire
+from fedjax_llm.compression import distortion
 from fedjax_llm.federated import (
   channels,
   clients,
@@ -195,12 +195,8 @@ def put(states: Any, numbers: Int[Array, " cohort"], rows: Any) -> Any:
 
 def message(received: Any, memory: Any, *payloads: Any) -> channels.Message:
   """A client's message that has the size of these payloads together."""
-  nbytes, entries = (
-    sum(map(of, payloads)) for of in (wire.nbytes, wire.entries)
-  )
-  return channels.Message(
-    received, memory, jnp.int32(nbytes), jnp.int32(entries)
-  )
+  nbytes, entries = jnp.array(channels.sizes(*payloads))
+  return channels.Message(received, memory, nbytes, entries)
 
 
 def by_tier(

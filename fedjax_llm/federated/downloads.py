@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base
 from fedjax_llm.federated import channels, draws
 
 
@@ -89,9 +89,5 @@ def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:
     tier: the tiers of the cohort's clients.
   """
   payloads = [x if isinstance(x, tuple) else (x,) for x in sent]
-  return {
-    f"download_{name}": jnp.array(
-      [sum(map(of, each)) for each in payloads], jnp.int32
-    )[tier]
-    for name, of in (("bytes", wire.nbytes), ("entries", wire.entries))
-  }
+  each = jnp.array([channels.sizes(*x) for x in payloads])[tier]
+  return {"download_bytes": each[:, 0], "download_entries": each[:, 1]}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base
 from fedjax_llm.federated import (
   answers,
   channels,
@@ -25,9 +25,6 @@ from fedjax_llm.federated import (
   rounds,
 )
 from fedjax_llm.models import lora
-
-# Metrics are int32: sums of sizes stop here.
-_LIMIT = 2**31 - 1
 
 
 class State(NamedTuple):
@@ -97,7 +94,7 @@ def product_round(
 
   Raises:
     ValueError: if `population` is missing; from `init`, if there are no
-      factors or `tiers_of` refuses them.
+      factors, `tiers_of` refuses them, or the dense residual is 2 GiB or more.
   """
   if scale is not None and population is None:
     raise ValueError(
@@ -121,6 +118,9 @@ def product_round(
     residual, missed = (), ()
     if scale is not None:
       zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
+      # Refused before it is made: a client may have to fetch both at once.
+      whole = _whole(jax.eval_shape(factors.products, zero))
+      channels.sizes(base.Dense(vector), whole)
       residual = factors.products(zero)
       missed = jnp.zeros((population, 2), jnp.int32)
     state = State(jnp.int32(0), trainable, download, (), (), ())
@@ -153,16 +153,14 @@ def product_round(
     present = arrived.weights > 0
     if scale is not None:
       old = answers.take(state.missed, cohort.clients)
-      sizes = {
-        name: _add(sizes[name], old[:, i]) for i, name in enumerate(sizes)
-      }
+      sizes = {name: sizes[name] + old[:, i] for i, name in enumerate(sizes)}
       grown = factors.products(combined.added, scale)
       has = jnp.where(present[:, None], 0, old)
       has = answers.put(state.missed, cohort.clients, has)
       sent = combined.forwarded[:, None] * _sizes(state.trainable, ranks)[tier]
       after = after._replace(
         residual=jax.tree.map(jnp.add, state.residual, grown),
-        missed=_fetch(has, sent, _dense(state.residual)),
+        missed=_fetch(has, sent, channels.sizes(_whole(state.residual))),
       )
     after = rounds.unless_nobody(present.any(), after, state)
     return clients.replicate(after, placement), arrived.metrics | sizes
@@ -178,10 +176,9 @@ def product_round(
   )
 
 
-def size(count: int, dtype: Any) -> list[int]:
-  """Bytes and entries of a dense message of `count` entries."""
-  payload: Any = base.Dense(jax.ShapeDtypeStruct((count,), dtype))
-  return [wire.nbytes(payload), count]
+def dense(count: int, dtype: Any) -> base.Dense:
+  """A dense message of `count` entries, of which only the size counts."""
+  return base.Dense(jax.ShapeDtypeStruct((count,), dtype))
 
 
 def _sizes(trainable, ranks):
@@ -190,15 +187,14 @@ def _sizes(trainable, ranks):
   owners = factors.entry_ranks(trainable)
   owners = owners[owners >= 0]
   own = ranks or [factors.rank(trainable)]
-  sizes = [size(int(np.sum(owners < x)), vector.dtype) for x in own]
-  return jnp.array(sizes, jnp.int32)
+  counts = [int(np.sum(owners < x)) for x in own]
+  return jnp.array([channels.sizes(dense(x, vector.dtype)) for x in counts])
 
 
-def _dense(residual):
-  """The size of the dense residual, or of a change of it: int32 [2]."""
+def _whole(residual):
+  """The dense residual, or a change of it, as a message."""
   leaves = jax.tree.leaves(residual)
-  whole = size(sum(x.size for x in leaves), leaves[0].dtype)
-  return np.minimum(whole, _LIMIT).astype(np.int32)
+  return dense(sum(x.size for x in leaves), leaves[0].dtype)
 
 
 def _fetch(missed, sent, dense):
@@ -209,11 +205,8 @@ def _fetch(missed, sent, dense):
     sent: [cohort, 2], the sizes of what is forwarded of each client.
     dense: the size of a dense change, and of the dense sum.
   """
+  # At most `dense`, and no sum on the way is larger than an int32 holds.
+  add = lambda x, y: x + jnp.minimum(y, dense - x)
   none = jnp.zeros(2, jnp.int32)
-  new, _ = jax.lax.scan(lambda total, x: (_add(total, x), None), none, sent)
-  new = jnp.minimum(new, dense)
-  return jnp.minimum(_add(missed, new[None]), dense[None])
-
-
-def _add(x, y):
-  return x + jnp.minimum(y, _LIMIT - x)
+  new, _ = jax.lax.scan(lambda total, x: (add(total, x), None), none, sent)
+  return add(missed, new[None])

@@ -157,5 +157,7 @@ def test_an_answer_ends_with_the_end_token_of_the_tokenizer(
   models.chat(model=str(pretrained.SHIPPED), prompt="1")
   tokenizer = tasks.load_tokenizer(pretrained.SHIPPED)
   assert ends == [[tokenizer.eos_token_id]]
-  with pytest.raises(ValueError, match="--system expected a tokenizer with a chat"):
+  with pytest.raises(
+    ValueError, match="--system expected a tokenizer with a chat"
+  ):
     models.chat(model=str(pretrained.SHIPPED), prompt="1", system="2")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, grouped, wire
+from fedjax_llm.compression import base, grouped
 from fedjax_llm.federated import (
   answers,
   channels,
@@ -225,14 +225,13 @@ def _answer(segment_count, choices):
     number = (client.number + round_number) % segment_count
     target = split.rows(unravel(update))[number] + client.memory[number]
     branches = [_send_segment(split.sizes, shares) for shares in choices]
-    received, nbytes, entries = jax.lax.switch(level, branches, target)
+    received, size = jax.lax.switch(level, branches, target)
     sums = jnp.stack([training.loss, training.count.astype(jnp.float32)])
     report = base.Dense(sums.astype(jnp.float32))
     message = channels.Message(
       (number, received, report.values),
       client.memory.at[number].set(target - received),
-      nbytes + wire.nbytes(report),
-      entries + wire.entries(report),
+      *(size + channels.sizes(report)),
     )
     return answers.Answer(training, update, message)
 
@@ -258,8 +257,7 @@ def _send_segment(sizes, densities):
   def fn(target):
     compressor = grouped.top_k_per_segment(sizes, densities)
     message = base.transmit(compressor, target, (), jax.random.key(0))
-    numbers = wire.nbytes(message.payload), wire.entries(message.payload)
-    return message.received, *map(jnp.int32, numbers)
+    return message.received, jnp.array(channels.sizes(message.payload))
 
   return fn
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, grouped, sparse, wire
+from fedjax_llm.compression import base, grouped, sparse
 from fedjax_llm.federated import (
   aggregators,
   answers,
@@ -223,7 +223,7 @@ def _matrices(trainable):
 
 
 def _size(payload):
-  return jnp.array([wire.nbytes(payload), wire.entries(payload)], jnp.int32)
+  return jnp.array(channels.sizes(payload))
 
 
 def _dense(trainable):

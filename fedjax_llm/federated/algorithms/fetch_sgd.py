@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from fedjax_llm.compression import base, sketch, sparse, wire
+from fedjax_llm.compression import base, sketch, sparse
 from fedjax_llm.federated import (
   aggregators,
   answers,
@@ -205,10 +204,7 @@ def _fetch(missed, payload, trainable):
     the parameters are smaller.
   """
   vector, _ = ravel_pytree(trainable)
-  move, whole = (
-    np.array([wire.nbytes(x), wire.entries(x)], np.int32)
-    for x in (payload, base.Dense(vector))
-  )
+  move, whole = (channels.sizes(x) for x in (payload, base.Dense(vector)))
   most = -(-whole[0] // move[0])
   moves = missed[:, None] * move[None]
   return jnp.where((missed < most)[:, None], moves, whole[None]), most

@@ -236,5 +236,6 @@ def _sizes(trainable):
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   counts = [int(np.sum(owners < x)) for x in range(factors.rank(trainable) + 1)]
-  sizes = [product_aggregation.size(x, vector.dtype) for x in counts]
-  return jnp.array(sizes, jnp.int32)
+  message = product_aggregation.dense
+  sizes = [channels.sizes(message(x, vector.dtype)) for x in counts]
+  return jnp.array(sizes)
