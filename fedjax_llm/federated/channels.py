@@ -89,13 +89,17 @@ class Message(NamedTuple):
   entries: Any
 
 
-def sizes(*payloads: Any) -> np.ndarray:
+def sizes(*payloads: Any, setup_bytes: int = 0) -> np.ndarray:
   """The bytes and values of payloads that travel together: int32 [2].
+
+  Args:
+    *payloads: the payloads.
+    setup_bytes: bytes of what travels with them, such as an encoder.
 
   Raises:
     ValueError: if there are 2**31 bytes or more, which a round cannot count.
   """
-  nbytes = sum(map(wire.nbytes, payloads))
+  nbytes = setup_bytes + sum(map(wire.nbytes, payloads))
   if nbytes > _MOST_BYTES:
     raise ValueError(
       f"expected messages below 2 GiB, got one of {nbytes} bytes in one round."

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.compression import base, wire
-from fedjax_llm.federated import clients, parameters, rounds
+from fedjax_llm.compression import base
+from fedjax_llm.federated import channels, clients, parameters, rounds
 
 
 class Coding(NamedTuple):
@@ -122,7 +122,7 @@ def with_codec(
 
   Returns:
     An algorithm whose state is a `CodecState`. Its `init` raises a `ValueError`
-    if the codec was fitted to another tree.
+    if the codec was fitted to another tree, or a message with it is too large.
 
   Raises:
     ValueError: if `volunteers` has another length than the population, or from
@@ -146,8 +146,11 @@ def with_codec(
         "the codec was fitted to an adapter of other layers or shapes. Give the"
         " model, rank and targets that it was recorded with, or fit another."
       )
+    whole = base.Dense(ravel_pytree(trainable)[0])
+    channels.sizes(whole, setup_bytes=coding.setup_bytes)
     state = first.init(trainable)
     if volunteers is not None:
+      channels.sizes(whole, whole)
       (memory,) = state.upload
       memory = memory._replace(volunteers=jnp.array(volunteers, bool))
       state = state._replace(upload=(memory,))
@@ -169,8 +172,8 @@ def with_codec(
     metrics = metrics | {"download_bytes": metrics["download_bytes"] + setup}
     if volunteers is not None:
       (memory,) = after.upload
-      vector, _ = ravel_pytree(state.trainable)
-      dense = wire.nbytes(base.Dense(vector))
+      whole = base.Dense(ravel_pytree(state.trainable)[0])
+      dense, _ = channels.sizes(whole)
       raw = jnp.where(memory.volunteers[cohort.clients], dense, 0)
       metrics |= {"upload_bytes": metrics["upload_bytes"] + raw}
     held = state.held.at[cohort.clients].set(new)

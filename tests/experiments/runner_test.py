@@ -1,6 +1,5 @@
 """A run is resumed to the bit, whatever the moment at which it died."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -272,55 +271,6 @@ def test_a_run_begun_elsewhere_is_exported(tmp_path):
   path.write_text(text)
   assert runner.export(made(), tmp_path) == ROUNDS
   assert path.read_text() == text
-
-
-@pytest.mark.parametrize(
-  "old, new, is_same",
-  [
-    ("models/llama", "/somewhere/else/llama", True),
-    (None, "/somewhere/else/llama", True),
-    ("input.txt", "/data/input.txt", True),
-    ("rows", "transform", False),
-    ("models/llama", 3, False),
-  ],
-)
-def test_the_same_model_may_lie_elsewhere(tmp_path, old, new, is_same):
-  # That it is the same is said by the fingerprints in the data.
-  data = lambda name: {"base_model": name, "base_model_fingerprint": "f"}
-  runner.run(made(data=data("x")), tmp_path, knobs={"model": old})
-  again = made(data=data("y"))
-  if is_same:
-    runner.run(again, tmp_path, knobs={"model": new})
-  else:
-    with pytest.raises(ValueError, match="model: .* there, .* now"):
-      runner.run(again, tmp_path, knobs={"model": new})
-
-
-def test_another_model_is_refused_wherever_it_lies(tmp_path):
-  data = lambda print: {"base_model": "x", "base_model_fingerprint": print}
-  runner.run(made(data=data("f")), tmp_path, knobs={"model": "a/b"})
-  message = "base_model_fingerprint: 'f' there, 'g' now"
-  with pytest.raises(ValueError, match=message):
-    runner.run(made(data=data("g")), tmp_path, knobs={"model": "a/b"})
-
-
-def test_knobs_in_groups_are_recorded_flat(tmp_path):
-  @dataclasses.dataclass
-  class Group:
-    rate: float = 0.5
-
-  runner.run(made(), tmp_path, knobs={"group": Group(), "seed": 0})
-  record = json.loads((tmp_path / "run.json").read_text())
-  assert record["knobs"] == {"rate": 0.5, "seed": 0}
-
-
-def test_knobs_may_be_paths_and_tuples(tmp_path):
-  knobs = {"text": pathlib.Path("a/b"), "targets": ("q", "v")}
-  for _ in range(2):
-    runner.run(made(), tmp_path, knobs=knobs)
-  record = json.loads((tmp_path / "run.json").read_text())
-  assert record["knobs"] == {"text": "a/b", "targets": ["q", "v"]}
-  assert record["experiment"] == tmp_path.name
 
 
 def test_sigint_finishes_the_round_and_saves(whole, tmp_path):

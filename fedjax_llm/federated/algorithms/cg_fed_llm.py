@@ -129,7 +129,9 @@ def channel(
   """A channel that uploads the update, or the trained adapter.
 
   Raises:
-    ValueError: if `representation` is neither "delta" nor "state".
+    ValueError: if `representation` is neither "delta" nor "state", or the
+      trained adapter would be sent by a compressor for updates, such as
+      `error_feedback`.
   """
   if representation not in ("delta", "state"):
     raise ValueError(
@@ -137,6 +139,11 @@ def channel(
     )
   if representation == "delta":
     return channels.Channel(upload=compressor)
+  if compressor.for_updates:
+    raise ValueError(
+      "representation 'state' expected a compressor for parameters, got one for"
+      " updates, such as error_feedback. Send updates: representation='delta'."
+    )
 
   def upload(payload):
     # Both ends know what the client received and trained from.

@@ -82,7 +82,7 @@ def increments(compressor: base.Compressor) -> base.Compressor:
     )
     return payload, (known + received, inner)
 
-  return base.Compressor(init, encode, compressor.decode)
+  return compressor._replace(init=init, encode=encode)
 
 
 def _share_of_all(population: int) -> aggregators.Aggregator:

@@ -56,8 +56,7 @@ def sparse_adapter(
   """
   pruned = _first_top_k(top_k(density))
   # In the dense round nothing is chosen, but its state is that of the others.
-  dense = base.Compressor(
-    init=pruned.init,
+  dense = pruned._replace(
     encode=lambda vector, state, key: (base.Dense(vector), state),
     decode=base.identity().decode,
   )
@@ -143,4 +142,4 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)
 
-  return base.Compressor(init, encode, top_k.decode)
+  return top_k._replace(init=init, encode=encode)

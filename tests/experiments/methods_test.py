@@ -134,6 +134,6 @@ def test_a_run_over_links_takes_time(toy_model):
 
 
 def test_the_docs_tell_of_every_method():
-  docs = pathlib.Path(__file__).parent.parent / "docs" / "methods.md"
+  docs = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
   text = docs.read_text(encoding="utf-8")
   assert [name for name in NAMES if f"`{name}`" not in text] == []
