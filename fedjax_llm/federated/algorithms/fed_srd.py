@@ -37,6 +37,7 @@ from fedjax_llm.compression import base, grouped, sparse
 from fedjax_llm.federated import (
   aggregators,
   answers,
+  channels,
   clients,
   draws,
   factors,
@@ -137,7 +138,9 @@ def fed_srd(
     came = (arrived.weights > 0)[:, None]
     missed = jnp.where(came, 0, old)
     missed = answers.put(state.missed, cohort.clients, missed)
-    missed = jnp.minimum(missed + size[None], _dense(trainable)[None])
+    # At most `dense`; the sum itself may be more than an int32 holds.
+    dense = _dense(trainable)[None]
+    missed = missed + jnp.minimum(size[None], dense - missed)
     after = FedSRDState(state.round + 1, trainable, missed)
     after = rounds.unless_nobody(came.any(), after, state)
     sizes = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}

@@ -26,6 +26,7 @@ from fedjax_llm.compression import base, sketch, sparse
 from fedjax_llm.federated import (
   aggregators,
   answers,
+  channels,
   clients,
   draws,
   rounds,
