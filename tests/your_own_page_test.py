@@ -55,7 +55,7 @@ def task():
   target = jnp.tile(jnp.array([0.0, 1.0]), 16)
 
   def loss_fn(trainable, frozen, examples, mask, key):
-    losses = ((trainable["x"] - examples) ** 2).sum(axis=1)
+    losses = ((trainable["x"][None] - examples) ** 2).sum(axis=1)
     return jnp.where(mask, losses, 0).sum(), mask.sum()
 
   return fl.tasks.custom(

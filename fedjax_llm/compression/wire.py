@@ -192,11 +192,15 @@ def _take(data: memoryview, size: int) -> tuple[memoryview, memoryview]:
 
 
 def _varint(value: Any) -> bytes:
-  if not isinstance(value, int | np.integer) or not 0 <= value <= _LIMIT:
+  if not isinstance(value, int | np.integer) or value < 0:
     raise ValueError(
-      "A payload's `int` fields and the sizes of its arrays are whole numbers"
-      f" in [0, {_LIMIT}], got {value!r}. Declare a field that holds an array"
-      " as `Any`."
+      f"A payload's `int` fields are whole numbers of at least 0, got {value!r}."
+      " Declare a field that holds an array as `Any`."
+    )
+  if value > _LIMIT:
+    raise ValueError(
+      f"A message holds arrays of at most {_LIMIT} entries, and numbers as large"
+      f" as that, got {value}. Send fewer entries, such as LoRA factors."
     )
   digits = [int(value)]
   while digits[-1] > 127:

@@ -209,4 +209,4 @@ def _fetch(missed, sent, dense):
   add = lambda x, y: x + jnp.minimum(y, dense - x)
   none = jnp.zeros(2, jnp.int32)
   new, _ = jax.lax.scan(lambda total, x: (add(total, x), None), none, sent)
-  return add(missed, new[None])
+  return jax.vmap(add, (0, None))(missed, new)

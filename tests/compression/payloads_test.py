@@ -143,10 +143,24 @@ def test_a_class_that_cannot_be_sent_is_refused(cls, complaint):
   assert 104 not in payloads.CLASSES
 
 
-@pytest.mark.parametrize("size", [-1, 2**31, 2.5, np.ones(2)])
-def test_a_static_field_is_a_whole_number(size):
+@pytest.mark.parametrize(
+  "size, complaint",
+  [
+    (-1, "whole numbers of at least 0, got -1"),
+    (2.5, "whole numbers of at least 0, got 2.5"),
+    (np.ones(2), "Declare a field that holds an array as `Any`"),
+    (2**31, "at most 2147483647 entries, .* got 2147483648"),
+  ],
+)
+def test_a_static_field_is_a_whole_number(size, complaint):
   payload = Halves(np.ones(1, np.float32), np.ones(1, np.float32), size)
-  with pytest.raises(ValueError, match="whole numbers in"):
+  with pytest.raises(ValueError, match=complaint):
+    wire.nbytes(payload)
+
+
+def test_an_array_has_no_more_entries_than_a_message_can_say():
+  payload = compression.Dense(jax.ShapeDtypeStruct((2**31,), jnp.float32))
+  with pytest.raises(ValueError, match="at most 2147483647 entries, .* got"):
     wire.nbytes(payload)
 
 

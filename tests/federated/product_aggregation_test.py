@@ -130,17 +130,13 @@ def test_a_round_of_nobody_changes_only_its_number(problem, make, knobs):
   jax.tree.map(np.testing.assert_array_equal, same, states[1])
 
 
-def test_sizes_stop_at_two_gigabytes(problem):
-  # Instead of turning negative.
-  algorithm, step = compose(
-    fed_ex_lora.fed_ex_lora, problem.scaled_loss_fn, scale=SCALE
-  )
-  state = algorithm.init(problem.trainable)
-  state = state._replace(missed=jnp.full((7, 2), 2**31 - 1))
-  frozen = {"kernel": problem.frozen["w"]}
-  cohort = problem.cohort(0, 1)
-  _, metrics = step(state, frozen, problem.examples, cohort, KEY)
-  assert metrics["download_bytes"].tolist() == [2**31 - 1] * 2
+@pytest.mark.parametrize("make", [fed_ex_lora.fed_ex_lora, flora.flora])
+def test_a_residual_of_2_gib_is_refused_before_it_is_made(problem, make):
+  # Factors of 240 kB whose product has 3.6 GB.
+  wide = {"a": jnp.zeros((30_000, 1)), "b": jnp.zeros((1, 30_000))}
+  algorithm = make(problem.loss_fn, SGD, scale=1.0, population=2)
+  with pytest.raises(ValueError, match="below 2 GiB, got one of 36002400"):
+    algorithm.init({"dense": wide})
 
 
 @pytest.mark.parametrize("make", [fed_ex_lora.fed_ex_lora, flora.flora])

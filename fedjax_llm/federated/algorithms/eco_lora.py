@@ -115,7 +115,7 @@ def eco_lora(
   """
   _require(segment_count, a_densities, b_densities, decay, levels)
   placement = placement or clients.Placement()
-  download = download or base.identity()
+  download = channels.Channel(download or base.identity()).download
   choices = [
     tuple(
       least + (most - least) * level / (levels - 1)
