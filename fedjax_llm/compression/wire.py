@@ -194,13 +194,13 @@ def _take(data: memoryview, size: int) -> tuple[memoryview, memoryview]:
 def _varint(value: Any) -> bytes:
   if not isinstance(value, int | np.integer) or value < 0:
     raise ValueError(
-      f"A payload's `int` fields are whole numbers of at least 0, got {value!r}."
-      " Declare a field that holds an array as `Any`."
+      "A payload's `int` fields are whole numbers of at least 0, got"
+      f" {value!r}. Declare a field that holds an array as `Any`."
     )
   if value > _LIMIT:
     raise ValueError(
-      f"A message holds arrays of at most {_LIMIT} entries, and numbers as large"
-      f" as that, got {value}. Send fewer entries, such as LoRA factors."
+      f"A message holds arrays of at most {_LIMIT} entries, and no larger"
+      f" numbers, got {value}. Send fewer entries, such as LoRA factors."
     )
   digits = [int(value)]
   while digits[-1] > 127:
