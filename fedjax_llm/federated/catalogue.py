@@ -56,5 +56,11 @@ from fedjax_llm.federated.algorithms.pruning import (
   sparse_adapter as sparse_adapter,
 )
 from fedjax_llm.federated.algorithms.scaffold import scaffold as scaffold
+from fedjax_llm.federated.algorithms.tgap import (
+  federated_pretraining as federated_pretraining,
+)
+from fedjax_llm.federated.algorithms.tgap import (
+  local_pretraining as local_pretraining,
+)
 from fedjax_llm.federated.schedules import alternating as alternating
 from fedjax_llm.federated.schedules import staged as staged

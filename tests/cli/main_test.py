@@ -286,7 +286,7 @@ def test_help_lists_the_knobs_with_their_docs(main):
   status, out, _ = main("run", "flasc", "--help")
   assert status == 0
   assert "--upload-density" in out and "--out" in out
-  assert "share of an update that a client sends" in " ".join(
+  assert "share of an update's entries that a client sends" in " ".join(
     out.replace("│", " ").split()
   )
 
@@ -360,8 +360,8 @@ def test_a_missing_extra_is_an_error_of_one_line(main, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "dp_accounting", None)
   config = tmp_path / "private.py"
   config.write_text(
-    "from fedjax_llm.federated import privacy\n\n"
-    "def experiment():\n  privacy.ExampleLevel(1.0, 1e-5)\n"
+    "from fedjax_llm.federated.privacy import guarantees\n\n"
+    "def experiment():\n  guarantees.ExampleLevel(1.0, 1e-5)\n"
   )
   status, _, err = main("run", config, "--out", tmp_path / "run")
   assert status == 2

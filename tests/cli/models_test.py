@@ -36,7 +36,7 @@ def test_a_merged_model_is_the_adapted_one(
   assert merged["loss"] == pytest.approx(adapted["loss"], rel=1e-4)
   base = evaluate(capsys, text=path, model=str(toy_model))
   assert merged["loss"] != pytest.approx(base["loss"], rel=1e-2)
-  with pytest.raises(ValueError, match="expected a new folder"):
+  with pytest.raises(ValueError, match="expected a new or empty folder"):
     models.merge(adapter=toy_adapter, out=out)
 
 
@@ -126,7 +126,8 @@ def test_a_classifier_has_nothing_to_say(toy_model, tmp_path):
     base_model=str(toy_model),
     head=head,
   )
-  with pytest.raises(ValueError, match="is of a classifier"):
+  message = "expected a language model, got .* of a classifier"
+  with pytest.raises(ValueError, match=message):
     models.chat(adapter=str(tmp_path / "classifier"), prompt="1")
   out = tmp_path / "merged"
   models.merge(adapter=str(tmp_path / "classifier"), out=out)

@@ -4,13 +4,15 @@ import csv
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm.cli import evaluate, main, sitting
+from fedjax_llm.cli import evaluate, sitting
 from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
 from fedjax_llm.experiments import loading, tasks
 from fedjax_llm.models import adapters, decoder, pretrained
@@ -71,7 +73,7 @@ def sit(data):
 
 
 def test_an_exam_is_what_whole_prompts_say(
-  sit, data, toy_adapter, long_model, tmp_path, capsys
+  sit, data, toy_adapter, long_model, tmp_path
 ):
   path = tmp_path / "chosen.json"
   result, _ = sit(mmlu.EXAM, long_model, toy_adapter, predictions=path)
@@ -101,12 +103,12 @@ def test_an_exam_is_what_whole_prompts_say(
   assert (result["split"], result["shots"]) == ("test", 1)
   assert result["subjects"].keys() == set(SUBJECTS["mmlu"])
   # The same by the command line, but for one of the subjects.
-  main._command(
-    ["evaluate", "--adapter", toy_adapter, "--model", long_model, "--json"]
-    + ["--task", "mmlu", "--data", str(data / "mmlu"), "--shots", "1"]
-    + ["--subjects", "anatomy", "--predictions", str(path)]
-  )
-  alone = json.loads(capsys.readouterr().out)
+  command = [sys.executable, "-m", "fedjax_llm.cli.main", "evaluate"]
+  command += ["--adapter", toy_adapter, "--model", long_model, "--json"]
+  command += ["--task", "mmlu", "--data", str(data / "mmlu"), "--shots", "1"]
+  command += ["--subjects", "anatomy", "--predictions", str(path)]
+  shown = subprocess.run(command, capture_output=True, text=True, check=True)
+  alone = json.loads(shown.stdout)
   assert alone["task"] == "mmlu"
   assert alone["subjects"] == {"anatomy": result["subjects"]["anatomy"]}
   assert json.loads(path.read_text()) == {"anatomy": expected["anatomy"]}

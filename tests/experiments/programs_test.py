@@ -38,10 +38,10 @@ from fedjax_llm.experiments import programs
 names = {"weight", "bias", "scale", "factor"}
 def fn(x):
   parts = {name: x * len(name) for name in sorted(names)}
-  return jax.lax.scan(lambda s, _: (jax.nn.relu(s["bias"]), None), parts, None,
-    length=0)[1], parts
+  step = lambda parts, _: (jax.tree.map(jax.nn.relu, parts), None)
+  return jax.lax.scan(step, parts, None, length=3)
 x = np.arange(3.0, dtype=np.float32)
-print(programs.of_function(jax.jit(lambda x: fn(x)[1]), x))
+print(programs.of_function(jax.jit(fn), x))
 """
 
 

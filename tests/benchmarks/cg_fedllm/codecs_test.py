@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cg_fedllm import codecs
+from fedjax_llm.compression import distortion
 
 SIZE = 2 * 2 * 128 * 192
 TREE = {"a": np.zeros((2, 192, 128)), "b": np.zeros((2, 128, 192))}
@@ -39,7 +40,7 @@ def test_messages_are_as_long_as_the_study_says(name, bits, recorded):
     assert name in ("DRIVE", "QSGD")
     assert bits != {"DRIVE": 1.0, "QSGD": 2.0}[name]
     return
-  told = 8 * codecs.nbytes(codec, SIZE) / SIZE
+  told = 8 * distortion.nbytes(codec, SIZE) / SIZE
   assert told <= bits * (1.1 if name in FIXED else 1.02)
   # PCA has no more numbers than there were snapshots, PowerSGD whole ranks.
   assert told > 0.6 * bits or name in ("PCA", "PowerSGD")
