@@ -20,12 +20,12 @@ SCALE = jnp.linspace(0.5, 2, WIDTH)
 def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
   network, optimizer = (
     row_network.network(WIDTH, latents=5, bits=bits),
-    optax.sgd(0.1),
+    optax.sgd(1.0),
   )
   variables = autoencoder.init(network, LAYOUT, jax.random.key(0))
   step = jax.jit(training.step(network, LAYOUT, optimizer, SCALE))
   memory = optimizer.init(training.parameters_of(variables))
-  after, _, loss = step(variables, memory, VECTORS)
+  after, memory, loss = step(variables, memory, VECTORS)
   codec = autoencoder.Codec(LAYOUT, network, SCALE, **variables)
   compressor = autoencoder.autoencoder(codec)
   total = 0.0
@@ -35,7 +35,10 @@ def test_the_loss_is_the_mean_squared_error_of_what_arrives(bits):
     total += np.mean((vector - sent.received) ** 2)
   unit = np.mean(np.square(SCALE))
   np.testing.assert_allclose(loss, total / 3 / unit, rtol=1e-5)
-  assert step(after, memory, VECTORS)[2] < loss
+  # A single step of a quantised network may go either way.
+  for _ in range(20):
+    after, memory, last = step(after, memory, VECTORS)
+  assert last < loss - 0.002
 
 
 def test_the_gradient_passes_the_quantiser_as_if_it_were_not_there():

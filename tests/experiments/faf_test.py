@@ -15,7 +15,7 @@ from fedjax_llm.compression import base, wire
 from fedjax_llm.data import records
 from fedjax_llm.experiments import faf, finetuning, runner, tasks
 from fedjax_llm.federated import codec_state
-from fedjax_llm.federated.algorithms import cg_fed_llm
+from fedjax_llm.federated.algorithms import cg_fed_llm, tgap
 from fedjax_llm.models import lora
 
 TOY = configs.load(str(pathlib.Path(__file__).parent.parent / "toy_config.py"))
@@ -42,11 +42,26 @@ def task(toy_model):
 
 @pytest.fixture(scope="module")
 def snapshots(task):
-  """Vectors some of whose entries move more than others."""
-  random = np.random.default_rng(0)
-  size = sum(x.size for x in jax.tree.leaves(task.trainable))
-  spread = np.exp(random.standard_normal(size))
-  return (spread * random.standard_normal((12, size))).astype(np.float32)
+  """The updates of six clients in two rounds: [12, n]."""
+  algorithm = tgap.federated_pretraining(
+    task.loss_fn,
+    SGD,
+    optax.sgd(1.0),
+    population=6,
+    placement=task.placement,
+  )
+  schedule = dataclasses.replace(SCHEDULE, clients_per_round=6)
+  seen = []
+  made = finetuning.fine_tuning(
+    task,
+    algorithm,
+    schedule,
+    observe=lambda number, cohort, metrics: seen.append(metrics["snapshots"]),
+  )
+  state = made.init()
+  for number in range(2):
+    state, _ = made.round(state, number)
+  return np.concatenate(seen)
 
 
 @pytest.fixture(scope="module")

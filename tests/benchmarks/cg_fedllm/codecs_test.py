@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cg_fedllm import codecs
-from fedjax_llm.compression import distortion
+from fedjax_llm.codecs import distortion
 
 SIZE = 2 * 2 * 128 * 192
 TREE = {"a": np.zeros((2, 192, 128)), "b": np.zeros((2, 128, 192))}
