@@ -212,7 +212,7 @@ def by_tier(
 
   def answer(shared, client):
     tiers = tiers_of(shared.trainable)
-    tier = tiers.of_client(client.number)
+    tier = tiers.tier_of(client.number)
     _, unravel = ravel_pytree(shared.trainable)
     of_tier = lambda each: each[0] if len(each) == 1 else jnp.stack(each)[tier]
     start = of_tier(shared.received)

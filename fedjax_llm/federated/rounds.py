@@ -159,23 +159,18 @@ def federated_round(
     after = after._replace(download=download, upload=arrived.memory)
     if not aggregate.steps_when_empty:
       after = unless_nobody(arrived.weights.any(), after, state)
-    tier = tiers.of_client(cohort.clients)
+    tier = tiers.tier_of(cohort.clients)
     sizes = downloads.sizes(shared.payloads, tier)
     return clients.replicate(after, placement), arrived.metrics | sizes
-
-  def received_fn(state, key):
-    tiers = tiers_of(state.trainable)
-    shared, _ = downloads.broadcast(tiers, state, (), key)
-    return ravel_pytree(state.trainable)[1](shared.received[-1])
 
   return FederatedAlgorithm(
     init,
     round_fn,
-    received_fn,
+    downloads.received_by(tiers_of),
     noise_multiplier=aggregate.noise_multiplier,
-    example_noise_multiplier=local_update.example_noise_multiplier
-    if isinstance(local_update, local_training.LocalUpdate)
-    else None,
+    example_noise_multiplier=getattr(
+      local_update, "example_noise_multiplier", None
+    ),
     placement=placement,
   )
 

@@ -69,7 +69,7 @@ def test_the_ranks_of_all_layers_have_numbers_of_their_own():
 def test_tiers_send_their_ranks_and_all_else():
   vector, unravel = ravel_pytree(TREE)
   tiers = factors.tiers(TREE, (1, 3), upload=quantize.cast(jnp.bfloat16))
-  assert tiers.of_client(np.arange(5)).tolist() == [0, 1, 0, 1, 0]
+  assert tiers.tier_of(np.arange(5)).tolist() == [0, 1, 0, 1, 0]
   heads, of_one = 4 * 2 + 2, 2 * (5 + 7) + 4 + 6
   for channel, rank in zip(tiers.channels, (1, 3), strict=True):
     down, _ = channel.download.encode(vector, (), jax.random.key(0))

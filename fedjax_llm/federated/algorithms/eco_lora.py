@@ -48,7 +48,7 @@ class EcoState(NamedTuple):
     optimizer: the server optimizer's state.
     losses: float32 [2], the mean training losses of the first and last round.
     answered: int32, the number of rounds in which a client took part.
-    download: the download compressor's state.
+    download: the download compressor's state, in a tuple.
     residuals: what clients did not send, [population, segments, entries of a
       segment].
   """
@@ -115,7 +115,7 @@ def eco_lora(
   """
   _require(segment_count, a_densities, b_densities, decay, levels)
   placement = placement or clients.Placement()
-  download = channels.Channel(download or base.identity()).download
+  tiers = channels.tiers_of(channels.Channel(download or base.identity()))
   choices = [
     tuple(
       least + (most - least) * level / (levels - 1)
@@ -132,23 +132,24 @@ def eco_lora(
 
   def init(trainable):
     shape = layout(trainable, segment_count).rows(trainable).shape
+    (channel,) = tiers.channels
     state = EcoState(
       round=jnp.int32(0),
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
       losses=jnp.zeros(2, jnp.float32),
       answered=jnp.int32(0),
-      download=download.init(ravel_pytree(trainable)[0]),
+      download=(channel.download.init(ravel_pytree(trainable)[0]),),
       residuals=(),
     )
     residuals = jnp.zeros((population, *shape))
     return rounds.first_state(state, placement, residuals=residuals)
 
   def round_fn(state, frozen, examples, cohort, key):
-    sent = _send(download, state, key)
+    sent, download = downloads.broadcast(tiers, state, frozen, key)
     drop = jnp.maximum(state.losses[0] - state.losses[1], 0)
     level = jnp.round(jnp.exp(-decay * drop) * (levels - 1)).astype(jnp.int32)
-    shared = (state.trainable, state.round, sent.received, level, frozen)
+    shared = (sent, state.round, level)
     arrived = at_clients(
       state.round, shared, state.residuals, examples, cohort, key
     )
@@ -161,20 +162,19 @@ def eco_lora(
     after = after._replace(
       losses=jnp.stack([first, loss]),
       answered=state.answered + 1,
-      download=sent.state,
+      download=download,
       residuals=arrived.memory,
     )
     after = rounds.unless_nobody(arrived.weights.any(), after, state)
-    payloads = sent.payload, base.Dense(level[None].astype(jnp.uint8))
+    payloads = *sent.payloads, base.Dense(level[None].astype(jnp.uint8))
     sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
     return clients.replicate(after, placement), arrived.metrics | sizes
 
-  def received_fn(state, key):
-    received = _send(download, state, key).received
-    return ravel_pytree(state.trainable)[1](received)
-
   return rounds.FederatedAlgorithm(
-    init, round_fn, received_fn, placement=placement
+    init,
+    round_fn,
+    downloads.received_by(lambda trainable: tiers),
+    placement=placement,
   )
 
 
@@ -207,24 +207,22 @@ def layout(trainable: Any, segment_count: int) -> Layout:
   return Layout(rows, tree, sizes)
 
 
-def _send(download, state, key):
-  vector, _ = ravel_pytree(state.trainable)
-  return downloads.send(download, vector, state.download, state.round, key)
-
-
 def _answer(segment_count, choices):
   """A client sends the segment whose turn it is, and its loss."""
 
   def answer(shared, client):
-    trainable, round_number, start, level, frozen = shared
-    split = layout(trainable, segment_count)
-    _, unravel = ravel_pytree(trainable)
-    training = client.train(unravel(start), frozen)
+    sent, round_number, level = shared
+    split = layout(sent.trainable, segment_count)
+    _, unravel = ravel_pytree(sent.trainable)
+    (start,) = sent.received
+    training = client.train(unravel(start), sent.frozen)
     # All segments are checked: if another one diverged, this one will too.
     update = start - ravel_pytree(training.trainable)[0]
     number = (client.number + round_number) % segment_count
     target = split.rows(unravel(update))[number] + client.memory[number]
-    branches = [_send_segment(split.sizes, shares) for shares in choices]
+    branches = [
+      functools.partial(_send_segment, split.sizes, each) for each in choices
+    ]
     received, size = jax.lax.switch(level, branches, target)
     sums = jnp.stack([training.loss, training.count.astype(jnp.float32)])
     report = base.Dense(sums.astype(jnp.float32))
@@ -251,15 +249,11 @@ def _share(segment_count, received, weight, shared):
   )
 
 
-def _send_segment(sizes, densities):
+def _send_segment(sizes, densities, target):
   """Sends a segment with these densities of `a` and of the rest."""
-
-  def fn(target):
-    compressor = grouped.top_k_per_segment(sizes, densities)
-    message = base.transmit(compressor, target, (), jax.random.key(0))
-    return message.received, jnp.array(channels.sizes(message.payload))
-
-  return fn
+  compressor = grouped.top_k_per_segment(sizes, densities)
+  message = base.transmit(compressor, target, (), jax.random.key(0))
+  return message.received, channels.sizes(message.payload)
 
 
 def _require(segment_count, a_densities, b_densities, decay, levels):

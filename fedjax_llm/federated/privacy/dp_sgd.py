@@ -13,11 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federated import (
-  clients,
-  local_training,
-  mapping,
-)
+from fedjax_llm.federated import clients, local_training, mapping
 from fedjax_llm.federated.privacy import mechanisms
 
 
@@ -58,23 +54,18 @@ def local_update(
   mechanisms.check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
   if microbatch is not None and microbatch < 1:
     raise ValueError(f"expected {microbatch=} to be None or >= 1.")
+  of_batch = local_training.batch_gradient(loss_fn)
 
   def gradient_fn(trainable, frozen, examples, mask, key, trains):
     flat, unravel = ravel_pytree(trainable)
     precise = jnp.promote_types(flat.dtype, jnp.float32)
 
-    def mean_loss(trainable, batch):
-      total, count = loss_fn(trainable, frozen, *batch)
-      return total / jnp.maximum(count, 1), (total, count)
-
     def of_example(shared, row):
       del shared
       example, is_real, key = row
       batch = jax.tree.map(lambda x: x[None], (example, is_real))
-      gradient, sums = jax.grad(mean_loss, has_aux=True)(
-        trainable, (*batch, key)
-      )
-      gradient, _ = ravel_pytree(local_training.only(trains, gradient))
+      gradient, sums = of_batch(trainable, frozen, *batch, key, trains=trains)
+      gradient, _ = ravel_pytree(gradient)
       gradient = mechanisms.clip(gradient.astype(precise), clip_norm)
       return (jnp.where(is_real, gradient, 0), sums), ()
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from fedjax_llm.federated.privacy import accounting
+from fedjax_llm.federated.privacy import accounting, mechanisms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ClientLevel:
   def __post_init__(self):
     """Refuses values out of range, or a missing dp-accounting."""
     accounting.library()
-    _check_noise(self.noise_multiplier)
+    mechanisms.check_noise(self.noise_multiplier)
     if self.sampling not in ("poisson", "fixed"):
       raise ValueError(
         f"expected sampling 'poisson' or 'fixed', got {self.sampling!r}."
@@ -148,7 +148,7 @@ class ExampleLevel:
   def __post_init__(self):
     """Refuses values out of range, or a missing dp-accounting."""
     accounting.library()
-    _check_noise(self.noise_multiplier)
+    mechanisms.check_noise(self.noise_multiplier)
     if not 0 < self.delta < 1:
       raise ValueError(f"expected delta in (0, 1), got {self.delta}.")
     if self.local_epochs < 1:
@@ -257,8 +257,3 @@ def _bounds(guarantee, rounds):
     f"epsilon = {pld:.4g} by PLD ({rdp:.4g} by RDP) at delta ="
     f" {guarantee.delta:.3g}"
   )
-
-
-def _check_noise(noise_multiplier):
-  if not 0 <= noise_multiplier < math.inf:
-    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")

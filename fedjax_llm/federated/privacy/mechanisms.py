@@ -174,13 +174,22 @@ def check(*, clip_norm: float, noise_multiplier: float) -> None:
   """
   if not clip_norm > 0:
     raise ValueError(f"expected clip_norm > 0, got {clip_norm=}.")
-  if not 0 <= noise_multiplier < math.inf:
-    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")
+  check_noise(noise_multiplier)
   if noise_multiplier > 0 and math.isinf(clip_norm):
     raise ValueError(
       f"expected a finite clip_norm with {noise_multiplier=}, got {clip_norm=}."
       " Noise hides only what is bounded."
     )
+
+
+def check_noise(noise_multiplier: float) -> None:
+  """Refuses a noise multiplier that means nothing.
+
+  Raises:
+    ValueError: if it is negative, infinite or NaN.
+  """
+  if not 0 <= noise_multiplier < math.inf:
+    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")
 
 
 def _check_clients(clients):
