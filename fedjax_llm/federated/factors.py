@@ -169,24 +169,22 @@ def stacks(
   return {path: stack(x, weights) for path, x in pairs(trees).items()}
 
 
-def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
+def truncate(pair: Pair, rank: int) -> Pair:
   """Returns the pair of `rank` whose product is nearest: a truncated SVD.
 
-  The product itself, [inputs, outputs], is not formed: two QRs leave a core no
-  larger than the pair's rank. The signs of singular vectors are chosen so that
-  the largest entry of each column of `a` is positive; otherwise they would
-  depend on rounding.
+  It is `a = U`, `b = S V'`. The product itself, [inputs, outputs], is not
+  formed: two QRs leave a core no larger than the pair's rank. The signs of
+  singular vectors are chosen so that the largest entry of each column of `a` is
+  positive; otherwise they would depend on rounding.
 
   Args:
     pair: factors of any rank.
     rank: the rank of the result; factors are zero beyond the product's rank.
-    balanced: whether to split singular values evenly, `a = U sqrt(S)`,
-      `b = sqrt(S) V'`; else `a = U`, `b = S V'`.
   """
-  return one_by_one(lambda x: _truncate(x, rank, balanced), pair)
+  return one_by_one(lambda x: _truncate(x, rank), pair)
 
 
-def _truncate(pair, rank, balanced):
+def _truncate(pair, rank):
   left, upper = jnp.linalg.qr(pair.a)
   right, lower = jnp.linalg.qr(pair.b.T)
   u, s, v = jnp.linalg.svd(upper @ lower.T, full_matrices=False)
@@ -194,8 +192,6 @@ def _truncate(pair, rank, balanced):
   largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
   sign = jnp.sign(jnp.take_along_axis(u, largest, axis=0))
   u, v = u * sign, v * sign.T
-  if balanced:
-    u, s = u * jnp.sqrt(s)[None], jnp.sqrt(s)
   missing = (0, rank - s.size)
   return Pair(
     jnp.pad(u, [(0, 0), missing]),

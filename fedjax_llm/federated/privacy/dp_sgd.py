@@ -1,9 +1,9 @@
 """Private local training: DP-SGD at the client.
 
 Abadi et al., "Deep Learning with Differential Privacy", 2016. The gradient of
-each example is clipped, and their sum gets Gaussian noise, so that the update
-says little about any one example, to the server too. What that is worth is
-accounted by `privacy.ExampleLevel`.
+each example is clipped, and their sum gets Gaussian noise. So the update says
+little about any one example, even to the server. `guarantees.ExampleLevel`
+computes the epsilon.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ def local_update(
   """Makes the private training that one client does in one round.
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
-  each of its own total / count, over the size of the batch. That is the size
-  of its shape: the number of examples in it would change with one of them.
+  divided by the size of the batch. An example's gradient is that of its own
+  total / count. The size counts padding too, because the number of examples
+  would change with one of them.
 
-  An example whose gradient is not finite adds nothing, lest it show. Metrics,
-  such as the loss, are as private as they are without noise: not at all.
+  An example whose gradient is not finite adds zeros. Metrics, such as the loss,
+  are not private.
 
   Args:
     loss_fn: see `clients.local_update`; it is called on single examples.
@@ -45,8 +46,8 @@ def local_update(
       bounds the memory; None for the whole batch.
 
   Returns:
-    As `clients.local_update`, with its `example_noise_multiplier`. A step
-    without examples changes nothing.
+    The training, as `clients.local_update` returns it, with an
+    `example_noise_multiplier`. A step without examples changes nothing.
 
   Raises:
     ValueError: if a number is out of range, or there is noise without a bound.
