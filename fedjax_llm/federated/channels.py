@@ -193,5 +193,4 @@ def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
       "federated_round needs `population`, the number of clients, because"
       " the upload compressor keeps a state for each."
     )
-  copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
-  return jax.tree.map(copies, jax.jit(lambda x: start(x)[0])(vector))
+  return clients.copies(jax.jit(lambda x: start(x)[0])(vector), population)

@@ -189,6 +189,12 @@ def map_clients(
   return mapping.over_devices(fn, placement.mesh, placement.at_once)
 
 
+def copies(tree: Any, population: int) -> Any:
+  """Copies a tree for each client: [population, ...]."""
+  copied = lambda x: jnp.broadcast_to(x, (population, *jnp.shape(x)))
+  return jax.tree.map(copied, tree)
+
+
 def in_turn(tiers: int) -> Callable[[Any], Any]:
   """Deals clients to tiers in turn: client i is in tier i modulo `tiers`."""
   return lambda client: client % tiers

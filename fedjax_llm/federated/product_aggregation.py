@@ -163,8 +163,7 @@ def product_round(
         residual=jax.tree.map(jnp.add, state.residual, grown),
         missed=downloads.grow(missed, forwarded, dense),
       )
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   residual = None if scale is None else lambda state: state.residual
   return rounds.FederatedAlgorithm(

@@ -157,11 +157,10 @@ def federated_round(
     )
     after = server_step(server_optimizer, aggregate, state, arrived.total, key)
     after = after._replace(download=download, upload=arrived.memory)
-    if not aggregate.steps_when_empty:
-      after = unless_nobody(arrived.weights.any(), after, state)
     tier = tiers.tier_of(cohort.clients)
     sizes = downloads.sizes(shared.payloads, tier)
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    before = after if aggregate.steps_when_empty else state
+    return end_round(before, after, arrived, sizes, placement)
 
   return FederatedAlgorithm(
     init,
@@ -250,7 +249,24 @@ def optimizer_step(
   )
 
 
-def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
-  """If no client took part, keeps the old state and increments `round`."""
-  keep = lambda new, old: jnp.where(is_anybody, new, old)
-  return jax.tree.map(keep, after, before)._replace(round=after.round)
+def end_round(
+  before: Any,
+  after: Any,
+  arrived: answers.Answers,
+  sizes: dict[str, Any],
+  placement: clients.Placement,
+) -> tuple[Any, dict[str, Any]]:
+  """Returns what a round returns: the next state and the metrics.
+
+  If no client took part, keeps the old state and increments `round`.
+
+  Args:
+    before: the state before the round.
+    after: the state after the round, if a client took part.
+    arrived: what `answers.at_clients` returned.
+    sizes: the metrics of the downloads.
+    placement: see `clients.Placement`.
+  """
+  keep = lambda new, old: jnp.where(arrived.weights.any(), new, old)
+  kept = jax.tree.map(keep, after, before)._replace(round=after.round)
+  return clients.replicate(kept, placement), arrived.metrics | sizes

@@ -165,10 +165,9 @@ def eco_lora(
       download=download,
       residuals=arrived.memory,
     )
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     payloads = *sent.payloads, base.Dense(level[None].astype(jnp.uint8))
     sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,

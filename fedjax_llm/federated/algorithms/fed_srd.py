@@ -141,9 +141,8 @@ def fed_srd(
     old, missed = downloads.fetch(state.missed, cohort, arrived.weights)
     missed = downloads.grow(missed, size, _dense(trainable))
     after = FedSRDState(state.round + 1, trainable, missed)
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     sizes = downloads.metrics(old)
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,

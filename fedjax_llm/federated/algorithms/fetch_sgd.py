@@ -159,9 +159,8 @@ def fetch_sgd(
     old, missed = downloads.fetch(state.missed, cohort, arrived.weights)
     fetched, most = _fetch(old, payload, state.trainable)
     after = after._replace(missed=jnp.minimum(missed + 1, most))
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     sizes = downloads.metrics(fetched)
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,

@@ -172,18 +172,15 @@ def _without(
 ) -> channels.Channel:
   """The channel of a round in which one factor is neither trained nor sent."""
   mask = parameters.owners(trainable) != ("a", "b").index(waits)
+  chosen = sparse.select(mask)
   if channel is None:
-    return channels.Channel(
-      upload=sparse.select(mask), trains=lambda payload: mask
-    )
-
-  def upload(payload):
-    return base.chain(sparse.select(mask), channel.uplink(payload))
-
-  def trains(payload):
-    return mask if channel.trains is None else mask & channel.trains(payload)
-
-  return channels.Channel(channel.download, upload, trains)
+    return channels.Channel(upload=chosen, trains=lambda payload: mask)
+  trains = channel.trains or (lambda payload: True)
+  return channels.Channel(
+    channel.download,
+    upload=lambda payload: base.chain(chosen, channel.uplink(payload)),
+    trains=lambda payload: mask & trains(payload),
+  )
 
 
 def _refuse_memory(channel, trainable):

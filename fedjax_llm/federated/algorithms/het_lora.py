@@ -188,10 +188,9 @@ def het_lora(
     update = jax.tree.map(jnp.subtract, state.trainable, mean)
     after = rounds.optimizer_step(server_optimizer, state, update)
     after = after._replace(ranks=arrived.memory)
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     ranks = answers.take(state.ranks, cohort.clients)
     sizes = downloads.metrics(_sizes(state.trainable)[ranks])
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,

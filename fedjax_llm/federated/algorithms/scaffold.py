@@ -140,9 +140,8 @@ def scaffold(
       download=download,
       upload=upload,
     )
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   def received_fn(state, key):
     parameters, _ = _broadcast(channel, state, key)

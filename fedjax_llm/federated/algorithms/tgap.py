@@ -22,6 +22,7 @@ from fedjax_llm.federated import (
   answers,
   clients,
   codec_state,
+  downloads,
   rounds,
 )
 from fedjax_llm.federated.algorithms import cg_fed_llm
@@ -129,7 +130,7 @@ def local_pretraining(
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    own = jnp.tile(vector[None], (population, 1))
+    own = clients.copies(vector, population)
     state = LocalState(jnp.int32(0), trainable, ())
     return rounds.first_state(state, placement, own=own)
 
@@ -140,12 +141,11 @@ def local_pretraining(
     before, after = (
       answers.take(own, cohort.clients) for own in (state.own, arrived.memory)
     )
-    none = jnp.zeros(len(cohort.clients), jnp.int32)
-    metrics = arrived.metrics | {
-      "download_bytes": none,
-      "download_entries": none,
-      "snapshots": before - after if representation == "delta" else after,
-    }
+    nothing = jnp.zeros((len(cohort.clients), 2), jnp.int32)
+    metrics = arrived.metrics | downloads.metrics(nothing)
+    metrics["snapshots"] = (
+      before - after if representation == "delta" else after
+    )
     state = state._replace(round=state.round + 1, own=arrived.memory)
     return clients.replicate(state, placement), metrics
 
