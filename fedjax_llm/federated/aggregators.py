@@ -1,10 +1,10 @@
 """Aggregators: from the decoded updates of a cohort to one update.
 
-They are the one home of weighting. A cohort tells each client's number of
-examples; the aggregator says what that is worth: `weighted_mean` weights by
-examples, `uniform_mean` counts every client once. Each client adds a share, and
-shares add up, so that a mean over any number of clients needs the memory of one
-update. A client of weight zero is left out by all of them.
+Only aggregators weight clients. A cohort has each client's number of examples:
+`weighted_mean` weights by it, `uniform_mean` counts every client once. Each
+client adds a share, and shares add up, so that a mean over any number of
+clients needs the memory of one update. All of them leave out a client of weight
+zero.
 """
 
 from collections.abc import Callable

@@ -101,9 +101,9 @@ def at_clients(
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
-    `fn(number, shared, memory, examples, cohort, key) -> Answers`: of the
-    round's number, what all clients share, the memory [population, ...] and
-    the experiment's key.
+    `fn(number, shared, memory, examples, cohort, key) -> Answers`. `number` is
+    the round's, `shared` is what all clients share, `memory` is [population,
+    ...] and `key` is the experiment's.
   """
   placement = placement or clients.Placement()
   mapped = clients.map_clients(

@@ -28,8 +28,8 @@ class Channel:
   Attributes:
     download: the compressor of the trainable parameters.
     upload: the compressor of a client's update; or a function that makes it
-      from the payload that the client received, because what both ends know
-      after the download needs no bytes.
+      from the payload that the client received. What both ends know after the
+      download needs no bytes.
     trains: a function from the payload that a client received to a mask of the
       entries that it trains, such as `sparse.support`; None for all entries.
 

@@ -113,8 +113,7 @@ class Cohort(NamedTuple):
     mask: bool [cohort, steps, batch]; False where there is no example. A step
       without any leaves the client as it was.
     weights: float32 [cohort], each client's number of examples; zero for a
-      client that does not take part. What a weight is worth is the
-      aggregator's choice.
+      client that does not take part. The aggregator decides how to weight.
   """
 
   clients: Any

@@ -195,9 +195,9 @@ def with_codec(
 def known(state: CodecState) -> np.ndarray:
   """What the server knows of clients, to fit a codec to: [count, n].
 
-  It has one vector, the last, of each client that has come, in the order of
-  client numbers: what went into the codec, from `volunteers`, or else what was
-  decoded.
+  Each client that has come has one row, in the order of client numbers: its
+  last vector, as it went into the codec if the client volunteers, else as it
+  was decoded.
 
   Raises:
     ValueError: if the algorithm was made without `volunteers`.

@@ -47,7 +47,7 @@ def combine(chosen: Any, rest: Any) -> Any:
 
 
 def factor(path: str) -> Literal["a", "b"] | None:
-  """Which LoRA factor a leaf is, by its path; None for others, as of a head."""
+  """Returns the LoRA factor at a path; None for others, such as a head."""
   name = path.split("/")[-1]
   return name if name in ("a", "b") else None
 

@@ -80,7 +80,7 @@ def product_round(
   A client downloads the residual when it takes part: for every round that it
   missed the forwarded factors or the dense change, whichever is smaller; in
   total at most the dense sum. A client that is left out of a round counts as
-  absent. Sizes above 2 GB are counted as 2 GB.
+  absent.
 
   Args:
     local_update: see `clients.local_update`.

@@ -22,8 +22,8 @@ from fedjax_llm.federated import (
   local_training,
 )
 
-# A channel, one for each tier, or a function that makes either from the
-# trainable parameters, because which entry is which depends on them.
+# A channel, the channels of all tiers, or a function from the trainable
+# parameters to either. They decide what each entry means.
 AnyChannel = (
   channels.Channel
   | channels.Tiers
@@ -55,8 +55,8 @@ class ServerState(NamedTuple):
 class FederatedAlgorithm(NamedTuple):
   """A federated method, as pure functions.
 
-  An algorithm that is made from another one is `algorithm._replace(...)`, so
-  that it keeps what the other promises.
+  To make an algorithm from another one, use `algorithm._replace(...)`: it keeps
+  the other's promises.
 
   Attributes:
     init: trainable -> the state, a tree of arrays with an attribute `round`,
@@ -68,8 +68,8 @@ class FederatedAlgorithm(NamedTuple):
       `clients.Placement`. Metrics of each client in the cohort are
       `download_bytes`, `upload_bytes`, `download_entries` and `upload_entries`
       (how many numbers a message has) and whether its answer was `finite`. A
-      client whose answer is not, or whose weight is zero, is left out, see
-      `answers`. A round in which all are left out increments `round` and
+      client whose answer is not finite, or whose weight is zero, is left out,
+      see `answers`. A round in which all are left out increments `round` and
       changes nothing else.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
@@ -78,7 +78,8 @@ class FederatedAlgorithm(NamedTuple):
       that of the factors with a dense `delta` [..., inputs, outputs] in the
       place of `a` and `b`. None if it adds nothing.
     noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
-      there is no such noise, or if clients reach `trainable` in any other way.
+      there is no such noise, or if clients' data also reach `trainable` in
+      another way.
     example_noise_multiplier: the noise of private local training, see
       `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.
@@ -107,8 +108,8 @@ def federated_round(
 
   Args:
     local_update: see `clients.local_update`.
-    server_optimizer: steps on the aggregated update, which is received minus
-      trained, so that it takes the place of a gradient.
+    server_optimizer: steps on the aggregated update as on a gradient, because
+      an update is received minus trained.
     channel: how messages are compressed: a channel, or one for each tier, or
       a function from the trainable parameters to either; None for nothing.
     aggregate: from updates to one; the mean weighted by examples if not given.

@@ -1,22 +1,21 @@
 """EcoLoRA: clients take turns at sending segments, sparse as training goes.
 
 Liu et al., "EcoLoRA: Communication-Efficient Federated Fine-Tuning of Large
-Language Models", 2025 (arXiv 2506.02001), as far as its abstract and summaries
-of it say. From there: the trainable parameters are split into segments, and
-client i sends segment (i + t) mod segments in round t; the server averages a
-segment over those who sent it; `a` and `b` are sparsified by Top-K with
-residuals, each with its own density that follows the training; positions are
-coded without loss.
+Language Models", 2025 (arXiv 2506.02001), by its abstract and by summaries of
+it. They say: the trainable parameters are split into segments, and client i
+sends segment (i + t) mod segments in round t; the server averages a segment
+over its senders; `a` and `b` are sparsified by Top-K with residuals, each with
+its own density that follows the training; positions are coded without loss.
 
 Chosen here: a segment is an equal part of all `a` and an equal part of all the
 rest, so that all segments have the same length; a head counts as `b`. Densities
 fall exponentially with the loss, from a maximum towards a minimum. The size of
 a message is static, so there are only a few densities; the server announces one
 of them as one byte, from the losses that clients report. A residual holds what
-Top-K left of the segments that a client sent. A segment whose turn it was not
-is not remembered, because another client has sent it. Positions are coded as
-the wire codes supports, where the paper has Golomb codes. The download is dense
-unless told otherwise.
+Top-K left of the segments that a client sent. A client does not remember the
+segments that it did not send, because other clients sent them. Positions are
+coded as the wire codes supports, where the paper has Golomb codes. The download
+is dense unless told otherwise.
 """
 
 import functools

@@ -2,8 +2,9 @@
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
 client's data, `data.split_rows.divide`, and fits its autoencoder on what was
-recorded over clients and rounds ("temporal ensemble"). Its first version trains
-each client alone, its last by federated pre-training: here are both.
+recorded over clients and rounds ("temporal ensemble"). In the paper's first
+version each client trains alone, in its last version they train by federated
+averaging. Both are here.
 
 A round has one more metric, `snapshots` [cohort, n]: what `cg_fed_llm` would
 put through a codec. They are sent uncompressed to be recorded. The paper does
