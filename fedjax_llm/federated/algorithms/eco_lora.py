@@ -19,13 +19,14 @@ is dense unless told otherwise.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Int
 
 from fedjax_llm.compression import base, grouped
 from fedjax_llm.federated import (
@@ -59,20 +60,6 @@ class EcoState(NamedTuple):
   answered: Any
   download: Any
   residuals: Any
-
-
-class Layout(NamedTuple):
-  """How parameters become segments, and back.
-
-  Attributes:
-    rows: tree -> [segments, entries]; a segment begins with its part of `a`.
-    tree: the inverse of `rows`.
-    sizes: how many entries of a segment belong to `a`, and how many do not.
-  """
-
-  rows: Callable[[Any], Any]
-  tree: Callable[[Any], Any]
-  sizes: tuple[int, ...]
 
 
 def eco_lora(
@@ -130,7 +117,7 @@ def eco_lora(
   )
 
   def init(trainable):
-    shape = layout(trainable, segment_count).rows(trainable).shape
+    index, _ = segments(trainable, segment_count)
     (channel,) = tiers.channels
     state = EcoState(
       round=jnp.int32(0),
@@ -141,7 +128,7 @@ def eco_lora(
       download=(channel.download.init(ravel_pytree(trainable)[0]),),
       residuals=(),
     )
-    residuals = jnp.zeros((population, *shape))
+    residuals = jnp.zeros((population, *index.shape))
     return rounds.first_state(state, placement, residuals=residuals)
 
   def round_fn(state, frozen, examples, cohort, key):
@@ -154,8 +141,10 @@ def eco_lora(
     )
     sums, weights, report = arrived.total
     means = sums / jnp.where(weights > 0, weights, 1)[:, None]
-    update = layout(state.trainable, segment_count).tree(means)
-    after = rounds.optimizer_step(server_optimizer, state, update)
+    vector, unravel = ravel_pytree(state.trainable)
+    index, _ = segments(state.trainable, segment_count)
+    update = jnp.zeros_like(vector).at[index].set(means, mode="drop")
+    after = rounds.optimizer_step(server_optimizer, state, unravel(update))
     loss = (report[0] / jnp.maximum(report[1], 1)).astype(jnp.float32)
     first = jnp.where(state.answered > 0, state.losses[0], loss)
     after = after._replace(
@@ -176,33 +165,23 @@ def eco_lora(
   )
 
 
-def layout(trainable: Any, segment_count: int) -> Layout:
-  """Splits `trainable` into equal segments, the last filled up with zeros."""
-  split = lambda tree: parameters.split(
-    tree, lambda path: parameters.factor(path) == "a"
-  )
-  flat = [ravel_pytree(part) for part in split(trainable)]
-  sizes = tuple(-(-vector.size // segment_count) for vector, _ in flat)
+def segments(
+  trainable: Any, count: int
+) -> tuple[Int[np.ndarray, "segments entries"], tuple[int, int]]:
+  """Splits the flat vector into equal segments, each of which begins with `a`.
 
-  def rows(tree):
-    parts = zip(split(tree), sizes, strict=True)
-    return jnp.concatenate([grid(*part) for part in parts], axis=1)
-
-  def grid(part, size):
-    vector, _ = ravel_pytree(part)
-    filled = jnp.pad(vector, (0, segment_count * size - vector.size))
-    return filled.reshape(segment_count, size)
-
-  def tree(rows):
-    grids = jnp.split(rows, sizes[:1], axis=1)
-    return parameters.combine(
-      *(
-        unravel(part.ravel()[: vector.size])
-        for (vector, unravel), part in zip(flat, grids, strict=True)
-      )
-    )
-
-  return Layout(rows, tree, sizes)
+  Returns:
+    The entries of the vector that each segment has; its length where a segment
+    is filled up. And how many of a segment's entries belong to `a`, and how
+    many do not.
+  """
+  is_rest = parameters.owners(trainable) != 0
+  parts = [np.flatnonzero(is_rest == x) for x in (False, True)]
+  sizes = tuple(-(-part.size // count) for part in parts)
+  grids = [np.full((count, size), is_rest.size, np.int32) for size in sizes]
+  for grid, part in zip(grids, parts, strict=True):
+    grid.flat[: part.size] = part
+  return np.concatenate(grids, axis=1), sizes
 
 
 def _answer(segment_count, choices):
@@ -210,16 +189,17 @@ def _answer(segment_count, choices):
 
   def answer(shared, client):
     sent, round_number, level = shared
-    split = layout(sent.trainable, segment_count)
+    index, sizes = segments(sent.trainable, segment_count)
     _, unravel = ravel_pytree(sent.trainable)
     (start,) = sent.received
     training = client.train(unravel(start), sent.frozen)
     # All segments are checked: if another one diverged, this one will too.
     update = start - ravel_pytree(training.trainable)[0]
     number = (client.number + round_number) % segment_count
-    target = split.rows(unravel(update))[number] + client.memory[number]
+    segment = update.at[jnp.array(index)[number]].get(mode="fill", fill_value=0)
+    target = segment + client.memory[number]
     branches = [
-      functools.partial(_send_segment, split.sizes, each) for each in choices
+      functools.partial(_send_segment, sizes, each) for each in choices
     ]
     received, size = jax.lax.switch(level, branches, target)
     sums = jnp.stack([training.loss, training.count.astype(jnp.float32)])
