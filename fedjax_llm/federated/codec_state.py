@@ -114,9 +114,9 @@ def with_codec(
       has `upload`.
     coding: the codec.
     population: number of clients.
-    volunteers: bool [population], clients that also send, entry by entry, what
-      goes into the codec, so that `known` has it; their `upload_bytes` count
-      that. None if the codec is never fitted anew; the server then keeps
+    volunteers: bool [population], the clients that also send uncompressed what
+      goes into the codec, so that `known` has it. Their `upload_bytes` count
+      these bytes. None if the codec is never fitted anew; the server then keeps
       nothing of clients.
     placement: placement of the algorithm.
 

@@ -1,8 +1,8 @@
-"""Epsilon of Gaussian noise, repeated, with and without sampling.
+"""Epsilon of repeated Gaussian sums, with and without sampling.
 
-By two accountants of `dp-accounting`, on the host: "pld" composes privacy loss
-distributions and is the tighter one, "rdp" composes Renyi divergences and is
-what most papers report. Both are upper bounds.
+Two accountants of `dp-accounting` compute it on the host. "pld" composes
+privacy loss distributions and is the tighter one. "rdp" composes Renyi
+divergences and is what most papers report. Both are upper bounds.
 """
 
 import functools

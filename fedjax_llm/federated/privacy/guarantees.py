@@ -1,4 +1,4 @@
-"""What a private run guarantees: epsilon, and all that it rests on.
+"""What a private run guarantees: epsilon, and its assumptions.
 
 A guarantee says what is protected, how cohorts are sampled and how much noise
 is added. It refuses runs that sample otherwise, and describes itself.
