@@ -179,7 +179,7 @@ def by_trainable(
   channel: AnyChannel | None,
 ) -> Callable[[Any], channels.Tiers]:
   """Returns a function from the trainable parameters to the tiers."""
-  if channel is not None and callable(channel):
+  if callable(channel):
     return lambda trainable: channels.tiers_of(channel(trainable))
   tiers = channels.tiers_of(channel)
   return lambda trainable: tiers
