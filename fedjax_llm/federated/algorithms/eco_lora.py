@@ -167,7 +167,7 @@ def eco_lora(
 
 def segments(
   trainable: Any, count: int
-) -> tuple[Int[np.ndarray, "segments entries"], tuple[int, int]]:
+) -> tuple[Int[np.ndarray, "segments entries"], tuple[int, ...]]:
   """Splits the flat vector into equal segments, each of which begins with `a`.
 
   Returns:
