@@ -45,9 +45,8 @@ def share(
   weight = weight.astype(vector.dtype)
   # Selected, not multiplied: the vector of an absent sender may be NaN.
   vector, received = (jnp.where(weight > 0, x, 0) for x in (vector, received))
-  pairs = (vector, vector), (received, received), (vector, received)
-  energies = jnp.stack([jnp.sum(x * y) for x, y in pairs])
-  return Sums(weight, weight * vector, weight * received, weight * energies)
+  energies = weight * _energies(vector, received)
+  return Sums(weight, weight * vector, weight * received, energies)
 
 
 def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
@@ -76,12 +75,7 @@ def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
     receive the same vector up to rounding.
   """
   weight = jnp.where(total.weight > 0, total.weight, 1)
-  pairs = (
-    (total.sent, total.sent),
-    (total.arrived, total.arrived),
-    (total.sent, total.arrived),
-  )
-  of_mean = jnp.stack([jnp.sum(x * (y / weight)) for x, y in pairs])
+  of_mean = _energies(total.sent, total.arrived, weight)
   own = total.energies - of_mean
   differs = (own[:2] > _ROUNDING * total.energies[:2]).all()
   return {
@@ -90,10 +84,15 @@ def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
   }
 
 
+def _energies(sent, arrived, divisor=1):
+  """The products <sent, sent>, <arrived, arrived>, <sent, arrived>, divided."""
+  pairs = (sent, sent), (arrived, arrived), (sent, arrived)
+  return jnp.stack([jnp.sum(x * (y / divisor)) for x, y in pairs])
+
+
 def _cosine(energies, is_something):
-  first, second, product = energies
+  *squares, product = energies
   # Root by root: the product of two energies may be too small for float32.
-  norms = jnp.sqrt(jnp.where(is_something, first, 1)) * jnp.sqrt(
-    jnp.where(is_something, second, 1)
-  )
+  roots = [jnp.sqrt(jnp.where(is_something, x, 1)) for x in squares]
+  norms = roots[0] * roots[1]
   return jnp.where(is_something, product / norms, 0)

@@ -92,7 +92,7 @@ def eden(
     rotation.rotate(block=block, density=density, unbiased=unbiased),
     quantize.lloyd_max(
       max(1, int(bits)),
-      block=max(1, int(density * block)),
+      block=sparse.count_kept(block, density),
       unbiased=unbiased,
     ),
   )

@@ -66,7 +66,7 @@ def top_k(density: float) -> base.Compressor:
   Raises:
     ValueError: if `density` is not in (0, 1].
   """
-  _require_density("top_k", density)
+  require_density("top_k", density)
 
   def encode(vector, key):
     del key  # Deterministic.
@@ -93,7 +93,7 @@ def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
   Raises:
     ValueError: if `density` is not in (0, 1].
   """
-  _require_density("random_k", density)
+  require_density("random_k", density)
 
   def encode(vector, key):
     count = count_kept(vector.size, density)
@@ -291,6 +291,7 @@ def _put(values, indices, size):
   )
 
 
-def _require_density(name: str, density: float) -> None:
+def require_density(name: str, density: float) -> None:
+  """Raises a ValueError unless `density` is in (0, 1]."""
   if not 0 < density <= 1:
     raise ValueError(f"{name} expected density in (0, 1], got {density=}.")

@@ -1,10 +1,10 @@
 """Aggregators: from the decoded updates of a cohort to one update.
 
-They are the one home of weighting. A cohort tells each client's number of
-examples; the aggregator says what that is worth: `weighted_mean` weights by
-examples, `uniform_mean` counts every client once. Each client adds a share, and
-shares add up, so that a mean over any number of clients needs the memory of one
-update. A client of weight zero is left out by all of them.
+Only aggregators weight clients. A cohort has each client's number of examples:
+`weighted_mean` weights by it, `uniform_mean` counts every client once. Each
+client adds a share, and shares add up, so that a mean over any number of
+clients needs the memory of one update. All of them leave out a client of weight
+zero.
 """
 
 from collections.abc import Callable
@@ -59,10 +59,11 @@ def weighted_mean() -> Aggregator:
 def uniform_mean() -> Aggregator:
   """The mean that counts every client once, as in FLASC."""
   mean = weighted_mean()
-  share = lambda update, weight, state: mean.share(
-    update, jnp.sign(weight), state
+  return mean._replace(
+    share=lambda update, weight, state: mean.share(
+      update, jnp.sign(weight), state
+    )
   )
-  return Aggregator(mean.init, share, mean.finish)
 
 
 def sum_updates() -> Aggregator:
@@ -73,27 +74,6 @@ def sum_updates() -> Aggregator:
     return jnp.where(weight > 0, update, 0)
 
   return Aggregator(lambda: (), share, lambda total, state, key: (total, state))
-
-
-def mean_over_senders() -> Aggregator:
-  """The weighted mean of each entry over the clients that sent it.
-
-  Entries that a client did not send arrive as zero. An exact zero counts as not
-  sent.
-  """
-
-  def share(update, weight, state):
-    del state
-    weight = weight.astype(update.dtype)
-    is_sent = (weight > 0) & (update != 0)
-    return jnp.where(is_sent, weight * update, 0), weight * is_sent
-
-  def finish(total, state, key):
-    del key  # Deterministic.
-    update, weight = total
-    return update / jnp.where(weight > 0, weight, 1), state
-
-  return Aggregator(lambda: (), share, finish)
 
 
 def normalised(weights: Float[Array, " clients"]) -> Float[Array, " clients"]:

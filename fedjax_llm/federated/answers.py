@@ -101,9 +101,9 @@ def at_clients(
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
-    `fn(number, shared, memory, examples, cohort, key) -> Answers`: of the
-    round's number, what all clients share, the memory [population, ...] and
-    the experiment's key.
+    `fn(number, shared, memory, examples, cohort, key) -> Answers`. `number` is
+    the round's, `shared` is what all clients share, `memory` is [population,
+    ...] and `key` is the experiment's.
   """
   placement = placement or clients.Placement()
   mapped = clients.map_clients(
@@ -212,7 +212,7 @@ def by_tier(
 
   def answer(shared, client):
     tiers = tiers_of(shared.trainable)
-    tier = tiers.of_client(client.number)
+    tier = tiers.tier_of(client.number)
     _, unravel = ravel_pytree(shared.trainable)
     of_tier = lambda each: each[0] if len(each) == 1 else jnp.stack(each)[tier]
     start = of_tier(shared.received)

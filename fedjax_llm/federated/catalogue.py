@@ -40,6 +40,9 @@ from fedjax_llm.federated.algorithms.fetch_sgd import fetch_sgd as fetch_sgd
 from fedjax_llm.federated.algorithms.flasc import flasc as flasc
 from fedjax_llm.federated.algorithms.flasc import flasc_tiers as flasc_tiers
 from fedjax_llm.federated.algorithms.flasc import server_adamw as server_adamw
+from fedjax_llm.federated.algorithms.flasc_search import (
+  flasc_search as flasc_search,
+)
 from fedjax_llm.federated.algorithms.flex_lora import flex_lora as flex_lora
 from fedjax_llm.federated.algorithms.flora import flora as flora
 from fedjax_llm.federated.algorithms.freezing import ffa_lora as ffa_lora

@@ -6,6 +6,7 @@ encodes the message of every tier, and the one of its own tier is taken.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.compression import base, wire
+from fedjax_llm.federated import clients
 
 # A round counts bytes in int32.
 _MOST_BYTES = 2**31 - 1
@@ -26,8 +28,8 @@ class Channel:
   Attributes:
     download: the compressor of the trainable parameters.
     upload: the compressor of a client's update; or a function that makes it
-      from the payload that the client received, because what both ends know
-      after the download needs no bytes.
+      from the payload that the client received. What both ends know after the
+      download needs no bytes.
     trains: a function from the payload that a client received to a mask of the
       entries that it trains, such as `sparse.support`; None for all entries.
 
@@ -66,11 +68,17 @@ class Tiers(NamedTuple):
 
   Attributes:
     channels: the channel of each tier.
-    of_client: a function from client numbers to tier numbers.
+    of_client: a function from client numbers to tier numbers; if not given,
+      client i is in tier i modulo tiers.
   """
 
   channels: Sequence[Channel]
-  of_client: Callable[[Any], Any]
+  of_client: Callable[[Any], Any] | None = None
+
+  def tier_of(self, client: Any) -> Any:
+    """The tier number of a client, or of each client of an array."""
+    of_client = self.of_client or clients.in_turn(len(self.channels))
+    return of_client(client)
 
 
 class Message(NamedTuple):
@@ -111,11 +119,12 @@ def sizes(*payloads: Any, setup_bytes: int = 0) -> np.ndarray:
 
 def tiers_of(channel: Channel | Tiers | None) -> Tiers:
   """The tiers; if there is one channel, a single tier for all clients."""
-  if isinstance(channel, Tiers):
-    if not channel.channels:
-      raise ValueError("Tiers expected at least one channel, got none.")
-    return Tiers(tuple(channel.channels), channel.of_client)
-  return Tiers((channel or Channel(),), jnp.zeros_like)
+  tiers = (
+    channel if isinstance(channel, Tiers) else Tiers([channel or Channel()])
+  )
+  if not tiers.channels:
+    raise ValueError("Tiers expected at least one channel, got none.")
+  return tiers
 
 
 def trains(tiers: Tiers, payloads: Sequence[Any]) -> Any:
@@ -147,22 +156,13 @@ def upload(
     key: the random key of the upload.
   """
 
-  def branch(number, channel, payload):
-    def fn(update, memory, key):
-      message = base.transmit(
-        channel.uplink(payload), update, memory[number], key
-      )
-      states = (*memory[:number], message.state, *memory[number + 1 :])
-      return Message(message.received, states, *sizes(message.payload))
+  def send(number, update, memory, key):
+    compressor = tiers.channels[number].uplink(payloads[number])
+    message = base.transmit(compressor, update, memory[number], key)
+    states = (*memory[:number], message.state, *memory[number + 1 :])
+    return Message(message.received, states, *sizes(message.payload))
 
-    return fn
-
-  branches = [
-    branch(i, *x)
-    for i, x in enumerate(zip(tiers.channels, payloads, strict=True))
-  ]
-  if len(branches) == 1:
-    return branches[0](update, memory, key)
+  branches = [functools.partial(send, i) for i in range(len(tiers.channels))]
   return jax.lax.switch(tier, branches, update, memory, key)
 
 
@@ -193,5 +193,4 @@ def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
       "federated_round needs `population`, the number of clients, because"
       " the upload compressor keeps a state for each."
     )
-  copies = lambda x: jnp.broadcast_to(x, (population, *x.shape))
-  return jax.tree.map(copies, jax.jit(lambda x: start(x)[0])(vector))
+  return clients.copies(jax.jit(lambda x: start(x)[0])(vector), population)

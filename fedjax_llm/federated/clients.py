@@ -113,8 +113,7 @@ class Cohort(NamedTuple):
     mask: bool [cohort, steps, batch]; False where there is no example. A step
       without any leaves the client as it was.
     weights: float32 [cohort], each client's number of examples; zero for a
-      client that does not take part. What a weight is worth is the
-      aggregator's choice.
+      client that does not take part. The aggregator decides how to weight.
   """
 
   clients: Any
@@ -187,6 +186,12 @@ def map_clients(
   """
   placement = placement or Placement()
   return mapping.over_devices(fn, placement.mesh, placement.at_once)
+
+
+def copies(tree: Any, population: int) -> Any:
+  """Copies a tree for each client: [population, ...]."""
+  copied = lambda x: jnp.broadcast_to(x, (population, *jnp.shape(x)))
+  return jax.tree.map(copied, tree)
 
 
 def in_turn(tiers: int) -> Callable[[Any], Any]:

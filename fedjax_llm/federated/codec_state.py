@@ -114,9 +114,9 @@ def with_codec(
       has `upload`.
     coding: the codec.
     population: number of clients.
-    volunteers: bool [population], clients that also send, entry by entry, what
-      goes into the codec, so that `known` has it; their `upload_bytes` count
-      that. None if the codec is never fitted anew; the server then keeps
+    volunteers: bool [population], the clients that also send uncompressed what
+      goes into the codec, so that `known` has it. Their `upload_bytes` count
+      these bytes. None if the codec is never fitted anew; the server then keeps
       nothing of clients.
     placement: placement of the algorithm.
 
@@ -195,9 +195,9 @@ def with_codec(
 def known(state: CodecState) -> np.ndarray:
   """What the server knows of clients, to fit a codec to: [count, n].
 
-  It has one vector, the last, of each client that has come, in the order of
-  client numbers: what went into the codec, from `volunteers`, or else what was
-  decoded.
+  Each client that has come has one row, in the order of client numbers: its
+  last vector, as it went into the codec if the client volunteers, else as it
+  was decoded.
 
   Raises:
     ValueError: if the algorithm was made without `volunteers`.

@@ -1,6 +1,6 @@
 """Downloads: what the server sends at the start of a round, and its size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from fedjax_llm.compression import base
-from fedjax_llm.federated import channels, draws
+from fedjax_llm.federated import channels, clients, draws
 
 
 class Broadcast(NamedTuple):
@@ -81,6 +81,23 @@ def broadcast(
   return Broadcast(state.trainable, frozen, payloads, received, masks), after
 
 
+def received_by(
+  tiers_of: Callable[[Any], channels.Tiers],
+) -> Callable[[Any, Any], Any]:
+  """Makes a function from (state, key) to what the last tier receives.
+
+  Args:
+    tiers_of: trainable -> the tiers.
+  """
+
+  def received_fn(state, key):
+    tiers = tiers_of(state.trainable)
+    shared, _ = broadcast(tiers, state, (), key)
+    return ravel_pytree(state.trainable)[1](shared.received[-1])
+
+  return received_fn
+
+
 def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:
   """Returns the metrics of the downloads.
 
@@ -89,5 +106,39 @@ def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:
     tier: the tiers of the cohort's clients.
   """
   payloads = [x if isinstance(x, tuple) else (x,) for x in sent]
-  each = jnp.array([channels.sizes(*x) for x in payloads])[tier]
+  return metrics(jnp.array([channels.sizes(*x) for x in payloads])[tier])
+
+
+def metrics(each: Int[Array, "cohort 2"]) -> dict[str, Any]:
+  """Returns the metrics of downloads of so many bytes and entries."""
   return {"download_bytes": each[:, 0], "download_entries": each[:, 1]}
+
+
+def fetch(
+  missed: Int[Array, "population ..."],
+  cohort: clients.Cohort,
+  weights: Float[Array, " cohort"],
+) -> tuple[Int[Array, "cohort ..."], Int[Array, "population ..."]]:
+  """Brings the clients of a cohort up to date.
+
+  Args:
+    missed: what each client must still fetch.
+    cohort: the clients that fetch.
+    weights: zero for a client that is left out, which must fetch it again.
+
+  Returns:
+    What each client of the cohort fetches, and the next `missed`.
+  """
+  old = missed[cohort.clients]
+  is_in = jnp.expand_dims(weights > 0, range(1, old.ndim))
+  kept = jnp.where(is_in, 0, old)
+  return old, missed.at[cohort.clients].set(kept)
+
+
+def grow(
+  missed: Int[Array, "... 2"], size: Int[Any, "2"], most: Int[Any, "2"]
+) -> Int[Array, "... 2"]:
+  """Adds a size in bytes and entries, up to `most`: the size of everything."""
+  # No sum on the way is larger than an int32 holds.
+  size, most = (jnp.broadcast_to(x, missed.shape) for x in (size, most))
+  return missed + jnp.minimum(size, most - missed)

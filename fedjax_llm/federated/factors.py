@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fedjax_llm.compression import base, sparse
-from fedjax_llm.federated import channels, clients
+from fedjax_llm.federated import channels
 
 Path = tuple[str, ...]
 
@@ -132,9 +132,7 @@ def tiers(
     kept = sparse.select(owners < number)
     return channels.Channel(kept, base.chain(kept, upload) if upload else kept)
 
-  return channels.Tiers(
-    tuple(channel(x) for x in ranks), of_client or clients.in_turn(len(ranks))
-  )
+  return channels.Tiers([channel(x) for x in ranks], of_client)
 
 
 def products(pairs: Mapping[Path, Pair], scale: float = 1.0) -> dict[str, Any]:
@@ -171,24 +169,22 @@ def stacks(
   return {path: stack(x, weights) for path, x in pairs(trees).items()}
 
 
-def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
+def truncate(pair: Pair, rank: int) -> Pair:
   """Returns the pair of `rank` whose product is nearest: a truncated SVD.
 
-  The product itself, [inputs, outputs], is not formed: two QRs leave a core no
-  larger than the pair's rank. The signs of singular vectors are chosen so that
-  the largest entry of each column of `a` is positive; otherwise they would
-  depend on rounding.
+  It is `a = U`, `b = S V'`. The product itself, [inputs, outputs], is not
+  formed: two QRs leave a core no larger than the pair's rank. The signs of
+  singular vectors are chosen so that the largest entry of each column of `a` is
+  positive; otherwise they would depend on rounding.
 
   Args:
     pair: factors of any rank.
     rank: the rank of the result; factors are zero beyond the product's rank.
-    balanced: whether to split singular values evenly, `a = U sqrt(S)`,
-      `b = sqrt(S) V'`; else `a = U`, `b = S V'`.
   """
-  if pair.a.ndim > 2:
-    # One by one. On a CPU, a batched QR waits for threads of the pool that it
-    # runs in: two at once on two cores wait for ever (jaxlib 0.10).
-    return jax.lax.map(lambda x: truncate(x, rank, balanced=balanced), pair)
+  return one_by_one(lambda x: _truncate(x, rank), pair)
+
+
+def _truncate(pair, rank):
   left, upper = jnp.linalg.qr(pair.a)
   right, lower = jnp.linalg.qr(pair.b.T)
   u, s, v = jnp.linalg.svd(upper @ lower.T, full_matrices=False)
@@ -196,13 +192,26 @@ def truncate(pair: Pair, rank: int, *, balanced: bool = False) -> Pair:
   largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
   sign = jnp.sign(jnp.take_along_axis(u, largest, axis=0))
   u, v = u * sign, v * sign.T
-  if balanced:
-    u, s = u * jnp.sqrt(s)[None], jnp.sqrt(s)
   missing = (0, rank - s.size)
   return Pair(
     jnp.pad(u, [(0, 0), missing]),
     jnp.pad(s[:, None] * v, [missing, (0, 0)]),
   )
+
+
+def one_by_one(fn: Callable[[Any], Any], stack: Any) -> Any:
+  """Applies `fn` to the matrices of a stack, one after the other.
+
+  On a CPU, a batched QR or SVD waits for threads of the pool that it runs in.
+  Two at once on two cores wait for ever (jaxlib 0.10).
+
+  Args:
+    fn: a function from a tree of matrices.
+    stack: a tree of arrays [..., m, n] with the same leading axes.
+  """
+  if jax.tree.leaves(stack)[0].ndim == 2:
+    return fn(stack)
+  return jax.lax.map(lambda x: one_by_one(fn, x), stack)
 
 
 def redraw(pair: Pair, key: PRNGKeyArray) -> Pair:

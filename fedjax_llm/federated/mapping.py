@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# (shared, row) -> (summand, output); and of the map, (shared, rows) -> (sum of
-# the summands, stacked outputs).
+# A function of one row: (shared, row) -> (summand, output). And its map over
+# rows: (shared, rows) -> (sum of the summands, stacked outputs).
 Mapped = Callable[[Any, Any], tuple[Any, Any]]
 
 

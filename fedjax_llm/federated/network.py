@@ -151,16 +151,10 @@ class Network:
       population: the number of clients, whose tiers are listed.
     """
     fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-    tier = self.of_client or clients.in_turn(len(self.tiers))
     return fields | {
       "tiers": [list(link) for link in self.tiers],
-      "of_client": np.asarray(tier(np.arange(population))).tolist(),
+      "of_client": self._tiers_of(np.arange(population)).tolist(),
     }
-
-  @property
-  def is_race(self) -> bool:
-    """Whether the clients' times decide whose answers count."""
-    return self.deadline_seconds is not None or self.over_selection > 1
 
   def round(
     self,
@@ -191,7 +185,7 @@ class Network:
     clients.check_cohort(cohort)
     sizes = lambda metrics: (metrics["download_bytes"], metrics["upload_bytes"])
     seconds = np.zeros(len(cohort.clients))
-    if self.is_race:
+    if self.deadline_seconds is not None or self.over_selection > 1:
       # Whose answer counts depends on the sizes. They come from the same
       # program with nobody in the cohort, which trains nothing.
       nobody = np.zeros(len(cohort.clients), bool)
@@ -218,10 +212,8 @@ class Network:
     upload_bytes: Int[np.ndarray, " cohort"],
   ) -> Float[np.ndarray, " cohort"]:
     """The seconds from the round's start to each client's answer."""
-    number = np.asarray(cohort.clients)
-    of_client = self.of_client or clients.in_turn(len(self.tiers))
-    tiers = np.array(self.tiers, float)[np.asarray(of_client(number))]
-    download_mbits, upload_mbits, latency, step = tiers.T
+    links = np.array(self.tiers, float)[self._tiers_of(cohort.clients)]
+    download_mbits, upload_mbits, latency, step = links.T
     steps = cohort.mask.any(axis=2).sum(axis=1)
     return (
       latency
@@ -273,6 +265,11 @@ class Network:
     if self.deadline_seconds and outcome.answered.sum() < expected:
       return self.deadline_seconds
     return float(seconds[outcome.answered].max(initial=0))
+
+  def _tiers_of(self, numbers: Any) -> Any:
+    """The tiers of clients of these numbers."""
+    of_client = self.of_client or clients.in_turn(len(self.tiers))
+    return np.asarray(of_client(np.asarray(numbers)))
 
   def _present(
     self, round_number: int, numbers: Int[np.ndarray, " cohort"]

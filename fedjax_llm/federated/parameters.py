@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
-from fedjax_llm.federated import aggregators, clients, rounds
+from fedjax_llm.federated import clients, rounds
 
 
 def split(tree: Any, is_chosen: Callable[[str], bool]) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def combine(chosen: Any, rest: Any) -> Any:
 
 
 def factor(path: str) -> Literal["a", "b"] | None:
-  """Which LoRA factor a leaf is, by its path; None for others, as of a head."""
+  """Returns the LoRA factor at a path; None for others, such as a head."""
   name = path.split("/")[-1]
   return name if name in ("a", "b") else None
 
@@ -55,15 +55,19 @@ def factor(path: str) -> Literal["a", "b"] | None:
 def owners(tree: Any) -> np.ndarray:
   """Each entry's owner in the raveled tree: 0 for `a`, 1 for `b`, else 2."""
   number = lambda path: {"a": 0, "b": 1}.get(factor(path) or "", 2)
-  leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
   return np.concatenate(
-    [np.full(np.size(leaf), number(path), np.int8) for path, leaf in leaves]
+    [np.full(np.size(x), number(path), np.int8) for path, x in leaves(tree)]
   )
+
+
+def leaves(tree: Any) -> list[tuple[str, Any]]:
+  """The paths of all leaves, and the leaves."""
+  return [(_name(path), x) for path, x in jax.tree.leaves_with_path(tree)]
 
 
 def paths(tree: Any) -> list[str]:
   """The paths of all leaves."""
-  return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+  return [path for path, _ in leaves(tree)]
 
 
 def signature(tree: Any) -> str:
@@ -71,8 +75,7 @@ def signature(tree: Any) -> str:
 
   Two ends with the same signature mean the same by entry k of a raveled tree.
   """
-  leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
-  described = [f"{path} {tuple(np.shape(leaf))}" for path, leaf in leaves]
+  described = [f"{path} {tuple(np.shape(x))}" for path, x in leaves(tree)]
   return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
@@ -111,35 +114,38 @@ class PartState:
 
 
 def parametrised(
-  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
+  make: Callable[..., rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *,
+  *optimizers: optax.GradientTransformation,
   divide: Callable[[Any], tuple[Any, Any]],
   join: Callable[[Any, Any], Any] = combine,
+  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on other parameters than those that the model takes.
 
   >>> import optax
   >>> from fedjax_llm.federated.algorithms import flasc
   >>> of_b_alone = lambda loss_fn: parametrised(
-  ...   lambda of_trained: flasc.flasc(
-  ...     of_trained,
-  ...     optax.sgd(0.1),
-  ...     flasc.server_adamw(1e-3),
-  ...     download_density=0.25,
-  ...     upload_density=0.25,
-  ...   ),
+  ...   flasc.flasc,
   ...   loss_fn,
+  ...   optax.sgd(0.1),
+  ...   flasc.server_adamw(1e-3),
   ...   divide=lambda tree: split(tree, lambda path: factor(path) == "b"),
+  ...   download_density=0.25,
+  ...   upload_density=0.25,
   ... )
 
   Args:
-    make: loss of what is trained -> the algorithm that trains it.
+    make: (loss of what is trained, *optimizers, **options) -> the algorithm
+      that trains it.
     loss_fn: the model's loss, see `clients.local_update`.
-    divide: the model's parameters -> what is trained in their place, and what
-      both ends know beside it.
-    join: (trained, fixed) -> the model's parameters. A function of a module,
-      not a closure: only then have two such algorithms states of one structure.
+    *optimizers: the optimizers that `make` takes.
+    divide: a function from the model's parameters to what is trained in their
+      place, and what both ends know beside it.
+    join: a function from (trained, fixed) to the model's parameters. It must be
+      a function of a module, not a closure. Only then do the states of two such
+      algorithms have one structure.
+    **options: the keyword arguments of `make`.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if nothing is trained.
@@ -149,7 +155,7 @@ def parametrised(
     frozen, fixed = shared
     return loss_fn(join(trained, fixed), frozen, examples, mask, key)
 
-  inner = make(inner_loss_fn)
+  inner = make(inner_loss_fn, *optimizers, **options)
 
   def init(trainable):
     trained, fixed = divide(trainable)
@@ -178,10 +184,11 @@ def parametrised(
 
 
 def partial(
-  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
+  make: Callable[..., rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *,
+  *optimizers: optax.GradientTransformation,
   is_trained: Callable[[str], bool],
+  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on those leaves of the tree whose path `is_trained`.
 
@@ -190,28 +197,9 @@ def partial(
   Args:
     make: see `parametrised`.
     loss_fn: see `parametrised`.
+    *optimizers: see `parametrised`.
     is_trained: see `split`.
+    **options: see `parametrised`.
   """
   divide = functools.partial(split, is_chosen=is_trained)
-  return parametrised(make, loss_fn, divide=divide)
-
-
-class Averaging(Protocol):
-  """Federated averaging and its kin, such as `flasc.flasc` with its densities.
-
-  `functools.partial` sets the arguments that are not named here.
-  """
-
-  def __call__(
-    self,
-    loss_fn: clients.LossFn,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation,
-    /,
-    *,
-    aggregate: aggregators.Aggregator | None,
-    population: int | None,
-    placement: clients.Placement | None,
-  ) -> rounds.FederatedAlgorithm:
-    """Makes the algorithm."""
-    ...
+  return parametrised(make, loss_fn, *optimizers, divide=divide, **options)

@@ -5,13 +5,14 @@ factors. The server has all factors, so it can do better: decompose the mean
 product into new factors, or add to the base model what factors cannot express.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Int
 
 from fedjax_llm.compression import base
 from fedjax_llm.federated import (
@@ -79,7 +80,7 @@ def product_round(
   A client downloads the residual when it takes part: for every round that it
   missed the forwarded factors or the dense change, whichever is smaller; in
   total at most the dense sum. A client that is left out of a round counts as
-  absent. Sizes above 2 GB are counted as 2 GB.
+  absent.
 
   Args:
     local_update: see `clients.local_update`.
@@ -142,7 +143,7 @@ def product_round(
       arrived.weights,
       draws.stream(key, draws.Purpose.SERVER, state.round),
     )
-    tier = tiers.of_client(cohort.clients)
+    tier = tiers.tier_of(cohort.clients)
     sizes = downloads.sizes(shared.payloads, tier)
     after = state._replace(
       round=state.round + 1,
@@ -150,63 +151,58 @@ def product_round(
       download=download,
       upload=arrived.memory,
     )
-    present = arrived.weights > 0
     if scale is not None:
-      old = answers.take(state.missed, cohort.clients)
-      sizes = {name: sizes[name] + old[:, i] for i, name in enumerate(sizes)}
+      old, missed = downloads.fetch(state.missed, cohort, arrived.weights)
+      sizes = jax.tree.map(jnp.add, sizes, downloads.metrics(old))
       grown = factors.products(combined.added, scale)
-      has = jnp.where(present[:, None], 0, old)
-      has = answers.put(state.missed, cohort.clients, has)
       sent = combined.forwarded[:, None] * _sizes(state.trainable, ranks)[tier]
+      dense = channels.sizes(_whole(state.residual))
+      grow = lambda total, size: (downloads.grow(total, size, dense), ())
+      forwarded, _ = jax.lax.scan(grow, jnp.zeros(2, jnp.int32), sent)
       after = after._replace(
         residual=jax.tree.map(jnp.add, state.residual, grown),
-        missed=_fetch(has, sent, channels.sizes(_whole(state.residual))),
+        missed=downloads.grow(missed, forwarded, dense),
       )
-    after = rounds.unless_nobody(present.any(), after, state)
-    return clients.replicate(after, placement), arrived.metrics | sizes
-
-  def received_fn(state, key):
-    tiers = tiers_of(state.trainable)
-    shared, _ = downloads.broadcast(tiers, state, (), key)
-    return ravel_pytree(state.trainable)[1](shared.received[-1])
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   residual = None if scale is None else lambda state: state.residual
   return rounds.FederatedAlgorithm(
-    init, round_fn, received_fn, residual, placement=placement
+    init,
+    round_fn,
+    downloads.received_by(tiers_of),
+    residual,
+    placement=placement,
   )
 
 
-def dense(count: int, dtype: Any) -> base.Dense:
-  """A dense message of `count` entries, of which only the size counts."""
-  return base.Dense(jax.ShapeDtypeStruct((count,), dtype))
+def rank_sizes(
+  owners: Int[np.ndarray, " n"], ranks: Iterable[int], dtype: Any
+) -> Int[Array, "ranks 2"]:
+  """Returns the bytes and entries of a message of the first ranks.
+
+  Args:
+    owners: the rank of each entry; the message has those below its rank.
+    ranks: the number of ranks in each message.
+    dtype: the type of the entries.
+  """
+  counts = [int(np.sum(owners < x)) for x in ranks]
+  return jnp.array([channels.sizes(_dense(x, dtype)) for x in counts])
 
 
 def _sizes(trainable, ranks):
   """Sizes of one client's factors, by tier: int32 [tiers, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
-  owners = owners[owners >= 0]
   own = ranks or [factors.rank(trainable)]
-  counts = [int(np.sum(owners < x)) for x in own]
-  return jnp.array([channels.sizes(dense(x, vector.dtype)) for x in counts])
+  return rank_sizes(owners[owners >= 0], own, vector.dtype)
 
 
 def _whole(residual):
   """The dense residual, or a change of it, as a message."""
   leaves = jax.tree.leaves(residual)
-  return dense(sum(x.size for x in leaves), leaves[0].dtype)
+  return _dense(sum(x.size for x in leaves), leaves[0].dtype)
 
 
-def _fetch(missed, sent, dense):
-  """What clients must still fetch, a round later: int32 [population, 2].
-
-  Args:
-    missed: what each client had to fetch before the round.
-    sent: [cohort, 2], the sizes of what is forwarded of each client.
-    dense: the size of a dense change, and of the dense sum.
-  """
-  # At most `dense`, and no sum on the way is larger than an int32 holds.
-  add = lambda x, y: x + jnp.minimum(y, dense - x)
-  none = jnp.zeros(2, jnp.int32)
-  new, _ = jax.lax.scan(lambda total, x: (add(total, x), None), none, sent)
-  return jax.vmap(add, (0, None))(missed, new)
+def _dense(count, dtype):
+  """A dense message of `count` entries, of which only the size counts."""
+  return base.Dense(jax.ShapeDtypeStruct((count,), dtype))

@@ -22,8 +22,8 @@ from fedjax_llm.federated import (
   local_training,
 )
 
-# A channel, one for each tier, or a function that makes either from the
-# trainable parameters, because which entry is which depends on them.
+# A channel, the channels of all tiers, or a function from the trainable
+# parameters to either. They decide what each entry means.
 AnyChannel = (
   channels.Channel
   | channels.Tiers
@@ -55,8 +55,8 @@ class ServerState(NamedTuple):
 class FederatedAlgorithm(NamedTuple):
   """A federated method, as pure functions.
 
-  An algorithm that is made from another one is `algorithm._replace(...)`, so
-  that it keeps what the other promises.
+  To make an algorithm from another one, use `algorithm._replace(...)`: it keeps
+  the other's promises.
 
   Attributes:
     init: trainable -> the state, a tree of arrays with an attribute `round`,
@@ -68,8 +68,8 @@ class FederatedAlgorithm(NamedTuple):
       `clients.Placement`. Metrics of each client in the cohort are
       `download_bytes`, `upload_bytes`, `download_entries` and `upload_entries`
       (how many numbers a message has) and whether its answer was `finite`. A
-      client whose answer is not, or whose weight is zero, is left out, see
-      `answers`. A round in which all are left out increments `round` and
+      client whose answer is not finite, or whose weight is zero, is left out,
+      see `answers`. A round in which all are left out increments `round` and
       changes nothing else.
     received: (state, key) -> the trainable parameters as a client would
       receive them now: for FLASC, the masked model. (The authors' masked
@@ -78,7 +78,8 @@ class FederatedAlgorithm(NamedTuple):
       that of the factors with a dense `delta` [..., inputs, outputs] in the
       place of `a` and `b`. None if it adds nothing.
     noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
-      there is no such noise, or if clients reach `trainable` in any other way.
+      there is no such noise, or if clients' data also reach `trainable` in
+      another way.
     example_noise_multiplier: the noise of private local training, see
       `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.
@@ -107,8 +108,8 @@ def federated_round(
 
   Args:
     local_update: see `clients.local_update`.
-    server_optimizer: steps on the aggregated update, which is received minus
-      trained, so that it takes the place of a gradient.
+    server_optimizer: steps on the aggregated update as on a gradient, because
+      an update is received minus trained.
     channel: how messages are compressed: a channel, or one for each tier, or
       a function from the trainable parameters to either; None for nothing.
     aggregate: from updates to one; the mean weighted by examples if not given.
@@ -157,25 +158,19 @@ def federated_round(
     )
     after = server_step(server_optimizer, aggregate, state, arrived.total, key)
     after = after._replace(download=download, upload=arrived.memory)
-    if not aggregate.steps_when_empty:
-      after = unless_nobody(arrived.weights.any(), after, state)
-    tier = tiers.of_client(cohort.clients)
+    tier = tiers.tier_of(cohort.clients)
     sizes = downloads.sizes(shared.payloads, tier)
-    return clients.replicate(after, placement), arrived.metrics | sizes
-
-  def received_fn(state, key):
-    tiers = tiers_of(state.trainable)
-    shared, _ = downloads.broadcast(tiers, state, (), key)
-    return ravel_pytree(state.trainable)[1](shared.received[-1])
+    before = after if aggregate.steps_when_empty else state
+    return end_round(before, after, arrived, sizes, placement)
 
   return FederatedAlgorithm(
     init,
     round_fn,
-    received_fn,
+    downloads.received_by(tiers_of),
     noise_multiplier=aggregate.noise_multiplier,
-    example_noise_multiplier=local_update.example_noise_multiplier
-    if isinstance(local_update, local_training.LocalUpdate)
-    else None,
+    example_noise_multiplier=getattr(
+      local_update, "example_noise_multiplier", None
+    ),
     placement=placement,
   )
 
@@ -184,7 +179,7 @@ def by_trainable(
   channel: AnyChannel | None,
 ) -> Callable[[Any], channels.Tiers]:
   """Returns a function from the trainable parameters to the tiers."""
-  if channel is not None and callable(channel):
+  if callable(channel):
     return lambda trainable: channels.tiers_of(channel(trainable))
   tiers = channels.tiers_of(channel)
   return lambda trainable: tiers
@@ -255,7 +250,24 @@ def optimizer_step(
   )
 
 
-def unless_nobody(is_anybody: Any, after: Any, before: Any) -> Any:
-  """If no client took part, keeps the old state and increments `round`."""
-  keep = lambda new, old: jnp.where(is_anybody, new, old)
-  return jax.tree.map(keep, after, before)._replace(round=after.round)
+def end_round(
+  before: Any,
+  after: Any,
+  arrived: answers.Answers,
+  sizes: dict[str, Any],
+  placement: clients.Placement,
+) -> tuple[Any, dict[str, Any]]:
+  """Returns what a round returns: the next state and the metrics.
+
+  If no client took part, keeps the old state and increments `round`.
+
+  Args:
+    before: the state before the round.
+    after: the state after the round, if a client took part.
+    arrived: what `answers.at_clients` returned.
+    sizes: the metrics of the downloads.
+    placement: see `clients.Placement`.
+  """
+  keep = lambda new, old: jnp.where(arrived.weights.any(), new, old)
+  kept = jax.tree.map(keep, after, before)._replace(round=after.round)
+  return clients.replicate(kept, placement), arrived.metrics | sizes

@@ -12,7 +12,6 @@ EACH = pytest.mark.parametrize(
   [
     aggregators.weighted_mean(),
     aggregators.uniform_mean(),
-    aggregators.mean_over_senders(),
     aggregators.sum_updates(),
   ],
 )
@@ -37,12 +36,6 @@ def test_the_uniform_mean_counts_clients():
   got = aggregate(aggregators.uniform_mean(), UPDATES, WEIGHTS)
   expected = UPDATES[:3].sum(0) / np.float32(3)
   np.testing.assert_array_equal(got, expected)
-
-
-def test_the_mean_of_senders_counts_those_who_sent_an_entry():
-  got = aggregate(aggregators.mean_over_senders(), UPDATES, WEIGHTS)
-  expected = [(1 + 5 * 5) / 6, (-2 + 2 * 4 + 5 * 6) / 8, 0]
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_the_total_is_as_many_uniform_means_as_there_are_clients():

@@ -86,7 +86,7 @@ def delta_downloads(
         " copy is the memory. Take it out of error_feedback."
       )
     state = algorithm.init(trainable)
-    copies = jnp.tile(vector[None], (population, 1))
+    copies = clients.copies(vector, population)
     copies = clients.replicate(copies, algorithm.placement)
     return state._replace(upload=(copies, state.upload))
 

@@ -1,32 +1,32 @@
 """EcoLoRA: clients take turns at sending segments, sparse as training goes.
 
 Liu et al., "EcoLoRA: Communication-Efficient Federated Fine-Tuning of Large
-Language Models", 2025 (arXiv 2506.02001), as far as its abstract and summaries
-of it say. From there: the trainable parameters are split into segments, and
-client i sends segment (i + t) mod segments in round t; the server averages a
-segment over those who sent it; `a` and `b` are sparsified by Top-K with
-residuals, each with its own density that follows the training; positions are
-coded without loss.
+Language Models", 2025 (arXiv 2506.02001), by its abstract and by summaries of
+it. They say: the trainable parameters are split into segments, and client i
+sends segment (i + t) mod segments in round t; the server averages a segment
+over its senders; `a` and `b` are sparsified by Top-K with residuals, each with
+its own density that follows the training; positions are coded without loss.
 
 Chosen here: a segment is an equal part of all `a` and an equal part of all the
 rest, so that all segments have the same length; a head counts as `b`. Densities
 fall exponentially with the loss, from a maximum towards a minimum. The size of
 a message is static, so there are only a few densities; the server announces one
 of them as one byte, from the losses that clients report. A residual holds what
-Top-K left of the segments that a client sent. A segment whose turn it was not
-is not remembered, because another client has sent it. Positions are coded as
-the wire codes supports, where the paper has Golomb codes. The download is dense
-unless told otherwise.
+Top-K left of the segments that a client sent. A client does not remember the
+segments that it did not send, because other clients sent them. Positions are
+coded as the wire codes supports, where the paper has Golomb codes. The download
+is dense unless told otherwise.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Int
 
 from fedjax_llm.compression import base, grouped
 from fedjax_llm.federated import (
@@ -48,7 +48,7 @@ class EcoState(NamedTuple):
     optimizer: the server optimizer's state.
     losses: float32 [2], the mean training losses of the first and last round.
     answered: int32, the number of rounds in which a client took part.
-    download: the download compressor's state.
+    download: the download compressor's state, in a tuple.
     residuals: what clients did not send, [population, segments, entries of a
       segment].
   """
@@ -60,20 +60,6 @@ class EcoState(NamedTuple):
   answered: Any
   download: Any
   residuals: Any
-
-
-class Layout(NamedTuple):
-  """How parameters become segments, and back.
-
-  Attributes:
-    rows: tree -> [segments, entries]; a segment begins with its part of `a`.
-    tree: the inverse of `rows`.
-    sizes: how many entries of a segment belong to `a`, and how many do not.
-  """
-
-  rows: Callable[[Any], Any]
-  tree: Callable[[Any], Any]
-  sizes: tuple[int, ...]
 
 
 def eco_lora(
@@ -115,7 +101,7 @@ def eco_lora(
   """
   _require(segment_count, a_densities, b_densities, decay, levels)
   placement = placement or clients.Placement()
-  download = channels.Channel(download or base.identity()).download
+  tiers = channels.tiers_of(channels.Channel(download or base.identity()))
   choices = [
     tuple(
       least + (most - least) * level / (levels - 1)
@@ -131,100 +117,90 @@ def eco_lora(
   )
 
   def init(trainable):
-    shape = layout(trainable, segment_count).rows(trainable).shape
+    index, _ = segments(trainable, segment_count)
+    (channel,) = tiers.channels
     state = EcoState(
       round=jnp.int32(0),
       trainable=trainable,
       optimizer=server_optimizer.init(trainable),
       losses=jnp.zeros(2, jnp.float32),
       answered=jnp.int32(0),
-      download=download.init(ravel_pytree(trainable)[0]),
+      download=(channel.download.init(ravel_pytree(trainable)[0]),),
       residuals=(),
     )
-    residuals = jnp.zeros((population, *shape))
+    residuals = jnp.zeros((population, *index.shape))
     return rounds.first_state(state, placement, residuals=residuals)
 
   def round_fn(state, frozen, examples, cohort, key):
-    sent = _send(download, state, key)
+    sent, download = downloads.broadcast(tiers, state, frozen, key)
     drop = jnp.maximum(state.losses[0] - state.losses[1], 0)
     level = jnp.round(jnp.exp(-decay * drop) * (levels - 1)).astype(jnp.int32)
-    shared = (state.trainable, state.round, sent.received, level, frozen)
+    shared = (sent, state.round, level)
     arrived = at_clients(
       state.round, shared, state.residuals, examples, cohort, key
     )
     sums, weights, report = arrived.total
     means = sums / jnp.where(weights > 0, weights, 1)[:, None]
-    update = layout(state.trainable, segment_count).tree(means)
-    after = rounds.optimizer_step(server_optimizer, state, update)
+    vector, unravel = ravel_pytree(state.trainable)
+    index, _ = segments(state.trainable, segment_count)
+    update = jnp.zeros_like(vector).at[index].set(means, mode="drop")
+    after = rounds.optimizer_step(server_optimizer, state, unravel(update))
     loss = (report[0] / jnp.maximum(report[1], 1)).astype(jnp.float32)
     first = jnp.where(state.answered > 0, state.losses[0], loss)
     after = after._replace(
       losses=jnp.stack([first, loss]),
       answered=state.answered + 1,
-      download=sent.state,
+      download=download,
       residuals=arrived.memory,
     )
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
-    payloads = sent.payload, base.Dense(level[None].astype(jnp.uint8))
+    payloads = *sent.payloads, base.Dense(level[None].astype(jnp.uint8))
     sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
-    return clients.replicate(after, placement), arrived.metrics | sizes
-
-  def received_fn(state, key):
-    received = _send(download, state, key).received
-    return ravel_pytree(state.trainable)[1](received)
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
-    init, round_fn, received_fn, placement=placement
+    init,
+    round_fn,
+    downloads.received_by(lambda trainable: tiers),
+    placement=placement,
   )
 
 
-def layout(trainable: Any, segment_count: int) -> Layout:
-  """Splits `trainable` into equal segments, the last filled up with zeros."""
-  split = lambda tree: parameters.split(
-    tree, lambda path: parameters.factor(path) == "a"
-  )
-  flat = [ravel_pytree(part) for part in split(trainable)]
-  sizes = tuple(-(-vector.size // segment_count) for vector, _ in flat)
+def segments(
+  trainable: Any, count: int
+) -> tuple[Int[np.ndarray, "segments entries"], tuple[int, ...]]:
+  """Splits the flat vector into equal segments, each of which begins with `a`.
 
-  def rows(tree):
-    parts = zip(split(tree), sizes, strict=True)
-    return jnp.concatenate([grid(*part) for part in parts], axis=1)
-
-  def grid(part, size):
-    vector, _ = ravel_pytree(part)
-    filled = jnp.pad(vector, (0, segment_count * size - vector.size))
-    return filled.reshape(segment_count, size)
-
-  def tree(rows):
-    grids = jnp.split(rows, sizes[:1], axis=1)
-    return parameters.combine(
-      *(
-        unravel(part.ravel()[: vector.size])
-        for (vector, unravel), part in zip(flat, grids, strict=True)
-      )
-    )
-
-  return Layout(rows, tree, sizes)
-
-
-def _send(download, state, key):
-  vector, _ = ravel_pytree(state.trainable)
-  return downloads.send(download, vector, state.download, state.round, key)
+  Returns:
+    The entries of the vector that each segment has; its length where a segment
+    is filled up. And how many of a segment's entries belong to `a`, and how
+    many do not.
+  """
+  is_rest = parameters.owners(trainable) != 0
+  parts = [np.flatnonzero(is_rest == x) for x in (False, True)]
+  sizes = tuple(-(-part.size // count) for part in parts)
+  grids = [np.full((count, size), is_rest.size, np.int32) for size in sizes]
+  for grid, part in zip(grids, parts, strict=True):
+    grid.flat[: part.size] = part
+  return np.concatenate(grids, axis=1), sizes
 
 
 def _answer(segment_count, choices):
   """A client sends the segment whose turn it is, and its loss."""
 
   def answer(shared, client):
-    trainable, round_number, start, level, frozen = shared
-    split = layout(trainable, segment_count)
-    _, unravel = ravel_pytree(trainable)
-    training = client.train(unravel(start), frozen)
+    sent, round_number, level = shared
+    index, sizes = segments(sent.trainable, segment_count)
+    _, unravel = ravel_pytree(sent.trainable)
+    (start,) = sent.received
+    training = client.train(unravel(start), sent.frozen)
     # All segments are checked: if another one diverged, this one will too.
     update = start - ravel_pytree(training.trainable)[0]
     number = (client.number + round_number) % segment_count
-    target = split.rows(unravel(update))[number] + client.memory[number]
-    branches = [_send_segment(split.sizes, shares) for shares in choices]
+    segment = update.at[jnp.array(index)[number]].get(mode="fill", fill_value=0)
+    target = segment + client.memory[number]
+    branches = [
+      functools.partial(_send_segment, sizes, each) for each in choices
+    ]
     received, size = jax.lax.switch(level, branches, target)
     sums = jnp.stack([training.loss, training.count.astype(jnp.float32)])
     report = base.Dense(sums.astype(jnp.float32))
@@ -251,15 +227,11 @@ def _share(segment_count, received, weight, shared):
   )
 
 
-def _send_segment(sizes, densities):
+def _send_segment(sizes, densities, target):
   """Sends a segment with these densities of `a` and of the rest."""
-
-  def fn(target):
-    compressor = grouped.top_k_per_segment(sizes, densities)
-    message = base.transmit(compressor, target, (), jax.random.key(0))
-    return message.received, jnp.array(channels.sizes(message.payload))
-
-  return fn
+  compressor = grouped.top_k_per_segment(sizes, densities)
+  message = base.transmit(compressor, target, (), jax.random.key(0))
+  return message.received, channels.sizes(message.payload)
 
 
 def _require(segment_count, a_densities, b_densities, decay, levels):

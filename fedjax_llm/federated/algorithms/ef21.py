@@ -87,13 +87,6 @@ def increments(compressor: base.Compressor) -> base.Compressor:
 
 def _share_of_all(population: int) -> aggregators.Aggregator:
   """The sum over the clients that took part, divided by the population."""
-
-  def share(update, weight, state):
-    del state
-    return jnp.where(weight > 0, update, 0)
-
-  def finish(total, state, key):
-    del key  # Deterministic.
-    return total / population, state
-
-  return aggregators.Aggregator(lambda: (), share, finish)
+  return aggregators.sum_updates()._replace(
+    finish=lambda total, state, key: (total / population, state)
+  )

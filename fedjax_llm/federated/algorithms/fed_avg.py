@@ -54,7 +54,8 @@ def fed_avg(
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
   """
-  if not isinstance(channel, Mapping):
+
+  def stage(channel):
     return rounds.federated_round(
       clients.local_update(loss_fn, client_optimizer),
       server_optimizer,
@@ -63,17 +64,10 @@ def fed_avg(
       population=population,
       placement=placement,
     )
-  with_channel = lambda stage: fed_avg(
-    loss_fn,
-    client_optimizer,
-    server_optimizer,
-    channel=stage,
-    aggregate=aggregate,
-    population=population,
-    placement=placement,
-  )
-  stages = {begin: with_channel(stage) for begin, stage in channel.items()}
-  return schedules.staged(stages)
+
+  if isinstance(channel, Mapping):
+    return schedules.staged({x: stage(each) for x, each in channel.items()})
+  return stage(channel)
 
 
 def fed_avg_m(

@@ -64,9 +64,8 @@ def fed_ex_lora(
     mean = aggregators.weighted_sum(trained, weights)
     centred = jax.tree.map(lambda x, y: x - y[None], trained, mean)
     added = factors.stacks(centred, weights)
-    return product_aggregation.Combined(
-      mean, added, present & _after_first(present)
-    )
+    after_first = jnp.cumsum(present) > 1
+    return product_aggregation.Combined(mean, added, present & after_first)
 
   return product_aggregation.product_round(
     clients.local_update(loss_fn, client_optimizer),
@@ -76,8 +75,3 @@ def fed_ex_lora(
     population=population,
     placement=placement,
   )
-
-
-def _after_first(present):
-  """The clients after the first that took part."""
-  return jnp.cumsum(present) > 1

@@ -124,8 +124,7 @@ def fed_sa_lora(
     if not jax.tree.leaves(shared):
       names = ", ".join(parameters.paths(trainable))
       raise ValueError(f"fed_sa_lora found nothing to share among {names}.")
-    copies = lambda x: jnp.tile(x, (population, *[1] * jnp.ndim(x)))
-    own = (jax.tree.map(copies, own), jnp.zeros(population, bool))
+    own = (clients.copies(own, population), jnp.zeros(population, bool))
     own = clients.replicate(own, inner.placement)
     state = inner.init(shared)
     return FedSAState(state._replace(upload=(*own, state.upload)))

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
-from fedjax_llm.federated import aggregators, clients, parameters, rounds
+from fedjax_llm.federated import (
+  clients,
+  factors,
+  local_training,
+  parameters,
+  rounds,
+)
 from fedjax_llm.federated.algorithms import fed_avg
 
 Bases = Callable[[Any], Any]
@@ -30,10 +36,8 @@ def fed_sb(
   server_optimizer: optax.GradientTransformation,
   *,
   bases: Bases,
-  make: parameters.Averaging = fed_avg.fed_avg,
-  aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
+  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Fed-SB. To the model it is LoRA with the factors `a @ core` and `b`.
 
@@ -46,10 +50,8 @@ def fed_sb(
     bases: where `a`, `b` and the cores start, `gradient_bases(...)` or
       `random_bases(key)`: from LoRA factors, whose shapes count, to a tree that
       has a `core` beside `a` and `b`.
-    make: the algorithm that trains the cores, see `freezing.ffa_lora`.
-    aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    make: the function that makes the algorithm that trains the cores.
+    **options: the other arguments of `make`, see `freezing.ffa_lora`.
 
   Raises:
     ValueError: from `init`, if a rank is larger than its layer.
@@ -60,17 +62,13 @@ def fed_sb(
     return parameters.split(bases(trainable), is_trained)
 
   return parameters.parametrised(
-    lambda of_cores: make(
-      of_cores,
-      client_optimizer,
-      server_optimizer,
-      aggregate=aggregate,
-      population=population,
-      placement=placement,
-    ),
+    make,
     loss_fn,
+    client_optimizer,
+    server_optimizer,
     divide=divide,
     join=_factors,
+    **options,
   )
 
 
@@ -89,8 +87,8 @@ def random_bases(key: PRNGKeyArray) -> Bases:
     key: the key of the draws. A layer's draws do not depend on other layers.
   """
 
-  def pair(path, factors):
-    a, b = (jnp.asarray(factors[name]) for name in "ab")
+  def pair(path, x):
+    a, b = (jnp.asarray(x[name]) for name in "ab")
     rank = a.shape[-1]
     if rank > min(a.shape[-2], b.shape[-1]):
       raise ValueError(
@@ -148,21 +146,17 @@ def gradient_bases(
     raise ValueError(f"gradient_bases expected {iterations=} to be >= 1.")
   mask = jnp.ones(len(jax.tree.leaves(examples)[0]), bool)
 
+  gradient_fn = local_training.batch_gradient(loss_fn)
+
   @jax.jit
   def slopes(tree, frozen, examples):
-    def mean_loss(factors):
-      total, count = loss_fn(factors, frozen, examples, mask, key)
-      return total / jnp.maximum(count, 1)
-
-    return jax.grad(mean_loss)(tree)
+    return gradient_fn(tree, frozen, examples, mask, key, trains=None)[0]
 
   def without(name, tree):
     """The factors with one of them zero, so that their product is zero."""
-    blank = lambda path, x: {
-      "a": x["a"],
-      "b": x["b"],
-      name: jnp.zeros_like(x[name]),
-    }
+    blank = lambda path, x: (
+      {"a": x["a"], "b": x["b"]} | {name: jnp.zeros_like(x[name])}
+    )
     return _map_pairs(blank, tree)
 
   def rows(path, x, slope):
@@ -172,7 +166,7 @@ def gradient_bases(
   def singular(path, x, slope):
     del path
     decompose = functools.partial(jnp.linalg.svd, full_matrices=False)
-    left, values, right = _one_by_one(decompose, slope["a"])
+    left, values, right = factors.one_by_one(decompose, slope["a"])
     diagonal = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")
     core = diagonal(-learning_rate * values)
     return {"a": left, "b": right @ x["b"], "core": core}
@@ -192,14 +186,7 @@ def gradient_bases(
 
 def _columns(x):
   """An orthonormal basis of the columns of [..., n, rank]."""
-  return _one_by_one(lambda each: jnp.linalg.qr(each)[0], x)
-
-
-def _one_by_one(fn, x):
-  """Applies `fn` to every matrix of a stack, see `factors.truncate`."""
-  if x.ndim == 2:
-    return fn(x)
-  return jax.lax.map(functools.partial(_one_by_one, fn), x)
+  return factors.one_by_one(lambda each: jnp.linalg.qr(each)[0], x)
 
 
 def _rows(x):

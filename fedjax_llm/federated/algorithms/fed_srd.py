@@ -39,6 +39,7 @@ from fedjax_llm.federated import (
   answers,
   channels,
   clients,
+  downloads,
   draws,
   factors,
   parameters,
@@ -118,7 +119,10 @@ def fed_srd(
     def move(name):
       """Moves the factors of that name, and what is in no pair."""
       moved = {
-        path: _moved(pair, targets[path], name, truncated)
+        path: factors.one_by_one(
+          lambda both: _moved(both[0], both[1], name, truncated),
+          (pair, targets[path]),
+        )
         for path, pair in pairs.items()
       }
       other = {"a": "b", "b": "a"}[name]
@@ -130,21 +134,15 @@ def fed_srd(
       server_key = draws.stream(key, draws.Purpose.SERVER, state.round)
       message = base.transmit(download, change, (), server_key)
       new = parameters.combine(unravel(start + message.received), fixed)
-      return new, _size(message.payload)
+      return new, channels.sizes(message.payload)
 
     is_a = (state.round % 2 == 0) == a_first
     trainable, size = jax.lax.cond(is_a, lambda: move("a"), lambda: move("b"))
-    old = answers.take(state.missed, cohort.clients)
-    came = (arrived.weights > 0)[:, None]
-    missed = jnp.where(came, 0, old)
-    missed = answers.put(state.missed, cohort.clients, missed)
-    # At most `dense`; the sum itself may be more than an int32 holds.
-    dense = _dense(trainable)[None]
-    missed = missed + jnp.minimum(size[None], dense - missed)
+    old, missed = downloads.fetch(state.missed, cohort, arrived.weights)
+    missed = downloads.grow(missed, size, _dense(trainable))
     after = FedSRDState(state.round + 1, trainable, missed)
-    after = rounds.unless_nobody(came.any(), after, state)
-    sizes = {"download_bytes": old[:, 0], "download_entries": old[:, 1]}
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    sizes = downloads.metrics(old)
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,
@@ -156,10 +154,7 @@ def fed_srd(
 
 
 def _moved(pair, target, name, truncated):
-  """Moves one factor of a pair to where the product is nearest."""
-  if pair.a.ndim > 2:  # One by one, for the reason in `factors.truncate`.
-    move = lambda both: _moved(both[0], both[1], name, truncated)
-    return jax.lax.map(move, (pair, target))
+  """Moves one factor of a pair to where the product is nearest the target."""
   if truncated:
     target = factors.truncate(target, pair.a.shape[-1])
   # The product of these is the distance; it is not formed.
@@ -216,20 +211,13 @@ def _importance(received, trained):
 def _matrices(trainable):
   """The sizes of all matrices in the flat vector; a head's leaf is one."""
   sizes = []
-  for path, leaf in zip(
-    parameters.paths(trainable), jax.tree.leaves(trainable), strict=True
-  ):
+  for path, leaf in parameters.leaves(trainable):
     shape = leaf.shape[-2:] if parameters.factor(path) else leaf.shape
     size = math.prod(shape)
     sizes += [size] * (leaf.size // size)
   return sizes
 
 
-def _size(payload):
-  return jnp.array(channels.sizes(payload))
-
-
 def _dense(trainable):
   """The bytes and entries of all parameters."""
-  vector, _ = ravel_pytree(trainable)
-  return _size(base.Dense(vector))
+  return channels.sizes(base.Dense(ravel_pytree(trainable)[0]))

@@ -33,8 +33,7 @@ def federated_select(
   warm_up_rounds: int = 1,
   top_k: sparse.TopK = sparse.top_k,
   aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, unstructured: the Top-K of the round, trained alone.
 
@@ -59,8 +58,7 @@ def federated_select(
     warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
     top_k: from a density to the compressor that sends the largest parameters.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
 
   Raises:
     ValueError: if a density or `warm_up_rounds` is out of range.
@@ -77,8 +75,7 @@ def federated_select(
     server_optimizer,
     channel=stages,
     aggregate=aggregate or aggregators.uniform_mean(),
-    population=population,
-    placement=placement,
+    **parts,
   )
 
 
@@ -113,8 +110,7 @@ def federated_select_ranks(
   ranks: Sequence[int],
   of_client: Callable[[Any], Any] | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, structured: the largest ranks of every LoRA pair.
 
@@ -138,8 +134,7 @@ def federated_select_ranks(
     of_client: numbers of clients -> numbers of their tiers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `federated_select`.
-    population: as in `federated_select`.
-    placement: as in `federated_select`.
+    **parts: as in `federated_select`.
 
   Raises:
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
@@ -155,7 +150,7 @@ def federated_select_ranks(
       )
       for x in ranks
     ]
-    return channels.Tiers(each, of_client or clients.in_turn(len(each)))
+    return channels.Tiers(each, of_client)
 
   return fed_avg.fed_avg(
     loss_fn,
@@ -163,6 +158,5 @@ def federated_select_ranks(
     server_optimizer,
     channel=tiers,
     aggregate=aggregate or aggregators.uniform_mean(),
-    population=population,
-    placement=placement,
+    **parts,
   )

@@ -28,6 +28,7 @@ from fedjax_llm.federated import (
   answers,
   channels,
   clients,
+  downloads,
   draws,
   rounds,
 )
@@ -155,18 +156,11 @@ def fetch_sgd(
     arrived = at_clients(state.round, shared, (), examples, cohort, key)
     table, _ = mean.finish(arrived.total, (), key)
     after, payload = move(state, table, key)
-    missed = answers.take(state.missed, cohort.clients)
-    fetched, most = _fetch(missed, payload, state.trainable)
-    present = arrived.weights > 0
-    missed = jnp.where(present, 0, missed)
-    missed = answers.put(state.missed, cohort.clients, missed)
+    old, missed = downloads.fetch(state.missed, cohort, arrived.weights)
+    fetched, most = _fetch(old, payload, state.trainable)
     after = after._replace(missed=jnp.minimum(missed + 1, most))
-    after = rounds.unless_nobody(present.any(), after, state)
-    sizes = {
-      "download_bytes": fetched[:, 0],
-      "download_entries": fetched[:, 1],
-    }
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    sizes = downloads.metrics(fetched)
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,

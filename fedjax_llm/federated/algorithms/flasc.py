@@ -31,8 +31,7 @@ def flasc(
   upload_density: densities.Density,
   top_k: sparse.TopK = sparse.top_k,
   aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
 
@@ -48,8 +47,7 @@ def flasc(
       is smaller than `a`; see `grouped.top_k_per_group`, and
       `compression.relative_to` for the Top-K of what has moved.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
 
   Raises:
     ValueError: if a density is out of range.
@@ -63,8 +61,7 @@ def flasc(
       begin: _channel(down, up, top_k) for begin, (down, up) in stages.items()
     },
     aggregate=aggregate or aggregators.uniform_mean(),
-    population=population,
-    placement=placement,
+    **parts,
   )
 
 
@@ -76,8 +73,7 @@ def flasc_tiers(
   tiers: Sequence[tuple[float, float]],
   of_client: Callable[[Any], Any] | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """FLASC among clients of different bandwidth, each tier at its densities.
 
@@ -94,21 +90,19 @@ def flasc_tiers(
     of_client: numbers of clients -> numbers of their tiers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `flasc`.
-    population: as in `flasc`.
-    placement: as in `flasc`.
+    **parts: as in `flasc`.
 
   Raises:
     ValueError: if there is no tier, or a density is out of range.
   """
-  each = tuple(_channel(*shares) for shares in tiers)
+  each = [_channel(*shares) for shares in tiers]
   return fed_avg.fed_avg(
     loss_fn,
     client_optimizer,
     server_optimizer,
-    channel=channels.Tiers(each, of_client or clients.in_turn(len(each))),
+    channel=channels.Tiers(each, of_client),
     aggregate=aggregate or aggregators.uniform_mean(),
-    population=population,
-    placement=placement,
+    **parts,
   )
 
 

@@ -6,6 +6,7 @@ configuration of larger rank with one of larger density. Here both grow by the
 same factor, so that they send about equally many numbers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Search(NamedTuple):
   trials: tuple[Trial, ...]
 
 
-def search(
+def flasc_search(
   measure: Callable[[int, float], tuple[float, int]],
   *,
   rank: int,
@@ -69,35 +70,33 @@ def search(
   """
   if not 1 <= rank <= max_rank or not 0 < density <= 1 or factor < 2:
     raise ValueError(
-      "search expected rank in [1, max_rank], density in (0, 1] and factor >="
-      f" 2, got {rank=}, {max_rank=}, {density=}, {factor=}."
+      "flasc_search expected rank in [1, max_rank], density in (0, 1] and"
+      f" factor >= 2, got {rank=}, {max_rank=}, {density=}, {factor=}."
     )
-  trials = [Trial(rank, density, *measure(rank, density))]
-  if trials[0].nbytes > most_bytes:
+  last = Trial(rank, density, *measure(rank, density))
+  if last.nbytes > most_bytes:
     raise ValueError(
-      f"search started from a run of {trials[0].nbytes} bytes, which is over"
+      f"flasc_search started from a run of {last.nbytes} bytes, which is over"
       f" {most_bytes=}. Start from a smaller rank or density."
     )
-  kept = [trials[0]]
-  while True:
-    last = kept[-1]
-    pair = [
+  trials, affordable = [last], [last]
+  while last:
+    pair = (
       (last.rank * factor, last.density),
       (last.rank, last.density * factor),
-    ]
+    )
     within = [x for x in pair if x[0] <= max_rank and x[1] <= 1]
     tried = [Trial(*x, *measure(*x)) for x in within]
     trials += tried
-    affordable = [x for x in tried if x.nbytes <= most_bytes]
-    if not affordable:
-      break
-    kept.append(max(affordable, key=lambda x, last=last: _worth(x, last)))
-  fitting = [x for x in trials if x.nbytes <= most_bytes]
-  best = max(fitting, key=lambda x: (x.utility, -x.nbytes))
+    fitting = [x for x in tried if x.nbytes <= most_bytes]
+    affordable += fitting
+    worth = functools.partial(_worth, last)
+    last = max(fitting, key=worth, default=None)
+  best = max(affordable, key=lambda x: (x.utility, -x.nbytes))
   return Search(best, tuple(trials))
 
 
-def _worth(trial, last):
+def _worth(last, trial):
   """The gain for each additional byte; the loss, if there is no gain."""
   gain = trial.utility - last.utility
   more = max(1, trial.nbytes - last.nbytes)

@@ -6,7 +6,6 @@ et al., 2025, arXiv 2503.00813) reconstructs and decomposes likewise: it is the
 same function here.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ def flex_lora(
   *,
   ranks: Sequence[int] = (1, 4, 16),
   of_client: Callable[[Any], Any] | None = None,
-  balanced: bool = False,
   upload: base.Compressor | None = None,
   population: int | None = None,
   placement: clients.Placement | None = None,
@@ -49,10 +47,6 @@ def flex_lora(
     client_optimizer: starts afresh at every client in every round.
     ranks: the rank of each tier, see `factors.tiers`; the best last.
     of_client: numbers of clients -> numbers of their tiers.
-    balanced: whether to split the singular values evenly between the factors;
-      the paper gives all to `b`, `a = U`, `b = S V'`. Split evenly, a rank
-      whose singular value is zero is zero in both factors: it is never trained
-      again.
     upload: compresses the updates; None for no compression.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
@@ -62,7 +56,7 @@ def flex_lora(
   """
   return product_aggregation.product_round(
     clients.local_update(loss_fn, client_optimizer),
-    functools.partial(nearest_products, balanced=balanced),
+    nearest_products,
     lambda trainable: factors.tiers(trainable, ranks, of_client, upload),
     population=population,
     placement=placement,
@@ -74,21 +68,17 @@ def nearest_products(
   trained: Any,
   weights: Any,
   key: Any,
-  *,
-  balanced: bool = False,
 ) -> product_aggregation.Combined:
   """The factors whose products are nearest to the mean products.
 
-  Arguments are those of `combine` in `product_aggregation.product_round`, and
-  `balanced` of `flex_lora`.
+  Arguments are those of `combine` in `product_aggregation.product_round`.
   """
   del key  # Deterministic.
   weights = aggregators.normalised(weights)
   stacks = factors.stacks(trained, weights)
   rank = factors.rank(trainable)
   nearest = {
-    path: factors.truncate(pair, rank, balanced=balanced)
-    for path, pair in stacks.items()
+    path: factors.truncate(pair, rank) for path, pair in stacks.items()
   }
   mean = aggregators.weighted_sum(trained, weights)
   return product_aggregation.Combined(factors.put(mean, nearest))

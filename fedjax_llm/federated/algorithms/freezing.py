@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -32,10 +31,8 @@ def ffa_lora(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: parameters.Averaging = fed_avg.fed_avg,
-  aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
+  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """FFA-LoRA: `a` stays at its random start, `b` is trained.
 
@@ -47,27 +44,21 @@ def ffa_lora(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's; the paper averages: `optax.sgd(1.0)`.
-    make: the algorithm that trains `b`. For FLASC of `b`, for instance,
-      `functools.partial(flasc.flasc, download_density=0.25,
-      upload_density=0.25)`.
-    aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    make: the function that makes the algorithm that trains `b`, such as
+      `flasc.flasc`.
+    **options: the other arguments of `make`, such as `aggregate`, `population`
+      and `placement`.
 
   Raises:
     ValueError: from `init`, if there is nothing but `a`.
   """
   return parameters.partial(
-    lambda of_trained: make(
-      of_trained,
-      client_optimizer,
-      server_optimizer,
-      aggregate=aggregate,
-      population=population,
-      placement=placement,
-    ),
+    make,
     loss_fn,
+    client_optimizer,
+    server_optimizer,
     is_trained=lambda path: parameters.factor(path) != "a",
+    **options,
   )
 
 
@@ -76,10 +67,8 @@ def linear_probe(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: parameters.Averaging = fed_avg.fed_avg,
-  aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
+  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Linear probing: only the head is trained and sent.
 
@@ -90,25 +79,19 @@ def linear_probe(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's optimizer.
-    make: the algorithm that trains the head, see `ffa_lora`.
-    aggregate: from updates to one; the default of `make` if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    make: the function that makes the algorithm that trains the head.
+    **options: the other arguments of `make`, see `ffa_lora`.
 
   Raises:
     ValueError: from `init`, if the model has no head.
   """
   algorithm = parameters.partial(
-    lambda of_trained: make(
-      of_trained,
-      client_optimizer,
-      server_optimizer,
-      aggregate=aggregate,
-      population=population,
-      placement=placement,
-    ),
+    make,
     loss_fn,
+    client_optimizer,
+    server_optimizer,
     is_trained=_is_head,
+    **options,
   )
 
   def init(trainable):
@@ -188,20 +171,16 @@ def _without(
   waits: str, channel: channels.Channel | None, trainable: Any
 ) -> channels.Channel:
   """The channel of a round in which one factor is neither trained nor sent."""
-  is_trained = lambda path: parameters.factor(path) != waits
-  mask = _flat_mask(trainable, is_trained)
+  mask = parameters.owners(trainable) != ("a", "b").index(waits)
+  chosen = sparse.select(mask)
   if channel is None:
-    return channels.Channel(
-      upload=sparse.select(mask), trains=lambda payload: mask
-    )
-
-  def upload(payload):
-    return base.chain(sparse.select(mask), channel.uplink(payload))
-
-  def trains(payload):
-    return mask if channel.trains is None else mask & channel.trains(payload)
-
-  return channels.Channel(channel.download, upload, trains)
+    return channels.Channel(upload=chosen, trains=lambda payload: mask)
+  trains = channel.trains or (lambda payload: True)
+  return channels.Channel(
+    channel.download,
+    upload=lambda payload: base.chain(chosen, channel.uplink(payload)),
+    trains=lambda payload: mask & trains(payload),
+  )
 
 
 def _refuse_memory(channel, trainable):
@@ -215,14 +194,6 @@ def _refuse_memory(channel, trainable):
       " left of one to the other. Take it out of error_feedback and its kin, or"
       " train both factors with fed_avg."
     )
-
-
-def _flat_mask(tree: Any, is_chosen: Callable[[str], bool]) -> Any:
-  """A mask of the entries of the flat vector that belong to chosen leaves."""
-  pairs = zip(parameters.paths(tree), jax.tree.leaves(tree), strict=True)
-  return np.concatenate(
-    [np.full(np.size(x), is_chosen(path)) for path, x in pairs]
-  )
 
 
 def _waiting(

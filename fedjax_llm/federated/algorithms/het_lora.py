@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -20,6 +19,7 @@ from fedjax_llm.federated import (
   answers,
   channels,
   clients,
+  downloads,
   factors,
   product_aggregation,
   rounds,
@@ -36,8 +36,7 @@ def zero_padded_lora(
   of_client: Callable[[Any], Any] | None = None,
   upload: base.Compressor | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  population: int | None = None,
-  placement: clients.Placement | None = None,
+  **parts: Any,
 ) -> rounds.FederatedAlgorithm:
   """Truncation to a client's rank, and the plain mean of padded updates.
 
@@ -53,8 +52,7 @@ def zero_padded_lora(
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.
     aggregate: from updates to one; the uniform mean if not given.
-    population: the number of clients, if the upload keeps a state for each.
-    placement: see `clients.Placement`; all devices if not given.
+    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -67,8 +65,7 @@ def zero_padded_lora(
       trainable, ranks, of_client, upload
     ),
     aggregate=aggregate or aggregators.uniform_mean(),
-    population=population,
-    placement=placement,
+    **parts,
   )
 
 
@@ -171,7 +168,7 @@ def het_lora(
 
   def init(trainable):
     tiers = factors.tiers(trainable, ranks, of_client)
-    tier = tiers.of_client(jnp.arange(population))
+    tier = tiers.tier_of(jnp.arange(population))
     state = State(
       round=jnp.int32(0),
       trainable=trainable,
@@ -191,11 +188,9 @@ def het_lora(
     update = jax.tree.map(jnp.subtract, state.trainable, mean)
     after = rounds.optimizer_step(server_optimizer, state, update)
     after = after._replace(ranks=arrived.memory)
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     ranks = answers.take(state.ranks, cohort.clients)
-    nbytes, entries = _sizes(state.trainable)[ranks].T
-    sizes = {"download_bytes": nbytes, "download_entries": entries}
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    sizes = downloads.metrics(_sizes(state.trainable)[ranks])
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   return rounds.FederatedAlgorithm(
     init,
@@ -235,7 +230,5 @@ def _sizes(trainable):
   """Bytes and entries of a message by rank, from 0 on: int32 [ranks + 1, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
-  counts = [int(np.sum(owners < x)) for x in range(factors.rank(trainable) + 1)]
-  message = product_aggregation.dense
-  sizes = [channels.sizes(message(x, vector.dtype)) for x in counts]
-  return jnp.array(sizes)
+  ranks = range(factors.rank(trainable) + 1)
+  return product_aggregation.rank_sizes(owners, ranks, vector.dtype)

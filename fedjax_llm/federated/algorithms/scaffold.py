@@ -140,9 +140,8 @@ def scaffold(
       download=download,
       upload=upload,
     )
-    after = rounds.unless_nobody(arrived.weights.any(), after, state)
     sizes = downloads.sizes([payloads], jnp.zeros_like(cohort.clients))
-    return clients.replicate(after, placement), arrived.metrics | sizes
+    return rounds.end_round(state, after, arrived, sizes, placement)
 
   def received_fn(state, key):
     parameters, _ = _broadcast(channel, state, key)
@@ -187,7 +186,7 @@ def _answer(channel, learning_rate):
     training = client.train(unravel(start), (frozen, correction))
     update = start - ravel_pytree(training.trainable)[0]
     along = update / (learning_rate * jnp.maximum(client.steps, 1))
-    # Who took no step has learned nothing of its gradient.
+    # A client that took no step has learned nothing about its gradient.
     change = jnp.where(client.steps > 0, along - control, 0)
     key = client.key(draws.Purpose.UPLOAD)
     parts = zip(payloads, (update, change), memory, strict=True)

@@ -2,8 +2,9 @@
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
 client's data, `data.split_rows.divide`, and fits its autoencoder on what was
-recorded over clients and rounds ("temporal ensemble"). Its first version trains
-each client alone, its last by federated pre-training: here are both.
+recorded over clients and rounds ("temporal ensemble"). In the paper's first
+version each client trains alone, in its last version they train by federated
+averaging. Both are here.
 
 A round has one more metric, `snapshots` [cohort, n]: what `cg_fed_llm` would
 put through a codec. They are sent uncompressed to be recorded. The paper does
@@ -22,6 +23,7 @@ from fedjax_llm.federated import (
   answers,
   clients,
   codec_state,
+  downloads,
   rounds,
 )
 from fedjax_llm.federated.algorithms import cg_fed_llm
@@ -129,7 +131,7 @@ def local_pretraining(
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
-    own = jnp.tile(vector[None], (population, 1))
+    own = clients.copies(vector, population)
     state = LocalState(jnp.int32(0), trainable, ())
     return rounds.first_state(state, placement, own=own)
 
@@ -140,12 +142,11 @@ def local_pretraining(
     before, after = (
       answers.take(own, cohort.clients) for own in (state.own, arrived.memory)
     )
-    none = jnp.zeros(len(cohort.clients), jnp.int32)
-    metrics = arrived.metrics | {
-      "download_bytes": none,
-      "download_entries": none,
-      "snapshots": before - after if representation == "delta" else after,
-    }
+    nothing = jnp.zeros((len(cohort.clients), 2), jnp.int32)
+    metrics = arrived.metrics | downloads.metrics(nothing)
+    metrics["snapshots"] = (
+      before - after if representation == "delta" else after
+    )
     state = state._replace(round=state.round + 1, own=arrived.memory)
     return clients.replicate(state, placement), metrics
 

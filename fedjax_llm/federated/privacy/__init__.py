@@ -1,4 +1,4 @@
-"""What is promised, how it is accounted for, and what adds the noise."""
+"""Privacy: guarantees, their accounting, and mechanisms that add noise."""
 
 from fedjax_llm.federated.privacy import dp_sgd as dp_sgd
 from fedjax_llm.federated.privacy.mechanisms import (

@@ -1,8 +1,8 @@
-"""Epsilon of Gaussian noise, repeated, with and without sampling.
+"""Epsilon of repeated Gaussian sums, with and without sampling.
 
-By two accountants of `dp-accounting`, on the host: "pld" composes privacy loss
-distributions and is the tighter one, "rdp" composes Renyi divergences and is
-what most papers report. Both are upper bounds.
+Two accountants of `dp-accounting` compute it on the host. "pld" composes
+privacy loss distributions and is the tighter one. "rdp" composes Renyi
+divergences and is what most papers report. Both are upper bounds.
 """
 
 import functools
@@ -34,19 +34,21 @@ def library() -> types.ModuleType:
 def gaussian_epsilon(
   noise_multiplier: float, count: int, delta: float, accountant: Accountant
 ) -> float:
-  """Of `count` Gaussian sums over everyone; neighbours differ by a presence.
+  """Returns the epsilon of `count` Gaussian sums over everyone.
+
+  Neighbours differ by one member's presence.
 
   Args:
     noise_multiplier: standard deviation of the noise over the clip norm, >= 0.
-    count: of sums, >= 1.
-    delta: in (0, 1).
+    count: number of sums, >= 1.
+    delta: probability in (0, 1).
     accountant: "pld" or "rdp".
 
   Returns:
     Epsilon, which is infinite without noise.
 
   Raises:
-    ValueError: if `count` or `accountant` is none of these.
+    ValueError: if `count` is below 1, or `accountant` is unknown.
     ImportError: if dp-accounting is not installed.
   """
   return poisson_epsilon(1, 1, noise_multiplier, count, delta, accountant)
@@ -61,10 +63,11 @@ def poisson_epsilon(
   delta: float,
   accountant: Accountant,
 ) -> float:
-  """Of Gaussian sums over cohorts that each joins by itself.
+  """Returns the epsilon of Gaussian sums over Poisson samples.
 
-  Neighbours differ by a presence. Arguments, result and errors are as of
-  `gaussian_epsilon`; each joins with probability expected / population.
+  Each member joins a cohort independently, with probability expected /
+  population. Neighbours differ by one member's presence. Other arguments, the
+  result and errors are those of `gaussian_epsilon`.
   """
   _check(count, accountant)
   if noise_multiplier == 0:
@@ -86,10 +89,11 @@ def fixed_size_epsilon(
   delta: float,
   accountant: Accountant,
 ) -> float:
-  """Of Gaussian sums over cohorts of a fixed size, without replacement.
+  """Returns the epsilon of Gaussian sums over cohorts of a fixed size.
 
-  Neighbours differ by what one of them contributes: by two clip norms at most.
-  Arguments, result and errors are as of `gaussian_epsilon`.
+  Cohorts are drawn without replacement. Neighbours differ by the data of one
+  member, so sums differ by at most two clip norms. Other arguments, the result
+  and errors are those of `gaussian_epsilon`.
 
   PLD composes the bound of Theorem 11 in Balle, Barthe and Gaboardi, "Privacy
   Amplification by Subsampling", 2018; RDP is Theorem 27 in Wang, Balle and
@@ -117,9 +121,10 @@ def _losses_without_replacement(
 ) -> Any:
   """The privacy loss of a Gaussian sum over a share of everyone.
 
-  If everyone's sum has delta(e), that of a share q has at most q delta(log(1 +
-  (exp(e) - 1) / q)) for e >= 0, and neighbours being symmetric, this fixes it
-  for e < 0. Losses in steps of `interval` connect the dots from above.
+  Let a sum over everyone have delta(e). A sum over a share q then has at most q
+  delta(log(1 + (exp(e) - 1) / q)) for e >= 0. Neighbours are symmetric, which
+  gives the values for e < 0. The dots, at losses in steps of `interval`, are
+  connected from above.
   """
   everyone = dp.pld.privacy_loss_mechanism.GaussianPrivacyLoss(
     noise_multiplier, sensitivity=2

@@ -1,9 +1,9 @@
 """Private local training: DP-SGD at the client.
 
 Abadi et al., "Deep Learning with Differential Privacy", 2016. The gradient of
-each example is clipped, and their sum gets Gaussian noise, so that the update
-says little about any one example, to the server too. What that is worth is
-accounted by `privacy.ExampleLevel`.
+each example is clipped, and their sum gets Gaussian noise. So the update says
+little about any one example, even to the server. `guarantees.ExampleLevel`
+computes the epsilon.
 """
 
 import dataclasses
@@ -13,11 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federated import (
-  clients,
-  local_training,
-  mapping,
-)
+from fedjax_llm.federated import clients, local_training, mapping
 from fedjax_llm.federated.privacy import mechanisms
 
 
@@ -32,11 +28,12 @@ def local_update(
   """Makes the private training that one client does in one round.
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
-  each of its own total / count, over the size of the batch. That is the size
-  of its shape: the number of examples in it would change with one of them.
+  divided by the size of the batch. An example's gradient is that of its own
+  total / count. The size counts padding too, because the number of examples
+  would change with one of them.
 
-  An example whose gradient is not finite adds nothing, lest it show. Metrics,
-  such as the loss, are as private as they are without noise: not at all.
+  An example whose gradient is not finite adds zeros. Metrics, such as the loss,
+  are not private.
 
   Args:
     loss_fn: see `clients.local_update`; it is called on single examples.
@@ -49,8 +46,8 @@ def local_update(
       bounds the memory; None for the whole batch.
 
   Returns:
-    As `clients.local_update`, with its `example_noise_multiplier`. A step
-    without examples changes nothing.
+    The training, as `clients.local_update` returns it, with an
+    `example_noise_multiplier`. A step without examples changes nothing.
 
   Raises:
     ValueError: if a number is out of range, or there is noise without a bound.
@@ -58,23 +55,18 @@ def local_update(
   mechanisms.check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
   if microbatch is not None and microbatch < 1:
     raise ValueError(f"expected {microbatch=} to be None or >= 1.")
+  of_batch = local_training.batch_gradient(loss_fn)
 
   def gradient_fn(trainable, frozen, examples, mask, key, trains):
     flat, unravel = ravel_pytree(trainable)
     precise = jnp.promote_types(flat.dtype, jnp.float32)
 
-    def mean_loss(trainable, batch):
-      total, count = loss_fn(trainable, frozen, *batch)
-      return total / jnp.maximum(count, 1), (total, count)
-
     def of_example(shared, row):
       del shared
       example, is_real, key = row
       batch = jax.tree.map(lambda x: x[None], (example, is_real))
-      gradient, sums = jax.grad(mean_loss, has_aux=True)(
-        trainable, (*batch, key)
-      )
-      gradient, _ = ravel_pytree(local_training.only(trains, gradient))
+      gradient, sums = of_batch(trainable, frozen, *batch, key, trains=trains)
+      gradient, _ = ravel_pytree(gradient)
       gradient = mechanisms.clip(gradient.astype(precise), clip_norm)
       return (jnp.where(is_real, gradient, 0), sums), ()
 

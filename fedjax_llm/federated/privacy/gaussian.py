@@ -1,15 +1,15 @@
 """Gaussian differential privacy: one number, mu, for any number of releases.
 
 Dong, Roth, Su, "Gaussian Differential Privacy", 2022 (arXiv 1905.02383). To
-tell two neighbours by mu-GDP releases is as hard as to tell N(0, 1) from
-N(mu, 1). A sum of clipped vectors with noise of z clip norms is 1/z-GDP, T of
-them sqrt(T)/z, exactly; nor does anything change that is computed of them, such
-as what a decoder makes of a noisy code.
+tell two neighbours apart by mu-GDP releases is as hard as to tell N(0, 1) from
+N(mu, 1). A sum of clipped vectors with noise of z clip norms is exactly
+1/z-GDP, and T such sums are sqrt(T)/z-GDP. What is computed from them, such as
+the output of a decoder, has the same mu.
 
-This is for full participation: everyone is in every release. It claims nothing
-for the sampling of clients, which `privacy.ClientLevel` accounts for.
-Neighbours differ by a presence; if one is replaced, by other data of its own,
-two clipped vectors are up to two clip norms apart, and mu is twice as large.
+This is for full participation: everyone is in every release. For sampled
+clients, see `guarantees.ClientLevel`. Neighbours differ by one member's
+presence. If instead one member's data are replaced, two clipped vectors are up
+to two clip norms apart, and mu is twice as large.
 """
 
 import math
@@ -18,11 +18,11 @@ import numpy as np
 
 
 def mu(noise_multiplier: float, count: int = 1) -> float:
-  """Of `count` releases with noise of so many clip norms.
+  """Returns the mu of `count` releases.
 
   Args:
-    noise_multiplier: z > 0.
-    count: T >= 1.
+    noise_multiplier: standard deviation of the noise in clip norms, z > 0.
+    count: number of releases, T >= 1.
 
   Raises:
     ValueError: if a number is out of range.
@@ -37,8 +37,8 @@ def delta(mu: float, epsilon: float) -> float:
   """The least delta at which mu-GDP is (epsilon, delta)-DP.
 
   Args:
-    mu: > 0.
-    epsilon: >= 0.
+    mu: the mu of GDP, > 0.
+    epsilon: the epsilon of DP, >= 0.
 
   Returns:
     Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2).
@@ -53,7 +53,7 @@ def delta(mu: float, epsilon: float) -> float:
   from scipy import special
 
   near, far = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2
-  # Both are tiny where it matters: their ratio is taken, of logarithms.
+  # Both can be tiny, so their ratio is computed from logarithms.
   log_ratio = epsilon + special.log_ndtr(far) - special.log_ndtr(near)
   return float(-special.ndtr(near) * np.expm1(log_ratio))
 
@@ -73,12 +73,12 @@ def epsilon(mu: float, target_delta: float) -> float:
 def noise_multiplier_for(
   target_epsilon: float, target_delta: float, count: int = 1
 ) -> float:
-  """The noise, in clip norms, by which `count` releases keep a budget.
+  """The noise, in clip norms, that keeps `count` releases within a budget.
 
   Args:
-    target_epsilon: > 0.
-    target_delta: in (0, 1).
-    count: of releases, >= 1.
+    target_epsilon: the epsilon of all releases together, > 0.
+    target_delta: the delta of all releases together, in (0, 1).
+    count: number of releases, >= 1.
 
   Raises:
     ValueError: if a number is out of range.

@@ -1,4 +1,4 @@
-"""What a private run guarantees: epsilon, and all that it rests on.
+"""What a private run guarantees: epsilon, and its assumptions.
 
 A guarantee says what is protected, how cohorts are sampled and how much noise
 is added. It refuses runs that sample otherwise, and describes itself.
@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from fedjax_llm.federated.privacy import accounting
+from fedjax_llm.federated.privacy import accounting, mechanisms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,20 +16,21 @@ class ClientLevel:
   """Central differential privacy of whole clients, by a private mean.
 
   With "poisson" sampling, two populations are neighbours if one has one client
-  more. With "fixed", a cohort of `clients_per_round` drawn without replacement,
-  they are if one client of as many has other data: two clipped updates
-  are up to two clip norms apart, so that the same noise is worth half.
+  more. With "fixed" sampling, a cohort of `clients_per_round` is drawn without
+  replacement, and two populations of equal size are neighbours if one client
+  has other data. Two clipped updates are up to two clip norms apart, so the
+  same noise is worth half.
 
-  A sampled client that does not answer is covered, as it adds nothing. Not
-  covered are cohorts in which the answer of one keeps out that of another, such
-  as the first ones of an over-selected cohort.
+  Covered is a sampled client that does not answer: it adds nothing. Not covered
+  are cohorts in which the answer of one client keeps out that of another, such
+  as the first answers of an over-selected cohort.
 
   Attributes:
-    noise_multiplier: of the private mean, >= 0.
-    delta: in (0, 1 / population).
-    sampling: of the cohorts, see `data.cohorts.cohort_sampler`.
-    population: how many clients there are.
-    clients_per_round: how many are expected in a round.
+    noise_multiplier: the noise multiplier of the private mean, >= 0.
+    delta: the delta, in (0, 1 / population).
+    sampling: how cohorts are drawn, see `data.cohorts.cohort_sampler`.
+    population: the number of clients.
+    clients_per_round: the expected number of clients in a round.
   """
 
   noise_multiplier: float
@@ -41,7 +42,7 @@ class ClientLevel:
   def __post_init__(self):
     """Refuses values out of range, or a missing dp-accounting."""
     accounting.library()
-    _check_noise(self.noise_multiplier)
+    mechanisms.check_noise(self.noise_multiplier)
     if self.sampling not in ("poisson", "fixed"):
       raise ValueError(
         f"expected sampling 'poisson' or 'fixed', got {self.sampling!r}."
@@ -126,19 +127,20 @@ class ClientLevel:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleLevel:
-  """Differential privacy of a client's examples, by `private_training`.
+  """Differential privacy of a client's examples, by `dp_sgd.local_update`.
 
-  Two data sets of a client are neighbours if an example of one is replaced by
-  nothing, a gradient of zero, in the other: how many there are is public.
-  In an epoch each example is in one batch, whose order does not matter. So an
-  epoch costs one Gaussian mechanism, however many steps it has. No
-  amplification is claimed for the shuffling: that of Poisson batches does not
-  hold for it (Chua et al., "How Private are DP-SGD Implementations?", 2024).
+  Two data sets of a client are neighbours if one example is replaced by
+  nothing: its gradient is zero. The number of examples is public. In an epoch
+  each example is in one batch, and the order of batches does not matter. So an
+  epoch costs one Gaussian mechanism, however many steps it has. Shuffling gets
+  no amplification, because that of Poisson batches does not hold for it (Chua
+  et al., "How Private are DP-SGD Implementations?", 2024).
 
   Attributes:
-    noise_multiplier: of the private training, >= 0.
-    delta: in (0, 1); well below 1 / the examples of a client.
-    local_epochs: passes of a client over its examples in a round.
+    noise_multiplier: the noise multiplier of the private training, >= 0.
+    delta: the delta, in (0, 1); it should be well below 1 over the number of a
+      client's examples.
+    local_epochs: a client's passes over its examples in a round.
   """
 
   noise_multiplier: float
@@ -148,7 +150,7 @@ class ExampleLevel:
   def __post_init__(self):
     """Refuses values out of range, or a missing dp-accounting."""
     accounting.library()
-    _check_noise(self.noise_multiplier)
+    mechanisms.check_noise(self.noise_multiplier)
     if not 0 < self.delta < 1:
       raise ValueError(f"expected delta in (0, 1), got {self.delta}.")
     if self.local_epochs < 1:
@@ -175,10 +177,10 @@ class ExampleLevel:
     population: int,
     local_epochs: int | None = None,
   ) -> None:
-    """Refuses a run with other passes; any sampling of clients is covered.
+    """Refuses a run with another number of passes, whatever its sampling.
 
     Raises:
-      ValueError: if `local_epochs` differs, or is not said.
+      ValueError: if `local_epochs` differs, or is not given.
     """
     del sampling, clients_per_round, population
     if local_epochs != self.local_epochs:
@@ -219,14 +221,14 @@ def noise_multiplier_for(
   """The least noise multiplier that keeps a guarantee within a budget.
 
   Args:
-    target_epsilon: > 0 and finite.
-    rounds: as of `epsilon`.
-    guarantee: says all but the noise multiplier; its own is not read.
-    accountant: which keeps the account.
+    target_epsilon: the budget, > 0 and finite.
+    rounds: the number of rounds.
+    guarantee: the guarantee, whose own noise multiplier is not read.
+    accountant: "pld" or "rdp".
 
   Returns:
-    A multiplier whose epsilon is at most the target, and which is at most a
-    thousandth larger than it need be.
+    A multiplier whose epsilon is at most the target. It is at most a thousandth
+    larger than necessary.
 
   Raises:
     ValueError: if the target is out of range.
@@ -257,8 +259,3 @@ def _bounds(guarantee, rounds):
     f"epsilon = {pld:.4g} by PLD ({rdp:.4g} by RDP) at delta ="
     f" {guarantee.delta:.3g}"
   )
-
-
-def _check_noise(noise_multiplier):
-  if not 0 <= noise_multiplier < math.inf:
-    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")

@@ -1,10 +1,10 @@
-"""Private means: a release on which no one client leaves much of a mark.
+"""Private means: releases that depend little on any one client.
 
 Client-level central differential privacy (McMahan et al., "Learning
 Differentially Private Recurrent Language Models", 2018). The server clips every
-update as it arrives, after compression, sums, adds Gaussian noise to every
-entry, sent or not, and divides by a number that does not depend on who
-answered. What that is worth is accounted by `privacy.ClientLevel`.
+update as it arrives, after compression. It adds up the updates, adds Gaussian
+noise to every entry, sent or not, and divides by a number that does not depend
+on who answered. `guarantees.ClientLevel` computes the epsilon.
 """
 
 import math
@@ -21,24 +21,21 @@ def private_mean(
   clip_norm: float,
   noise_multiplier: float,
   clients: int,
-  normalize: bool = False,
 ) -> aggregators.Aggregator:
   """The noisy sum of clipped updates, over the expected number of clients.
 
-  Weights only say who is there: each update counts once. A client that is not
-  there, or whose update is not finite, adds zeros. A round of nobody releases
-  noise and the server steps on it (`Aggregator.always`): were it skipped, the
-  parameters that did not move would say that the cohort was empty, which under
-  Poisson sampling depends on every single client.
+  Each update counts once; a weight only says whether the client is there. A
+  client that is not there, or whose update is not finite, adds zeros. A round
+  of nobody releases noise, and the server steps on it (`steps_when_empty`).
+  Without this step, parameters that did not move would tell that the cohort was
+  empty. With Poisson sampling, that depends on every single client.
 
   Args:
     clip_norm: bound S of an update's L2 norm, > 0; infinite for none.
     noise_multiplier: z >= 0; the noise in the sum has a standard deviation of
       z S in every entry.
-    clients: what the sum is divided by: how many clients are expected in a
-      round. Not how many answered: that would change with one client.
-    normalize: whether to divide by S too, as FLASC's authors do, so that the
-      server's learning rate does not depend on the clip norm.
+    clients: the expected number of clients in a round, by which the sum is
+      divided. The number that answered would change with one client.
 
   Raises:
     ValueError: if a number is out of range, or there is noise without a bound.
@@ -47,8 +44,6 @@ def private_mean(
   """
   check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
   _check_clients(clients)
-  if normalize and math.isinf(clip_norm):
-    raise ValueError(f"expected a finite norm to divide by, got {clip_norm=}.")
 
   def share(update, weight, state):
     del state
@@ -57,7 +52,7 @@ def private_mean(
 
   def finish(total, state, key):
     total = add_noise(total, clip_norm, noise_multiplier, key)
-    return total / clients / (clip_norm if normalize else 1), state
+    return total / clients, state
 
   return aggregators.Aggregator(
     lambda: (),
@@ -81,18 +76,19 @@ def adaptive_private_mean(
 
   Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021.
   The state is the clip norm S. After each round S is multiplied by exp(-rate
-  (b - quantile)), where b is the share of the norms that were at most S, itself
-  a noisy sum over `clients`. The updates get a little more noise than z S, so
-  that both releases together cost what `noise_multiplier` says.
+  (b - quantile)), where b is the share of the norms that were at most S. This
+  share is a noisy sum over `clients`. The updates get a little more noise than
+  z S, so that both releases together cost what `noise_multiplier` says.
 
   Args:
     initial_clip_norm: S in the first round, > 0.
-    quantile: of the norms to follow, in [0, 1]; the paper takes 0.5.
-    noise_multiplier: z >= 0, of both releases together.
-    count_noise: standard deviation of the noise in how many norms were at most
-      S, > z / 2 if z > 0; the paper takes clients / 20.
-    clients: as in `private_mean`. If fewer are there, b is drawn towards 1/2.
-    clip_learning_rate: > 0.
+    quantile: the quantile of the norms to follow, in [0, 1]; the paper takes
+      0.5.
+    noise_multiplier: the noise multiplier of both releases together, z >= 0.
+    count_noise: the standard deviation of the noise in the number of norms that
+      were at most S, > z / 2 if z > 0; the paper takes clients / 20.
+    clients: as in `private_mean`. If fewer are there, b is nearer to 1/2.
+    clip_learning_rate: the rate by which S follows, > 0.
 
   Raises:
     ValueError: if a number is out of range. While tracing, if updates are
@@ -146,7 +142,7 @@ def clip(
 ) -> Float[Array, " n"]:
   """Scales a vector down to an L2 norm of at most `norm`.
 
-  One that is not finite becomes zero: no bound would hold for it.
+  A vector that is not finite becomes zero, because no bound holds for it.
   """
   length = jnp.linalg.norm(vector)
   clipped = vector / jnp.maximum(length / norm, 1)
@@ -174,13 +170,22 @@ def check(*, clip_norm: float, noise_multiplier: float) -> None:
   """
   if not clip_norm > 0:
     raise ValueError(f"expected clip_norm > 0, got {clip_norm=}.")
-  if not 0 <= noise_multiplier < math.inf:
-    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")
+  check_noise(noise_multiplier)
   if noise_multiplier > 0 and math.isinf(clip_norm):
     raise ValueError(
       f"expected a finite clip_norm with {noise_multiplier=}, got {clip_norm=}."
       " Noise hides only what is bounded."
     )
+
+
+def check_noise(noise_multiplier: float) -> None:
+  """Refuses a noise multiplier that means nothing.
+
+  Raises:
+    ValueError: if it is negative, infinite or NaN.
+  """
+  if not 0 <= noise_multiplier < math.inf:
+    raise ValueError(f"expected {noise_multiplier=} to be >= 0 and finite.")
 
 
 def _check_clients(clients):

@@ -1,14 +1,14 @@
 """Private messages: noise that a client adds before it sends.
 
-Nobody but the client is trusted then. The noise is where the mechanism stands
-in a `chain`; what comes after it, up to what the server decodes, is
-post-processing, and costs no privacy:
+Then nobody but the client is trusted. The noise is added where the mechanism
+stands in a `chain`. Everything after it, up to what the server decodes, is
+post-processing and costs no privacy:
 
   chain(gaussian_mechanism(...), codec)    noise before the encoder
   chain(codec, gaussian_mechanism(...))    noise after it, on the latent
 
-`gaussian_privacy` accounts for the messages. For nothing else: not for metrics,
-nor for a codec that was fitted on what clients recorded.
+`privacy.gaussian` accounts for the messages alone: not for metrics, nor for a
+codec that was fitted to what clients recorded.
 """
 
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ def gaussian_mechanism(
 ) -> base.Compressor:
   """Clips a vector and adds Gaussian noise to every entry of it.
 
-  The noise is drawn at the client, of the key of its upload: afresh in every
-  round. In a mean over K clients it is sqrt(K) times that of
-  `mechanisms.private_mean`, which needs a server that is trusted.
+  The client draws the noise from the key of its upload, afresh in every round.
+  In a mean over K clients it is sqrt(K) times that of
+  `mechanisms.private_mean`, which needs a trusted server.
 
   Args:
     clip_norm: bound C of the vector's L2 norm, > 0; infinite for none. A vector

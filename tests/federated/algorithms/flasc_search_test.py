@@ -23,7 +23,9 @@ def trace(utility, nbytes=lambda rank, density: round(1000 * rank * density)):
 def test_the_search_follows_what_helps():
   # Rank helps as far as 16, density does not.
   measure, asked = trace(lambda rank, density: min(rank, 16) + density / 100)
-  found = flasc_search.search(measure, rank=1, density=1 / 64, max_rank=64)
+  found = flasc_search.flasc_search(
+    measure, rank=1, density=1 / 64, max_rank=64
+  )
   assert asked == [
     (1, 1 / 64),
     *((4, 1 / 64), (1, 1 / 16)),
@@ -49,7 +51,7 @@ RUNS = {
 
 
 def test_what_costs_more_must_gain_more_than_in_proportion():
-  found = flasc_search.search(
+  found = flasc_search.flasc_search(
     lambda *knobs: RUNS[knobs], rank=1, density=0.25, max_rank=16
   )
   # From (4, 0.25) it would go on to (16, 0.25).
@@ -58,7 +60,7 @@ def test_what_costs_more_must_gain_more_than_in_proportion():
 
 
 def test_what_is_over_the_budget_is_tried_but_not_kept():
-  found = flasc_search.search(
+  found = flasc_search.flasc_search(
     lambda *knobs: RUNS[knobs],
     rank=1,
     density=0.25,
@@ -71,14 +73,16 @@ def test_what_is_over_the_budget_is_tried_but_not_kept():
 
 def test_a_search_where_nothing_gains_goes_where_least_is_lost():
   measure, asked = trace(lambda rank, density: -rank - 10 * density)
-  found = flasc_search.search(measure, rank=1, density=1 / 4, max_rank=16)
+  found = flasc_search.flasc_search(measure, rank=1, density=1 / 4, max_rank=16)
   assert asked[1:] == [(4, 0.25), (1, 1.0), (16, 0.25), (4, 1.0), (16, 1.0)]
   assert found.best == found.trials[0]
 
 
 def test_of_equal_utility_the_cheaper_is_the_best():
   measure, _ = trace(lambda rank, density: 1.0)
-  found = flasc_search.search(measure, rank=1, density=1 / 16, max_rank=16)
+  found = flasc_search.flasc_search(
+    measure, rank=1, density=1 / 16, max_rank=16
+  )
   assert found.best[:2] == (1, 1 / 16)
 
 
@@ -110,7 +114,7 @@ def test_a_search_measures_real_runs(problem):
     arguments = (problem.frozen, problem.examples, everyone, KEY)
     return -float(problem.loss_fn(state.trainable, *arguments)[0]), nbytes
 
-  found = flasc_search.search(
+  found = flasc_search.flasc_search(
     measure, rank=1, density=0.5, max_rank=2, factor=2
   )
   tried = [trial[:2] for trial in found.trials]
@@ -127,13 +131,13 @@ def test_what_is_out_of_range_is_refused(wrong):
   measure, asked = trace(lambda rank, density: 0.0)
   knobs = {"rank": 1, "density": 0.5, "max_rank": 8} | wrong
   with pytest.raises(ValueError, match="search expected"):
-    flasc_search.search(measure, **knobs)
+    flasc_search.flasc_search(measure, **knobs)
   assert not asked
 
 
 def test_a_start_that_is_too_dear_is_refused():
   measure, _ = trace(lambda rank, density: 0.0)
   with pytest.raises(ValueError, match="smaller rank or density"):
-    flasc_search.search(
+    flasc_search.flasc_search(
       measure, rank=4, density=0.5, max_rank=8, most_bytes=1999
     )

@@ -85,16 +85,14 @@ def test_a_norm_that_nobody_exceeds_gives_the_plain_mean():
   np.testing.assert_allclose(got, mean, rtol=1e-5, atol=1e-7)
   got, _ = aggregate(private(np.inf))
   np.testing.assert_allclose(got, mean, rtol=1e-5, atol=1e-7)
-  got, _ = aggregate(private(norm, normalize=True))
-  np.testing.assert_allclose(got, mean / norm, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("norm", [1e-3, 0.1])
-def test_if_everyone_clips_the_normalized_mean_is_of_directions(norm):
-  # The mean does not depend on the norm.
-  got, _ = aggregate(private(norm, normalize=True))
+def test_if_everyone_clips_the_mean_is_of_directions(norm):
+  got, _ = aggregate(private(norm))
   directions = UPDATES / LENGTHS[:, None]
-  np.testing.assert_allclose(got, directions.mean(0), rtol=1e-5, atol=1e-7)
+  expected = directions.mean(0)
+  np.testing.assert_allclose(got / norm, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_weights_say_no_more_than_who_is_there():
@@ -113,12 +111,9 @@ def test_who_is_absent_adds_zeros_to_a_mean_over_as_many(aggregator):
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  ("normalize", "expected"), [(False, 0.6 * 5 / 3), (True, 0.6 / 3)]
-)
-def test_every_entry_gets_noise(normalize, expected):
-  # Of z S / C; of z / C as the authors have it.
-  aggregator = private(5.0, 0.6, normalize=normalize)
+def test_every_entry_gets_noise():
+  expected = 0.6 * 5 / 3  # z S / C.
+  aggregator = private(5.0, 0.6)
   nobody = np.zeros(3, np.float32)
   fn = lambda key: aggregate(aggregator, weights=nobody, key=key)[0]
   noise = np.asarray(jax.jit(draws, static_argnums=(0, 1))(fn, 1000))
@@ -267,7 +262,6 @@ def test_every_round_has_noise_of_its_own(problem, recorder):
       lambda: private(np.inf, 0.1),
       "finite clip_norm with noise_multiplier=0.1",
     ),
-    (lambda: private(np.inf, normalize=True), "finite norm to divide by"),
     (lambda: private(1.0, -0.1), "noise_multiplier=-0.1 to be >= 0"),
     (lambda: private(1.0, np.inf), "noise_multiplier=inf to be >= 0"),
     (lambda: private(1.0, clients=0), "clients >= 1, got clients=0"),
