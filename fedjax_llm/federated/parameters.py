@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 import optax
 
-from fedjax_llm.federated import clients, rounds
+from fedjax_llm.federated import aggregators, clients, rounds
 
 
 def split(tree: Any, is_chosen: Callable[[str], bool]) -> tuple[Any, Any]:
@@ -114,38 +114,36 @@ class PartState:
 
 
 def parametrised(
-  make: Callable[..., rounds.FederatedAlgorithm],
+  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *optimizers: optax.GradientTransformation,
+  *,
   divide: Callable[[Any], tuple[Any, Any]],
   join: Callable[[Any, Any], Any] = combine,
-  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on other parameters than those that the model takes.
 
   >>> import optax
   >>> from fedjax_llm.federated.algorithms import flasc
   >>> of_b_alone = lambda loss_fn: parametrised(
-  ...   flasc.flasc,
+  ...   lambda of_trained: flasc.flasc(
+  ...     of_trained,
+  ...     optax.sgd(0.1),
+  ...     flasc.server_adamw(1e-3),
+  ...     download_density=0.25,
+  ...     upload_density=0.25,
+  ...   ),
   ...   loss_fn,
-  ...   optax.sgd(0.1),
-  ...   flasc.server_adamw(1e-3),
   ...   divide=lambda tree: split(tree, lambda path: factor(path) == "b"),
-  ...   download_density=0.25,
-  ...   upload_density=0.25,
   ... )
 
   Args:
-    make: (loss of what is trained, *optimizers, **options) -> the algorithm
-      that trains it.
+    make: loss of what is trained -> the algorithm that trains it.
     loss_fn: the model's loss, see `clients.local_update`.
-    *optimizers: the optimizers that `make` takes.
     divide: a function from the model's parameters to what is trained in their
       place, and what both ends know beside it.
     join: a function from (trained, fixed) to the model's parameters. It must be
       a function of a module, not a closure. Only then do the states of two such
       algorithms have one structure.
-    **options: the keyword arguments of `make`.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if nothing is trained.
@@ -155,7 +153,7 @@ def parametrised(
     frozen, fixed = shared
     return loss_fn(join(trained, fixed), frozen, examples, mask, key)
 
-  inner = make(inner_loss_fn, *optimizers, **options)
+  inner = make(inner_loss_fn)
 
   def init(trainable):
     trained, fixed = divide(trainable)
@@ -184,11 +182,10 @@ def parametrised(
 
 
 def partial(
-  make: Callable[..., rounds.FederatedAlgorithm],
+  make: Callable[[clients.LossFn], rounds.FederatedAlgorithm],
   loss_fn: clients.LossFn,
-  *optimizers: optax.GradientTransformation,
+  *,
   is_trained: Callable[[str], bool],
-  **options: Any,
 ) -> rounds.FederatedAlgorithm:
   """Any algorithm, on those leaves of the tree whose path `is_trained`.
 
@@ -197,9 +194,28 @@ def partial(
   Args:
     make: see `parametrised`.
     loss_fn: see `parametrised`.
-    *optimizers: see `parametrised`.
     is_trained: see `split`.
-    **options: see `parametrised`.
   """
   divide = functools.partial(split, is_chosen=is_trained)
-  return parametrised(make, loss_fn, *optimizers, divide=divide, **options)
+  return parametrised(make, loss_fn, divide=divide)
+
+
+class Averaging(Protocol):
+  """Federated averaging and its kin, such as `flasc.flasc` with its densities.
+
+  `functools.partial` sets the arguments that are not named here.
+  """
+
+  def __call__(
+    self,
+    loss_fn: clients.LossFn,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation,
+    /,
+    *,
+    aggregate: aggregators.Aggregator | None,
+    population: int | None,
+    placement: clients.Placement | None,
+  ) -> rounds.FederatedAlgorithm:
+    """Makes the algorithm."""
+    ...

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from fedjax_llm.federated import (
+  aggregators,
   clients,
   factors,
   local_training,
@@ -36,8 +37,10 @@ def fed_sb(
   server_optimizer: optax.GradientTransformation,
   *,
   bases: Bases,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **options: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Fed-SB. To the model it is LoRA with the factors `a @ core` and `b`.
 
@@ -50,8 +53,10 @@ def fed_sb(
     bases: where `a`, `b` and the cores start, `gradient_bases(...)` or
       `random_bases(key)`: from LoRA factors, whose shapes count, to a tree that
       has a `core` beside `a` and `b`.
-    make: the function that makes the algorithm that trains the cores.
-    **options: the other arguments of `make`, see `freezing.ffa_lora`.
+    make: the algorithm that trains the cores, see `freezing.ffa_lora`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is larger than its layer.
@@ -62,13 +67,17 @@ def fed_sb(
     return parameters.split(bases(trainable), is_trained)
 
   return parameters.parametrised(
-    make,
+    lambda of_cores: make(
+      of_cores,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     divide=divide,
     join=_factors,
-    **options,
   )
 
 

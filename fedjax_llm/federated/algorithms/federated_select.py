@@ -33,7 +33,8 @@ def federated_select(
   warm_up_rounds: int = 1,
   top_k: sparse.TopK = sparse.top_k,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, unstructured: the Top-K of the round, trained alone.
 
@@ -58,7 +59,8 @@ def federated_select(
     warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
     top_k: from a density to the compressor that sends the largest parameters.
     aggregate: from updates to one; the uniform mean if not given.
-    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density or `warm_up_rounds` is out of range.
@@ -75,7 +77,8 @@ def federated_select(
     server_optimizer,
     channel=stages,
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )
 
 
@@ -110,7 +113,8 @@ def federated_select_ranks(
   ranks: Sequence[int],
   of_client: Callable[[Any], Any] | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Federated Select, structured: the largest ranks of every LoRA pair.
 
@@ -134,7 +138,8 @@ def federated_select_ranks(
     of_client: numbers of clients -> numbers of their tiers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `federated_select`.
-    **parts: as in `federated_select`.
+    population: as in `federated_select`.
+    placement: as in `federated_select`.
 
   Raises:
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
@@ -158,5 +163,6 @@ def federated_select_ranks(
     server_optimizer,
     channel=tiers,
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )

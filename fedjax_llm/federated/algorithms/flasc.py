@@ -31,7 +31,8 @@ def flasc(
   upload_density: densities.Density,
   top_k: sparse.TopK = sparse.top_k,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
 
@@ -47,7 +48,8 @@ def flasc(
       is smaller than `a`; see `grouped.top_k_per_group`, and
       `compression.relative_to` for the Top-K of what has moved.
     aggregate: from updates to one; the uniform mean if not given.
-    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if a density is out of range.
@@ -61,7 +63,8 @@ def flasc(
       begin: _channel(down, up, top_k) for begin, (down, up) in stages.items()
     },
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )
 
 
@@ -73,7 +76,8 @@ def flasc_tiers(
   tiers: Sequence[tuple[float, float]],
   of_client: Callable[[Any], Any] | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FLASC among clients of different bandwidth, each tier at its densities.
 
@@ -90,7 +94,8 @@ def flasc_tiers(
     of_client: numbers of clients -> numbers of their tiers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `flasc`.
-    **parts: as in `flasc`.
+    population: as in `flasc`.
+    placement: as in `flasc`.
 
   Raises:
     ValueError: if there is no tier, or a density is out of range.
@@ -102,7 +107,8 @@ def flasc_tiers(
     server_optimizer,
     channel=channels.Tiers(each, of_client),
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )
 
 

@@ -6,7 +6,6 @@ their `b` is the mean of the products. So these methods aggregate exactly.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +30,10 @@ def ffa_lora(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **options: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """FFA-LoRA: `a` stays at its random start, `b` is trained.
 
@@ -44,21 +45,27 @@ def ffa_lora(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's; the paper averages: `optax.sgd(1.0)`.
-    make: the function that makes the algorithm that trains `b`, such as
-      `flasc.flasc`.
-    **options: the other arguments of `make`, such as `aggregate`, `population`
-      and `placement`.
+    make: the algorithm that trains `b`. For FLASC of `b`, for instance,
+      `functools.partial(flasc.flasc, download_density=0.25,
+      upload_density=0.25)`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if there is nothing but `a`.
   """
   return parameters.partial(
-    make,
+    lambda of_trained: make(
+      of_trained,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     is_trained=lambda path: parameters.factor(path) != "a",
-    **options,
   )
 
 
@@ -67,8 +74,10 @@ def linear_probe(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation,
   *,
-  make: Callable[..., rounds.FederatedAlgorithm] = fed_avg.fed_avg,
-  **options: Any,
+  make: parameters.Averaging = fed_avg.fed_avg,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Linear probing: only the head is trained and sent.
 
@@ -79,19 +88,25 @@ def linear_probe(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's optimizer.
-    make: the function that makes the algorithm that trains the head.
-    **options: the other arguments of `make`, see `ffa_lora`.
+    make: the algorithm that trains the head, see `ffa_lora`.
+    aggregate: from updates to one; the default of `make` if not given.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if the model has no head.
   """
   algorithm = parameters.partial(
-    make,
+    lambda of_trained: make(
+      of_trained,
+      client_optimizer,
+      server_optimizer,
+      aggregate=aggregate,
+      population=population,
+      placement=placement,
+    ),
     loss_fn,
-    client_optimizer,
-    server_optimizer,
     is_trained=_is_head,
-    **options,
   )
 
   def init(trainable):

@@ -36,7 +36,8 @@ def zero_padded_lora(
   of_client: Callable[[Any], Any] | None = None,
   upload: base.Compressor | None = None,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Truncation to a client's rank, and the plain mean of padded updates.
 
@@ -52,7 +53,8 @@ def zero_padded_lora(
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.
     aggregate: from updates to one; the uniform mean if not given.
-    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: from `init`, if a rank is out of range.
@@ -65,7 +67,8 @@ def zero_padded_lora(
       trainable, ranks, of_client, upload
     ),
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )
 
 

@@ -6,8 +6,6 @@ the Top-K of its parameters, and clients train and send only these. Clients have
 no memory, so the support travels down with the values; up travel only values.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,7 +29,8 @@ def sparse_adapter(
   density: float,
   top_k: sparse.TopK = sparse.top_k,
   aggregate: aggregators.Aggregator | None = None,
-  **parts: Any,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """SparseAdapter (He et al., 2022, arXiv 2210.04284): pruned once, for ever.
 
@@ -49,7 +48,8 @@ def sparse_adapter(
     density: the share of the parameters that is kept, in (0, 1].
     top_k: see `federated_select`.
     aggregate: from updates to one; the uniform mean if not given.
-    **parts: `population` and `placement`, see `fed_avg.fed_avg`.
+    population: the number of clients, if the upload keeps a state for each.
+    placement: see `clients.Placement`; all devices if not given.
 
   Raises:
     ValueError: if `density` is out of range.
@@ -69,7 +69,8 @@ def sparse_adapter(
       1: federated_select.received_alone(pruned),
     },
     aggregate=aggregate or aggregators.uniform_mean(),
-    **parts,
+    population=population,
+    placement=placement,
   )
 
 
@@ -79,7 +80,10 @@ def adapter_lth(
   server_optimizer: optax.GradientTransformation,
   *,
   density: densities.Density,
-  **parts: Any,
+  top_k: sparse.TopK = sparse.top_k,
+  aggregate: aggregators.Aggregator | None = None,
+  population: int | None = None,
+  placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
   """Adapter-LTH (Wu and Chen, 2022): pruned further and further.
 
@@ -96,8 +100,10 @@ def adapter_lth(
       `flasc.server_adamw`.
     density: the share of the parameters that is sent, in (0, 1]; or such
       shares by the round they begin with.
-    **parts: `top_k`, `aggregate`, `population` and `placement`, see
-      `federated_select`.
+    top_k: see `federated_select`.
+    aggregate: from updates to one; the uniform mean if not given.
+    population: as in `flasc`.
+    placement: as in `flasc`.
 
   Raises:
     ValueError: if a density is out of range.
@@ -108,7 +114,10 @@ def adapter_lth(
     server_optimizer,
     density=density,
     warm_up_rounds=0,
-    **parts,
+    top_k=top_k,
+    aggregate=aggregate,
+    population=population,
+    placement=placement,
   )
 
 

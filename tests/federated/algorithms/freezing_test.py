@@ -149,7 +149,8 @@ def test_ffa_lora_never_moves_or_sends_a(problem):
 def test_ffa_lora_of_flasc_is_flasc_of_b(problem):
   # By hand: FLASC of a model whose `a` is among what is frozen.
   settings = dict(download_density=0.75, upload_density=0.25)
-  make = functools.partial(freezing.ffa_lora, make=flasc.flasc, **settings)
+  of_flasc = functools.partial(flasc.flasc, **settings)
+  make = functools.partial(freezing.ffa_lora, make=of_flasc)
   cohorts = problem.cohorts(3)
   states, metrics = run(problem, make, ADAMW, cohorts)
 
