@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fedjax_llm.compression import base, sparse, supports, wire
+from fedjax_llm.compression import base, quantize, sparse, supports, wire
 
 
 @wire.message(tag=12)
@@ -46,8 +46,8 @@ def top_k_per_group(
 ) -> base.Compressor:
   """Keeps in every group the entries that are largest in magnitude.
 
-  It suits vectors whose parts differ in scale. LoRA's `b`, which starts at
-  zero, would long have no place in one Top-K with `a`.
+  It suits vectors whose parts differ in scale. LoRA's `b` starts at zero, so
+  that one Top-K of `a` and `b` would keep almost nothing of it for long.
 
   Args:
     owners: the group of each entry.
@@ -67,13 +67,12 @@ def top_k_per_group(
   sizes = np.unique(owners, return_counts=True)[1].tolist()
   counts = counts_of_each(sizes, [density] * len(sizes))
 
-  def encode(vector, key):
-    del key  # Deterministic.
-    _require_size(vector, order.size)
-    mask = largest_of_each(jnp.asarray(vector)[order], sizes, counts)
-    return sparse.gather(vector, mask[places], sum(counts))
+  def mask_of(vector):
+    hint = "It has as many owners."
+    base.require_size("top_k_per_group", vector, order.size, hint)
+    return largest_of_each(jnp.asarray(vector)[order], sizes, counts)[places]
 
-  return base.stateless(encode, sparse.scatter)
+  return _sending(mask_of, sum(counts))
 
 
 def top_k_per_segment(
@@ -95,13 +94,7 @@ def top_k_per_segment(
       `encode`, if the vector is not as long as its segments.
   """
   counts = counts_of_each(sizes, densities)
-
-  def encode(vector, key):
-    del key  # Deterministic.
-    mask = largest_of_each(vector, sizes, counts)
-    return sparse.gather(vector, mask, sum(counts))
-
-  return base.stateless(encode, sparse.scatter)
+  return _sending(lambda x: largest_of_each(x, sizes, counts), sum(counts))
 
 
 def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
@@ -114,8 +107,13 @@ def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
   Returns:
     A `Compressor` whose payload is a `Sparse`.
   """
+  return _sending(lambda vector: mask, count)
+
+
+def _sending(mask_of, count):
+  """Sends the `count` entries in the mask of a vector."""
   return base.stateless(
-    encode=lambda vector, key: sparse.gather(vector, mask, count),
+    encode=lambda vector, key: sparse.gather(vector, mask_of(vector), count),
     decode=sparse.scatter,
   )
 
@@ -160,13 +158,9 @@ def top_k_groups(
   count = int(sum(sent) + np.count_nonzero(owners < 0))
 
   def encode(vector, key):
-    squares = jax.ops.segment_sum(
-      vector**2,
-      _at_the_end(owners, groups),
-      groups + 1,
-      mode="promise_in_bounds",
-    )
-    kept = largest_of_each(squares[:groups], sizes, counts)
+    # Leaves out entries of no group.
+    squares = jax.ops.segment_sum(vector**2, owners, groups)
+    kept = largest_of_each(squares, sizes, counts)
     (indices,) = jnp.nonzero(kept, size=chosen)
     entries = sparse.select(_members(kept, owners), count)
     values = entries.encode(vector, (), key)[0].values
@@ -221,7 +215,8 @@ def largest_of_each(
   Raises:
     ValueError: if there are more or fewer scores than the segments have.
   """
-  _require_size(scores, sum(sizes))
+  hint = "Its segments have as many in all."
+  base.require_size("Top-K by segment", scores, sum(sizes), hint)
   number = jnp.asarray(counts, jnp.int32)
   masks = [
     jax.vmap(sparse.top_k_mask)(grid, number[rows]).ravel()
@@ -245,7 +240,7 @@ def rescale_each(
     left, total = (
       jnp.sum(jnp.abs(x), axis=1, keepdims=True) for x in (kept, whole)
     )
-    return kept * jnp.where(left > 0, total / jnp.where(left > 0, left, 1), 1)
+    return kept * jnp.where(left > 0, total / quantize.divisor(left), 1)
 
   runs = _runs(sizes, kept, whole)
   return jnp.concatenate([scaled(*grids).ravel() for _, grids in runs])
@@ -267,19 +262,7 @@ def _runs(sizes, *vectors):
 
 
 def _members(kept, owners):
-  owners = _at_the_end(owners, kept.size)
+  # Entries of no group are a last group, which is kept.
+  owners = np.where(owners < 0, kept.size, owners)
   # Checked when the compressor was made.
   return jnp.append(kept, True).at[owners].get(mode="promise_in_bounds")
-
-
-def _at_the_end(owners, groups):
-  """The owners, with entries of no group in a last group of their own."""
-  return np.where(owners < 0, groups, owners)
-
-
-def _require_size(vector, size):
-  if vector.shape != (size,):
-    raise ValueError(
-      f"expected a vector of {size} entries, one for each entry of the groups"
-      f" or segments, got {vector.shape}."
-    )

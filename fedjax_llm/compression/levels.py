@@ -57,7 +57,7 @@ def stochastic_uniform(bits: int, *, block: int = 256) -> base.Compressor:
       "stochastic_uniform expected bits in [1, 8] and block > 0, got"
       f" {bits=}, {block=}."
     )
-  return _at_random(2**bits, block, _largest)
+  return _at_random(2**bits, block, quantize.largest)
 
 
 def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
@@ -98,7 +98,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
   entries travel in a byte.
 
   Args:
-    clip: the largest magnitude, in standard deviations about zero of a block;
+    clip: the largest magnitude, in units of a block's root mean square;
       positive, or `math.inf` for no clipping.
     block: the number of entries that share a float32 scale; a layer in the
       paper.
@@ -123,7 +123,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
     bounds = jax.lax.reduce_precision(bounds, 8, 16)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
-  return _at_random(3, block, _largest, clipped)
+  return _at_random(3, block, quantize.largest, clipped)
 
 
 def sign(
@@ -155,7 +155,7 @@ def sign(
     total = jnp.abs(blocks).sum(axis=1)
     if unbiased:
       norm = _norm(blocks)
-      scales = norm * (norm / jnp.where(total > 0, total, 1))
+      scales = norm * (norm / quantize.divisor(total))
     else:
       scales = total / _counts(vector.size, length)
     codes = packing.pack_digits(vector >= 0, 2)
@@ -172,10 +172,9 @@ def _at_random(levels, block, scale_of, prepare=lambda blocks, counts: blocks):
     blocks = quantize.in_blocks(vector.astype(jnp.float32), block)
     blocks = prepare(blocks, _counts(vector.size, block))
     scales = scale_of(blocks)
-    # A block of zeros may have any divisor.
-    divisors = jnp.where(scales > 0, scales, 1)[:, None]
+    shares = blocks / quantize.divisor(scales)[:, None]
     # Clipped: some devices divide inexactly, and a code would wrap around.
-    places = (jnp.clip(blocks / divisors, -1, 1) + 1) * (steps / 2)
+    places = (jnp.clip(shares, -1, 1) + 1) * (steps / 2)
     below = jnp.floor(places)
     chance = jax.random.uniform(key, blocks.shape, jnp.float32)
     codes = below.astype(jnp.uint8) + (chance < places - below)
@@ -192,18 +191,12 @@ def _decode(payload: Levels) -> jax.Array:
   table = (2 * np.arange(payload.levels) - steps) / steps
   table = jnp.asarray(table, jnp.float32)
   blocks = quantize.in_blocks(table[codes], payload.block)
-  return (blocks * payload.scales[:, None]).ravel()[: payload.size]
-
-
-def _largest(blocks: jax.Array) -> jax.Array:
-  return jnp.max(jnp.abs(blocks), axis=1)
+  return quantize.scaled(blocks, payload.scales, payload.size)
 
 
 def _norm(blocks: jax.Array) -> jax.Array:
-  # In units of the largest entry, because squares of small ones would be zero.
-  largest = _largest(blocks)
-  units = jnp.where(largest > 0, largest, 1)[:, None]
-  return largest * jnp.linalg.norm(blocks / units, axis=1)
+  blocks, largest = quantize.in_units(blocks)
+  return largest * jnp.linalg.norm(blocks, axis=1)
 
 
 def _counts(size: int, block: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """Low-rank messages: a vector, laid out as a matrix, in two thin factors."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.compression import base, quantize, wire
+
+# By default, accelerators round the factors to fewer bits.
+_product = functools.partial(jnp.matmul, precision="highest")
 
 
 @wire.message(tag=16)
@@ -44,7 +48,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
   P = M Q, made orthonormal, and Q = M^T P. The next message starts from this Q.
   In the paper, workers average P before they make Q, which takes two messages a
   step. Here every client sends its own factors, and the server averages the
-  decoded vectors. A matrix of at most `rank` ranks arrives exactly. The paper
+  decoded vectors. A matrix of rank `rank` or less arrives exactly. The paper
   uses PowerSGD under `base.error_feedback`.
 
   Args:
@@ -76,16 +80,11 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
     rows = quantize.in_rows(vector.astype(jnp.float32), width(vector.size))
     # In units of the largest entry: squares of small ones would be zero.
     largest = jnp.max(jnp.abs(rows))
-    rows = rows / jnp.where(largest > 0, largest, 1)
+    rows = rows / quantize.divisor(largest)
     left = _orthonormal(_product(rows, state))
     right = _product(rows.T, left)
-    payload = LowRank(
-      left.ravel(),
-      (right * largest).ravel(),
-      rank,
-      rows.shape[1],
-      vector.size,
-    )
+    factors = left.ravel(), (right * largest).ravel()
+    payload = LowRank(*factors, rank, rows.shape[1], vector.size)
     # A column of zeros would stay zero for ever.
     is_alive = jnp.any(right != 0, axis=0)
     return payload, jnp.where(is_alive[None], right, state)
@@ -113,8 +112,3 @@ def _orthonormal(matrix: jax.Array) -> jax.Array:
     column = column / jnp.where(is_new, norm, 1)
     columns.append(jnp.where(is_new, column, 0))
   return jnp.stack(columns, axis=1)
-
-
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-  # By default, accelerators round the factors to fewer bits.
-  return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

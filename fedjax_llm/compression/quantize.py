@@ -104,30 +104,25 @@ def lloyd_max(
   def encode(vector, key):
     del key  # Deterministic.
     blocks = in_blocks(vector.astype(jnp.float32), block)
-    # Divided first, because squares of small entries would be zero.
-    largest = jnp.max(jnp.abs(blocks), axis=1)
-    blocks = blocks / jnp.where(largest > 0, largest, 1)[:, None]
+    blocks, peaks = in_units(blocks)
     is_real = np.arange(blocks.size).reshape(blocks.shape) < vector.size
     unit = jnp.sqrt(jnp.sum(blocks**2, axis=1) / is_real.sum(axis=1))
-    unit = jnp.where(unit > 0, unit, 1)[:, None]
-    codes = jnp.searchsorted(borders, blocks / unit)
+    codes = jnp.searchsorted(borders, blocks / divisor(unit)[:, None])
     rounded = jnp.asarray(levels)[codes] * is_real
     product = (blocks * rounded).sum(axis=1)
     if unbiased:
-      scales = (blocks**2).sum(axis=1) / jnp.where(product > 0, product, 1)
+      scales = (blocks**2).sum(axis=1) / divisor(product)
     else:
       scales = product / (rounded**2).sum(axis=1)
-    scales = scales * largest
+    scales = (scales * peaks).astype(jnp.bfloat16)
     packed = packing.pack_bits(codes.ravel()[: vector.size], bits)
-    scales = scales.astype(jnp.bfloat16)
     return Nearest(packed, scales, bits, block, vector.size)
 
   def decode(payload):
     codes = packing.unpack_bits(payload.codes, payload.size, payload.bits)
     levels = jnp.asarray(gaussian_levels(payload.bits))
     blocks = in_blocks(levels[codes], payload.block)
-    scales = jnp.asarray(payload.scales, jnp.float32)
-    return (blocks * scales[:, None]).ravel()[: payload.size]
+    return scaled(blocks, payload.scales, payload.size)
 
   return base.stateless(encode, decode)
 
@@ -177,6 +172,31 @@ def gaussian_levels(bits: int) -> np.ndarray:
     below = np.array([0.0, *map(distribution.cdf, borders), 1.0])
     levels = (density[:-1] - density[1:]) / (below[1:] - below[:-1])
   return levels.astype(np.float32)
+
+
+def divisor(numbers: jax.Array) -> jax.Array:
+  """The numbers, with 1 in place of those that are not positive."""
+  return jnp.where(numbers > 0, numbers, 1)
+
+
+def largest(blocks: jax.Array) -> jax.Array:
+  """The largest magnitude of each block."""
+  return jnp.max(jnp.abs(blocks), axis=1)
+
+
+def in_units(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Blocks divided by their largest magnitudes, and the largest magnitudes.
+
+  Squares of small entries would be zero without this.
+  """
+  peaks = largest(blocks)
+  return blocks / divisor(peaks)[:, None], peaks
+
+
+def scaled(blocks: jax.Array, scales: jax.Array, size: int) -> jax.Array:
+  """The first `size` entries of blocks, each block times its scale."""
+  scales = jnp.asarray(scales, jnp.float32)
+  return (blocks * scales[:, None]).ravel()[:size]
 
 
 def in_rows(vector: jax.Array, width: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
-from fedjax_llm.compression import base, wire
+from fedjax_llm.compression import base, sparse, wire
 
 
 @wire.message(tag=14)
@@ -73,12 +73,11 @@ def rotate(
     raise ValueError(
       f"rotate expected block to be a power of two, got {block=}."
     )
-  if not 0 < density <= 1:
-    raise ValueError(f"rotate expected density in (0, 1], got {density=}.")
+  sparse.require_density("rotate", density)
 
   def encode(vector, key):
     length = min(block, _power_above(vector.size))
-    kept = max(1, int(density * length))
+    kept = sparse.count_kept(length, density)
     seed = jax.random.bits(key, (2,), jnp.uint32)
     padded = jnp.pad(vector.astype(jnp.float32), (0, -vector.size % length))
     values = _hadamard(padded * _signs(seed, padded.size), length)
@@ -137,10 +136,8 @@ def _hadamard(vector: Float[Array, " n"], block: int) -> Float[Array, " n"]:
   power = block.bit_length() - 1
   left, right = _matrix(power - power // 2), _matrix(power // 2)
   blocks = vector.reshape(-1, len(left), len(right))
-  product = jnp.einsum(
-    "ij,bjk,kl->bil", left, blocks, right, precision=jax.lax.Precision.HIGHEST
-  )
-  return product.ravel()
+  product = "ij,bjk,kl->bil"
+  return jnp.einsum(product, left, blocks, right, precision="highest").ravel()
 
 
 def _matrix(power: int) -> np.ndarray:

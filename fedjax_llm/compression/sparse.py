@@ -66,7 +66,7 @@ def top_k(density: float) -> base.Compressor:
   Raises:
     ValueError: if `density` is not in (0, 1].
   """
-  _require_density("top_k", density)
+  require_density("top_k", density)
 
   def encode(vector, key):
     del key  # Deterministic.
@@ -93,7 +93,7 @@ def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
   Raises:
     ValueError: if `density` is not in (0, 1].
   """
-  _require_density("random_k", density)
+  require_density("random_k", density)
 
   def encode(vector, key):
     count = count_kept(vector.size, density)
@@ -147,11 +147,7 @@ def select(
 
   def encode(vector, key):
     del key  # Deterministic.
-    if vector.shape != mask.shape:
-      raise ValueError(
-        f"select expected a vector of shape {mask.shape}, the shape of its"
-        f" mask, got {vector.shape}."
-      )
+    base.require_size("select", vector, mask.size, "Its mask has as many.")
     values = _take(vector, indices)
     return Masked(values) if is_traced else base.Dense(values)
 
@@ -291,6 +287,7 @@ def _put(values, indices, size):
   )
 
 
-def _require_density(name: str, density: float) -> None:
+def require_density(name: str, density: float) -> None:
+  """Raises a ValueError unless `density` is in (0, 1]."""
   if not 0 < density <= 1:
     raise ValueError(f"{name} expected density in (0, 1], got {density=}.")

@@ -76,7 +76,7 @@ def trellis(
   error is not zero on average: send updates under `error_feedback`, or set
   `unbiased` and chain it after `rotate`.
 
-  A profile tells how large each entry is expected to be. The search minimises
+  A profile says how large each entry is expected to be. The search minimises
   the squared error of the whole, so that large entries become more exact and
   small ones less. The profile costs no bytes.
 
@@ -127,28 +127,24 @@ def trellis(
     size = vector.size
     length = -(-min(block, max(size, 1)) // width) * width
     blocks = quantize.in_rows(vector.astype(jnp.float32), length)
-    known = _in_units(profile, size, length)
-    # Divided first, because squares of small entries would be zero.
-    largest = jnp.max(jnp.abs(blocks), axis=1)
-    blocks = blocks / _or_one(largest)[:, None]
+    known = _profile_rows(profile, size, length)
+    blocks, largest = quantize.in_units(blocks)
     # The best code for a Gaussian has less energy than the Gaussian.
     energy = jnp.sum(blocks**2, axis=1) / jnp.sum(known**2, axis=1)
-    unit = _or_one(jnp.sqrt(energy * (1 - 4.0**-bits)))
+    unit = quantize.divisor(jnp.sqrt(energy * (1 - 4.0**-bits)))
     codebook = jnp.asarray(table(memory, width))
     states = _search(blocks / unit[:, None], known, codebook, shift)
     rounded = codebook[states].reshape(blocks.shape) * known
     product = (blocks * rounded).sum(axis=1)
-    norm = _or_one((rounded**2).sum(axis=1))
+    norm = quantize.divisor((rounded**2).sum(axis=1))
     scales = largest * product / norm
     if unbiased:
-      told = product**2 / (norm * _or_one((blocks**2).sum(axis=1)))
+      told = product**2 / (norm * quantize.divisor((blocks**2).sum(axis=1)))
       # The code of a short block may be nearly orthogonal to it.
       scales /= jnp.maximum(told, (1 - 4.0**-bits) / 2)
     symbols = states.ravel()[: -(-size // width)] & 2**shift - 1
-    codes, scales = (
-      packing.pack_bits(symbols, shift),
-      scales.astype(jnp.bfloat16),
-    )
+    codes = packing.pack_bits(symbols, shift)
+    scales = scales.astype(jnp.bfloat16)
     return Trellis(codes, scales, shift, width, memory, length, size)
 
   def decode(payload):
@@ -159,9 +155,8 @@ def trellis(
     symbols = quantize.in_rows(symbols, length // width)
     states = _windows(symbols, payload.memory, payload.bits)
     rounded = jnp.asarray(table(payload.memory, width))[states]
-    rounded = rounded.reshape(-1, length) * _in_units(profile, size, length)
-    scales = jnp.asarray(payload.scales, jnp.float32)
-    return (rounded * scales[:, None]).ravel()[:size]
+    rounded = rounded.reshape(-1, length) * _profile_rows(profile, size, length)
+    return quantize.scaled(rounded, payload.scales, size)
 
   return base.stateless(encode, decode)
 
@@ -197,22 +192,14 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 def _search(blocks, known, codebook, shift):
   """The states whose entries are nearest to each block: Viterbi's algorithm."""
-  states = len(codebook)
-  width = codebook.shape[1]
-  count, length = blocks.shape
-  steps = length // width
-  most = max(1, _CHOICES // (steps * (states >> shift)))
-  groups = max(1, -(-count // most))
-  size = max(1, -(-count // groups))
-
-  def group(x):
-    x = jnp.pad(x, ((0, groups * size - count), (0, 0)))
-    return x.reshape(groups, size, steps, width)
-
+  states, width = codebook.shape
+  steps = blocks.shape[1] // width
   nearest = functools.partial(_nearest, codebook=codebook, shift=shift)
-  together = lambda pair: jax.vmap(nearest)(*pair)
-  found = jax.lax.map(together, (group(blocks), group(known)))
-  return found.reshape(-1, steps)[:count]
+  return jax.lax.map(
+    lambda pair: nearest(*pair),
+    [x.reshape(-1, steps, width) for x in (blocks, known)],
+    batch_size=max(1, _CHOICES // (steps * (states >> shift))),
+  )
 
 
 def _nearest(
@@ -225,7 +212,7 @@ def _nearest(
   """The states of the stream of least squared error for one block."""
   states = len(codebook)
   kept = states >> shift
-  multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  multiply = functools.partial(jnp.matmul, precision="highest")
 
   def forward(error, step):
     target, known = step
@@ -260,7 +247,7 @@ def _windows(symbols, memory, shift):
   return states & 2**memory - 1
 
 
-def _in_units(profile, size, length):
+def _profile_rows(profile, size, length):
   """The profile in rows of `length`, with zeros as padding."""
   if profile is None:
     known = jnp.ones(size)
@@ -272,7 +259,3 @@ def _in_units(profile, size, length):
       f" profile, got {size}."
     )
   return quantize.in_rows(jnp.asarray(known, jnp.float32), length)
-
-
-def _or_one(x):
-  return jnp.where(x > 0, x, 1)
