@@ -1,1 +1,1 @@
-"""Learned compression: CG-FedLLM's autoencoder and what it is measured by."""
+"""Learned codecs: how they are fitted, saved, and measured."""

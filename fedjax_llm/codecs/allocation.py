@@ -28,6 +28,8 @@ from fedjax_llm.compression import base, wire
 RATES = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6)
 # An unbiased code sends every entry.
 _RATES_OF_ALL = (1 / 8, *RATES[1:])
+# Number of entries that share a bfloat16 scale.
+_BLOCK = 2048
 # An upper bound on the bytes of a class's header and of one more scale.
 _HEADER = 24
 
@@ -92,7 +94,6 @@ def allocated(
   bits: float,
   *,
   memory: int = 12,
-  block: int = 2048,
   unbiased: bool = False,
 ) -> base.Compressor:
   """Sends entries whose variances both ends know, at rates that suit them.
@@ -105,7 +106,6 @@ def allocated(
     bits: upper bound on the length of a message in bits per entry, headers and
       scales included.
     memory: memory of the trellises, 6 or more, see `trellis`.
-    block: number of entries that share a scale.
     unbiased: whether the code is unbiased, see `trellis`. Every entry is then
       sent, at an eighth of a bit or more.
 
@@ -126,7 +126,7 @@ def allocated(
   size = variances.size
   choices = _RATES_OF_ALL if unbiased else RATES
   left = bits - 8 * _HEADER * np.count_nonzero(choices) / size
-  extra = 16 / block
+  extra = 16 / _BLOCK
   rate = np.zeros(size)
   if left > choices[0] + extra * unbiased:
     rate = rates(
@@ -149,18 +149,14 @@ def allocated(
       compression.trellis(
         float(each),
         memory=memory,
-        block=block,
+        block=_BLOCK,
         profile=profile[entries],
         unbiased=unbiased,
       )
     )
 
   def encode(vector, key):
-    if vector.shape != (size,):
-      raise ValueError(
-        f"allocated expected a vector of {size} entries, as many as variances,"
-        f" got {vector.shape}."
-      )
+    base.require_size("allocated", vector, size, "It has as many variances.")
     payloads = [
       part.encode(vector[entries], (), key)[0]
       for part, entries in zip(parts, members, strict=True)

@@ -7,6 +7,7 @@ read the decoder and decoding does not read the encoder: a client is sent
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from fedjax_llm import compression
 from fedjax_llm.codecs import layouts, networks, pca
 from fedjax_llm.compression import base, wire
 
-# Latent entries that share a scale, in bfloat16.
+# Number of latent entries that share a bfloat16 scale.
 LATENT_BLOCK = 4096
 
 
@@ -48,8 +49,7 @@ def autoencoder(codec: Codec) -> base.Compressor:
   """Sends the latent of a vector.
 
   Args:
-    codec: the codec. A client does not need its `decoder`, the server not its
-      `encoder`.
+    codec: the codec. A client needs no `decoder`, and the server no `encoder`.
 
   Returns:
     A `Compressor` whose payload is a `pca.Latent`. Its values are quantised if
@@ -67,13 +67,8 @@ def autoencoder(codec: Codec) -> base.Compressor:
 
   def decode(payload):
     shape = latent_shape(codec.network, codec.layout)
-    expected = (int(np.prod(shape)), codec.layout.size)
-    if (payload.values.size, payload.size) != expected:
-      raise ValueError(
-        f"the codec expected a latent of {expected[0]} entries for a vector of"
-        f" {expected[1]}, got a message with {payload.values.size} for"
-        f" {payload.size}. Both ends need the same codec."
-      )
+    sizes = math.prod(shape), codec.layout.size
+    pca.require_latent("the codec", payload, *sizes)
     latents = jnp.asarray(payload.values).reshape(1, *shape)
     images: Any = codec.network.decoder.apply(codec.decoder, latents)
     image = images.reshape(codec.layout.positions.shape)

@@ -63,22 +63,10 @@ def shuffled_error(
 
   Args:
     vectors: updates of two or more clients of a round.
-    received: what arrived of each.
+    received: what arrived from each client.
   """
   other = jnp.roll(received, 1, axis=0)
   return relative_squared_error(vectors.ravel(), other.ravel())
-
-
-@wire.message(tag=18)
-class Seed:
-  """The seed of a random vector of `size` entries."""
-
-  seed: Any
-  size: int
-
-  def check(self) -> None:
-    """Raises a `ValueError` if the seed is not two uint32."""
-    wire.require(self.seed, np.uint32, 2, "seed")
 
 
 def zero(n: int) -> base.Compressor:
@@ -100,10 +88,11 @@ def gaussian_noise(scale: float, n: int) -> base.Compressor:
   """A control: noise of standard deviation `scale` arrives."""
 
   def encode(vector, key):
-    return Seed(jax.random.bits(key, (2,), jnp.uint32), vector.size)
+    # The latent is the seed of the noise.
+    return pca.Latent(jax.random.bits(key, (2,), jnp.uint32), vector.size)
 
   def decode(payload):
-    seed = jnp.asarray(payload.seed)
+    seed = jnp.asarray(payload.values)
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     return scale * jax.random.normal(key, (n,))
 
@@ -209,8 +198,8 @@ def report(
   Args:
     compressor: compressor of the codec, without error feedback.
     snapshots: recorded vectors, float32 [count, n].
-    groups: for each round, the numbers of two or more snapshots to measure;
-      better ones that the codec was not fitted to.
+    groups: for each round, the numbers of two or more snapshots to measure,
+      preferably of rounds that the codec was not fitted to.
     mean: mean of the snapshots that the codec was fitted to, [n].
     scale: root mean square of their entries.
   """
@@ -231,26 +220,20 @@ def report(
 def nbytes(compressor: base.Compressor, n: int) -> int:
   """The length of the message of a vector of `n` entries, in bytes."""
   vector = jax.ShapeDtypeStruct((n,), jnp.float32)
-  state = jax.eval_shape(compressor.init, vector)
-  payload, _ = jax.eval_shape(
-    compressor.encode, vector, state, jax.random.key(0)
-  )
-  return wire.nbytes(payload)
+  send = lambda x: compressor.encode(x, compressor.init(x), jax.random.key(0))
+  return wire.nbytes(jax.eval_shape(send, vector)[0])
 
 
 def receiver(compressor: base.Compressor) -> Callable[[Any], jax.Array]:
-  """Makes a function from vectors [clients, n] to what arrives of them."""
+  """Makes a function from vectors [clients, n] to the vectors that arrive."""
 
-  def received(vectors):
-    def one(number_and_vector):
-      number, vector = number_and_vector
-      key = jax.random.fold_in(jax.random.key(0), number)
-      state = compressor.init(vector)
-      return base.transmit(compressor, vector, state, key).received
+  def one(number_and_vector):
+    number, vector = number_and_vector
+    key = jax.random.fold_in(jax.random.key(0), number)
+    state = compressor.init(vector)
+    return base.transmit(compressor, vector, state, key).received
 
-    return jax.lax.map(one, (jnp.arange(len(vectors)), vectors))
-
-  return received
+  return lambda vectors: jax.lax.map(one, (jnp.arange(len(vectors)), vectors))
 
 
 def quality(
@@ -258,10 +241,10 @@ def quality(
   snapshots: np.ndarray,
   groups: Sequence[np.ndarray],
 ) -> Quality:
-  """Measures what arrives of the snapshots, round by round.
+  """Measures how well snapshots arrive, round by round.
 
   Args:
-    received_fn: function from vectors [clients, n] to what arrives of them.
+    received_fn: function from vectors [clients, n] to the vectors that arrive.
     snapshots: recorded vectors, float32 [count, n].
     groups: for each round, the numbers of two or more snapshots.
   """
@@ -276,13 +259,8 @@ def quality(
     energies.append(jnp.sum(vectors**2))
     errors.append(jnp.sum((vectors - received) ** 2))
     shuffled.append(shuffled_error(vectors, received) * energies[-1])
-    rows.append(
-      (
-        jnp.mean(cosine(vectors, received)),
-        both["innovation_cosine"],
-        both["update_cosine"],
-      )
-    )
+    cosines = both["innovation_cosine"], both["update_cosine"]
+    rows.append((jnp.mean(cosine(vectors, received)), *cosines))
   error, confused = (np.sum(x) / np.sum(energies) for x in (errors, shuffled))
   means = np.mean(np.array(rows, np.float64), axis=0)
   return Quality(*map(float, (error, *means, confused)))

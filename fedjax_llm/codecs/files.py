@@ -30,8 +30,7 @@ from fedjax_llm.federated import parameters
 
 Codec = autoencoder.Codec | transforms.Transform
 _STATIC, _ARRAYS = "codec.json", "codec.safetensors"
-_VERSION = 2
-_SIDES = ("rows", "columns")
+_VERSION = 3
 _MODULES = {
   module.__name__: module
   for module in (
@@ -52,17 +51,18 @@ def save(
   Args:
     folder: where to write; made if absent.
     codec: a codec of either kind.
-    about: what to say of it in JSON, such as what it was fitted to.
+    about: facts about the codec for the JSON file, such as what it was fitted
+      to.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   is_transform = isinstance(codec, transforms.Transform)
   static, arrays = (_of_transform if is_transform else _of_autoencoder)(codec)
-  tensors = traverse_util.flatten_dict(jax.device_get(arrays), sep="/")
   tensors = {
-    name: np.ascontiguousarray(x)
-    for name, x in tensors.items()
-    if x is not None
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      np.ascontiguousarray(x)
+    )
+    for path, x in jax.tree.leaves_with_path(jax.device_get(arrays))
   }
   safetensors.numpy.save_file(tensors, folder / _ARRAYS)
   fields = {"version": _VERSION, **static, "about": dict(about)}
@@ -76,11 +76,11 @@ def load(
 
   Args:
     folder: folder that `save` wrote.
-    trainable: tree whose updates the codec is to serve, or its shapes.
+    trainable: tree of the updates to compress, or its shapes.
 
   Returns:
-    The codec, and what `save` was told about it with a `fingerprint`, which is
-    a hash of the arrays.
+    The codec, and the facts that `save` wrote, with a `fingerprint`, a hash of
+    the arrays.
 
   Raises:
     ValueError: if there is no codec that this release reads, or it was fitted
@@ -117,25 +117,21 @@ def load(
 
 def _of_transform(transform):
   """What is static, and a tree of arrays."""
-  named = lambda pairs: {
-    str(number): dict(zip(_SIDES, pair, strict=True))
-    for number, pair in enumerate(pairs)
-  }
   static = {
     "kind": "transform",
     "signature": transform.signature,
     "shapes": transform.shapes,
   }
   return static, {
-    "rotations": named(transform.rotations),
-    "variances": named(transform.variances),
+    "rotations": transform.rotations,
+    "variances": transform.variances,
   }
 
 
 def _transform(fields, tensors):
   shapes = tuple(map(tuple, fields["shapes"]))
   pairs = lambda kind: tuple(
-    tuple(tensors.get(f"{kind}/{number}/{side}") for side in _SIDES)
+    tuple(tensors.get(f"{kind}/{number}/{side}") for side in range(2))
     for number in range(len(shapes))
   )
   return transforms.Transform(

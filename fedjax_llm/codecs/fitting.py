@@ -20,7 +20,6 @@ from fedjax_llm.codecs import (
   distortion,
   layouts,
   networks,
-  row_network,
   splits,
   training,
 )
@@ -36,9 +35,9 @@ class Settings:
     steps: maximal number of steps.
     batch_size: snapshots per step.
     learning_rate: learning rate of Adam; 2e-4 in the paper.
-    normalise: what images are divided by: the root mean square of each of the
-      "columns", of all entries as "one", or "none". The paper does not mention
-      any normalisation, but without it its network does not learn.
+    normalise: divisor of images: "columns" for the root mean square of each
+      column, "one" for that of all entries, or "none" for 1. The paper does not
+      mention any normalisation, but without it its network does not learn.
     held_out: share of the rounds, the last ones, that the codec is not fitted
       to. They decide when to stop, and the report is about them.
     evaluate_every: steps between evaluations.
@@ -59,8 +58,7 @@ class Settings:
   seed: int = 0
 
   def __post_init__(self):
-    counts = ("steps", "batch_size", "evaluate_every", "patience")
-    for name in counts:
+    for name in ("steps", "batch_size", "evaluate_every", "patience"):
       if getattr(self, name) < 1:
         raise ValueError(
           f"fit expected {name} >= 1, got {name}={getattr(self, name)}."
@@ -99,8 +97,8 @@ class _State(NamedTuple):
 def fit(
   snapshots: np.ndarray,
   layout: layouts.Layout,
-  network: networks.Network | None = None,
-  settings: Settings | None = None,
+  network: networks.Network,
+  settings: Settings,
   *,
   rounds: np.ndarray | None = None,
   checkpoints: Checkpoints | None = None,
@@ -111,10 +109,9 @@ def fit(
   Args:
     snapshots: recorded vectors in the order of time, float32 [count, n]; may be
       memory-mapped.
-    layout: layout of the tree that the vectors are of.
-    network: what to fit; None for `row_network.network` at half a bit per
-      entry.
-    settings: how to fit; None for the defaults.
+    layout: layout of the vectors.
+    network: networks to fit.
+    settings: how to fit.
     rounds: round of each snapshot, int [count]; None if unknown.
     checkpoints: where to keep the state and resume from; None for nowhere.
     progress: called at each evaluation with the step, its loss and the held-out
@@ -128,9 +125,6 @@ def fit(
     ValueError: if there are too few snapshots, they do not fit the layout, or
       `checkpoints` has the state of another fit.
   """
-  settings = settings or Settings()
-  width = layout.positions.shape[1]
-  network = network or row_network.network(width, latents=-(-width // 2))
   if snapshots.ndim != 2 or snapshots.shape[1] != layout.size:
     raise ValueError(
       f"fit expected snapshots [count, {layout.size}], as the layout has them,"

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fedjax_llm.codecs import pca
 from fedjax_llm.federated import parameters
 
 # The paper's networks have six layers of stride two, and pad what is left by
 # reflection: sides are multiples of the one number and at least the other.
-MULTIPLE, LEAST = 64, 128
+_MULTIPLE, _LEAST = 64, 128
 _FACTORS = ("a", "b")
 
 
@@ -28,15 +29,16 @@ _FACTORS = ("a", "b")
 class Layout:
   """A bijection between vectors of `size` entries and images, up to padding.
 
-  Layouts with the same digest are equal, as static arguments of `jit` need it.
+  Layouts with the same digest are equal, so that they can be static arguments
+  of `jit`.
 
   Attributes:
     positions: int32 [height, width]; the vector entry at each pixel, or `size`
       for padding, which is zero.
     size: number of vector entries.
     signature: `parameters.signature` of the tree that vectors are raveled from.
-    is_learned: whether positions come from recorded updates, so that a client
-      must be told them; otherwise they follow from the tree.
+    is_learned: whether positions come from recorded updates, and are sent to
+      each client once; otherwise they follow from the tree.
   """
 
   positions: np.ndarray
@@ -62,11 +64,7 @@ class Layout:
     Raises:
       ValueError: if the vector has another length.
     """
-    if vector.shape != (self.size,):
-      raise ValueError(
-        f"the layout expected a vector of {self.size} entries, got"
-        f" {vector.shape}. A codec serves the adapter that it was fitted to."
-      )
+    pca.require_size("the layout", vector, self.size)
     vector = jnp.asarray(vector)
     return vector.at[self._places()].get(mode="fill", fill_value=0)
 
@@ -117,7 +115,8 @@ def square(
         f"square expected stacked layers, got {module}/{factor} twice. Take"
         " flat, which takes any tree."
       )
-    by_module[module][factor] = positions
+    matrices = positions.reshape(-1, *positions.shape[-2:])
+    by_module[module][factor] = matrices
   halves = [name for name, each in by_module.items() if len(each) < 2]
   if set(by_module) != set(modules) or halves:
     raise ValueError(
@@ -126,7 +125,7 @@ def square(
       " Take flat, which takes any tree."
     )
   stacked = {
-    module: (_stacked(each["a"]), _stacked(each["b"]).swapaxes(1, 2))
+    module: (each["a"], each["b"].swapaxes(1, 2))
     for module, each in by_module.items()
   }
   sides = {x.shape[:2] for pair in stacked.values() for x in pair}
@@ -146,32 +145,23 @@ def square(
   return _layout(trainable, np.concatenate(blocks, axis=1))
 
 
-def flat(trainable: Any, *, height: int | None = None) -> Layout:
-  """Any tree, row by row in the order of its leaves, then padding.
+def flat(trainable: Any) -> Layout:
+  """Places any tree row by row, in the order of its leaves, then padding.
+
+  The image is about square, and its sides are multiples of 64, 128 or more.
 
   Args:
     trainable: tree of arrays, or their shapes.
-    height: height of the image, a multiple of 64, 128 or more; None for an
-      image that is about square.
-
-  Raises:
-    ValueError: if `height` is another number.
   """
   size = _size(trainable)
-  if height is None:
-    height = max(LEAST, MULTIPLE * round(math.sqrt(size) / MULTIPLE))
-  if height < LEAST or height % MULTIPLE:
-    raise ValueError(
-      f"flat expected a height that is a multiple of {MULTIPLE}, {LEAST} or"
-      f" more, got {height=}."
-    )
-  width = max(LEAST, MULTIPLE * -(-size // (height * MULTIPLE)))
+  height = max(_LEAST, _MULTIPLE * round(math.sqrt(size) / _MULTIPLE))
+  width = max(_LEAST, _MULTIPLE * -(-size // (height * _MULTIPLE)))
   positions = np.minimum(np.arange(height * width), size)
   return _layout(trainable, positions.reshape(height, width))
 
 
 def columns(trainable: Any, *, width: int) -> Layout:
-  """Any tree, column by column in the order of its leaves, then padding.
+  """Places any tree column by column, in the order of its leaves, then padding.
 
   A column is a stretch of one factor of one layer, or of a few. Layers, modules
   and factors then differ between columns, while rows are alike, which is what
@@ -190,16 +180,16 @@ def columns(trainable: Any, *, width: int) -> Layout:
 def ranked(
   trainable: Any, energies: Float[np.ndarray, " n"], *, width: int
 ) -> Layout:
-  """Any tree, with entries that move about equally much in the same column.
+  """Places entries that move about equally much in the same column.
 
   The first column has the entries of least energy, the last column those of
-  most. In a column entries keep the order of the raveled tree. A client must be
-  told the column of each entry, once.
+  most. In a column entries keep the order of the raveled tree. Each client is
+  sent the column of each entry, once.
 
   Args:
     trainable: tree of arrays, or their shapes.
-    energies: mean square of each entry over recorded updates. Leave out the
-      updates that judge the codec.
+    energies: mean square of each entry over recorded updates, without those
+      that judge the codec.
     width: width of the image, positive.
 
   Raises:
@@ -210,7 +200,7 @@ def ranked(
     raise ValueError(
       f"ranked expected energies of {size} entries, got {energies.shape}."
     )
-  height = len(_in_columns(trainable, np.arange(size), width).positions)
+  height = len(columns(trainable, width=width).positions)
   order = np.argsort(energies, kind="stable")
   for start in range(0, size, height):
     order[start : start + height].sort()
@@ -234,10 +224,6 @@ def _numbered(trainable: Any) -> dict[str, np.ndarray]:
   return numbers
 
 
-def _stacked(positions: np.ndarray) -> np.ndarray:
-  return positions if positions.ndim == 3 else positions[None]
-
-
 def _layout(trainable, positions):
   signature = parameters.signature(trainable)
   return Layout(positions.astype(np.int32), _size(trainable), signature)
@@ -254,4 +240,4 @@ def _in_columns(trainable, order, width):
 
 
 def _size(trainable):
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+  return sum(leaf.size for leaf in jax.tree.leaves(trainable))

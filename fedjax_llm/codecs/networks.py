@@ -40,8 +40,8 @@ def resnet(
   """Makes CG-FedLLM's ResNet; the defaults are the paper's.
 
   Args:
-    stem: channels at full resolution. The paper has one, of which a ReLU drops
-      half of the values.
+    stem: channels at full resolution. The paper has one, and a ReLU drops half
+      of its values.
     linear: whether to leave out the decoder's tanh.
     bits: bits per latent entry, see `Network`.
   """

@@ -1,12 +1,15 @@
 """The best linear codec of recorded updates: principal components."""
 
+import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedjax_llm.compression import base, wire
+
+# By default, accelerators round the factors to fewer bits.
+_product = functools.partial(jnp.matmul, precision="highest")
 
 
 @wire.message(tag=17)
@@ -72,33 +75,29 @@ def pca(basis: Basis) -> base.Compressor:
 
   def encode(vector, key):
     del key  # Deterministic.
-    if vector.shape != basis.mean.shape:
-      raise ValueError(
-        f"the basis expected a vector of {basis.mean.size} entries, got"
-        f" {vector.shape}. A codec serves the adapter that it was fitted to."
-      )
+    require_size("the basis", vector, basis.mean.size)
     values = _product(basis.components, vector - basis.mean)
     return Latent(values, vector.size)
 
   def decode(payload):
-    expected = len(basis.components), basis.mean.size
-    if (payload.values.size, payload.size) != expected:
-      raise ValueError(
-        f"the basis expected {expected[0]} coordinates of a vector of"
-        f" {expected[1]} entries, got a message with {payload.values.size} of"
-        f" {payload.size}. Both ends need the same basis."
-      )
+    require_latent("the basis", payload, *basis.components.shape)
     return basis.mean + _product(payload.values, basis.components)
 
   return base.stateless(encode, decode)
 
 
-def setup_bytes(basis: Basis) -> int:
-  """Bytes of the message with the basis, which a client gets once."""
-  numbers = basis.mean.size + basis.components.size
-  return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.float32)))
+def require_size(name: str, vector: Float[Array, " n"], size: int) -> None:
+  """Raises a ValueError unless a codec's vector has `size` entries."""
+  hint = "A codec serves the adapter that it was fitted to."
+  base.require_size(name, vector, size, hint)
 
 
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-  # Accelerators would round factors to fewer bits.
-  return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+def require_latent(name: str, payload: Latent, values: int, size: int) -> None:
+  """Raises a ValueError unless `payload` has the sizes of a codec's latent."""
+  got = payload.values.size, payload.size
+  if got != (values, size):
+    raise ValueError(
+      f"{name} expected a latent of {values} entries for a vector of {size},"
+      f" got a message with {got[0]} for {got[1]}. Both ends need the same"
+      " codec."
+    )

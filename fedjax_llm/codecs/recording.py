@@ -8,7 +8,6 @@ leaves no half-written snapshot.
 """
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -36,8 +35,8 @@ class Store:
   Attributes:
     folder: the folder.
     about: `signature`, the hash of the tree that vectors are raveled from;
-      `size`, their number of entries; and what else was said of them, such as
-      their `representation`.
+      `size`, the number of entries of a vector; and further facts, such as the
+      `representation`.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -67,15 +66,17 @@ class Store:
     Args:
       folder: where the store is; made if absent.
       trainable: tree of arrays, or their shapes.
-      **about: what else to say of the vectors.
+      **about: further facts about the vectors.
 
     Raises:
       ValueError: if the folder has a store of something else.
     """
     folder = pathlib.Path(folder)
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
-    signature = parameters.signature(trainable)
-    expected = {"signature": signature, "size": size, **about}
+    expected = {
+      "signature": parameters.signature(trainable),
+      "size": sum(x.size for x in jax.tree.leaves(trainable)),
+      **about,
+    }
     if not (folder / "store.json").exists():
       folder.mkdir(parents=True, exist_ok=True)
       _replace(folder / "store.json", json.dumps(expected, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""Our network: the same small perceptron codes every row of an image.
+"""Our network: the same linear map codes every row of an image.
 
 Updates are nearly white along any axis that a convolution could slide over.
 What differs is how much entries move: by layer, module and factor, and from
 entry to entry. `layouts.columns`, `square` and `ranked` put entries that move
-alike in the same column, so a dense layer over a row learns which columns are
+alike in the same column, so a linear map of a row learns which columns are
 worth bits. The latent is quantised during the fit (`networks.Network.bits`), so
 the network learns to make the most of its bits.
 """
@@ -19,7 +19,7 @@ from fedjax_llm.codecs import networks
 
 
 def network(
-  width: int, *, latents: int, hidden: int = 0, bits: int | None = 1
+  width: int, *, latents: int, bits: int | None = 1
 ) -> networks.Network:
   """Makes a network that codes rows.
 
@@ -28,44 +28,35 @@ def network(
   Args:
     width: width of the images.
     latents: number of latent entries per row.
-    hidden: width of the two hidden layers of each end; 0 for linear maps only.
     bits: bits per latent entry, see `networks.Network`.
 
   Raises:
     ValueError: if a number is out of range.
   """
-  if not (width > 0 and latents > 0 and hidden >= 0):
+  if not (width > 0 and latents > 0):
     raise ValueError(
-      "row_network.network expected width and latents > 0, hidden >= 0, got"
-      f" {width=}, {latents=}, {hidden=}."
+      "row_network.network expected width and latents > 0, got"
+      f" {width=}, {latents=}."
     )
-  return networks.Network(Rows(latents, hidden), Rows(width, hidden), bits)
+  return networks.Network(Rows(latents), Rows(width), bits)
 
 
 class Rows(nn.Module):
-  """A linear map plus a perceptron, of each row by itself and without bias.
+  """A linear map of each row by itself, without bias.
 
   Attributes:
-    features: entries of a row that comes out.
-    hidden: width of the two hidden layers; 0 for the linear map only.
+    features: number of entries of a row that comes out.
   """
 
   features: int
-  hidden: int = 0
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "n h entries"]
   ) -> Float[Array, "n h features"]:
     """Returns the rows of images, or of latents; zero stays zero."""
-    y = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)(x)
-    if self.hidden:
-      for _ in range(2):
-        x = nn.gelu(nn.Dense(self.hidden, use_bias=False)(x))
-      # The perceptron starts at zero, or quantised training would not settle.
-      zeros = nn.initializers.zeros
-      y = y + nn.Dense(self.features, use_bias=False, kernel_init=zeros)(x)
-    return y
+    dense = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)
+    return dense(x)
 
 
 def _last_columns(key, shape, dtype=jnp.float32):

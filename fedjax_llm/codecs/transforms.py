@@ -27,6 +27,8 @@ from fedjax_llm.federated import parameters
 
 # Added to every variance, in units of the mean one, so that none is zero.
 _LEAST = 1e-3
+# The longest side that is rotated: a rotation has side**2 numbers.
+_LONGEST = 32
 
 
 @functools.partial(
@@ -55,9 +57,7 @@ class Transform:
   signature: str
 
 
-def fit(
-  snapshots: Float[np.ndarray, "count n"], trainable: Any, *, largest: int = 32
-) -> Transform:
+def fit(snapshots: Float[np.ndarray, "count n"], trainable: Any) -> Transform:
   """Learns principal axes from recorded updates, and variances along them.
 
   Snapshots are weighted equally, whatever their norms.
@@ -66,12 +66,11 @@ def fit(
     snapshots: recorded updates; may be memory-mapped.
     trainable: tree that the updates are of, or its shapes. The last two axes of
       a leaf are those of matrices. Leaves with fewer axes are not rotated.
-    largest: longest side that is rotated; a rotation has side**2 numbers.
 
   Raises:
     ValueError: if snapshots have another length, or all are zero.
   """
-  shapes = _shapes(trainable)
+  shapes = tuple(_matrices(x.shape) for x in jax.tree.leaves(trainable))
   size = sum(map(math.prod, shapes))
   norms = np.sqrt([np.sum(np.square(x, dtype=np.float64)) for x in snapshots])
   if snapshots.shape[1] != size or not norms.any():
@@ -86,7 +85,7 @@ def fit(
     leaf = snapshots[:, start:end] * weights[:, None].astype(np.float32)
     leaf, start = leaf.reshape(-1, *shape), end
     turned = [
-      _axes(x) if min(x.shape[2:]) > 1 and x.shape[3] <= largest else None
+      _axes(x) if min(x.shape[2:]) > 1 and x.shape[3] <= _LONGEST else None
       for x in (leaf.swapaxes(2, 3), leaf)
     ]
     energy = np.mean(np.square(_turn(leaf, *turned)), axis=0) + _LEAST
@@ -125,11 +124,7 @@ def to_principal_axes(transform: Transform) -> base.Compressor:
 
   def encode(vector, key):
     del key  # Deterministic.
-    if vector.shape != (size,):
-      raise ValueError(
-        f"the transform expected a vector of {size} entries, got"
-        f" {vector.shape}. A codec serves the adapter that it was fitted to."
-      )
+    pca.require_size("the transform", vector, size)
     return pca.Latent(through(vector.astype(jnp.float32), _turn), size)
 
   def decode(payload):
@@ -144,7 +139,6 @@ def transform_code(
   bits: float,
   *,
   memory: int = 12,
-  block: int = 2048,
   unbiased: bool = False,
 ) -> base.Compressor:
   """Turns updates to their principal axes, and gives bits by variance.
@@ -153,7 +147,6 @@ def transform_code(
     transform: result of `fit`; concrete, because it decides the message length.
     bits: bits per vector entry, headers and scales included.
     memory: memory of the trellises, see `compression.trellis`.
-    block: number of entries that share a scale.
     unbiased: whether the code is unbiased, as a mean over many clients needs
       it, see `allocation`; otherwise each message has the least error.
 
@@ -166,7 +159,7 @@ def transform_code(
   return base.chain(
     to_principal_axes(transform),
     allocation.allocated(
-      profile(transform), bits, memory=memory, block=block, unbiased=unbiased
+      profile(transform), bits, memory=memory, unbiased=unbiased
     ),
   )
 
@@ -175,10 +168,6 @@ def setup_bytes(transform: Transform) -> int:
   """Bytes of the message with the transform, which a client gets once."""
   numbers = sum(x.size for x in jax.tree.leaves(transform))
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)))
-
-
-def _shapes(trainable):
-  return tuple(_matrices(x.shape) for x in jax.tree.leaves(trainable))
 
 
 def _matrices(shape):
@@ -195,13 +184,14 @@ def _axes(leaf):
 
 def _turn(leaf, rows, columns):
   """Coordinates along the axes, of matrices [..., matrices, rows, columns]."""
-  exact = jax.lax.Precision.HIGHEST
+  # By default, accelerators round the factors to fewer bits.
+  product = functools.partial(jnp.einsum, precision="highest")
   if rows is not None:
     rows = jnp.asarray(rows, jnp.float32)
-    leaf = jnp.einsum("mij,...mik->...mjk", rows, leaf, precision=exact)
+    leaf = product("mij,...mik->...mjk", rows, leaf)
   if columns is not None:
     columns = jnp.asarray(columns, jnp.float32)
-    leaf = jnp.einsum("...mij,mjk->...mik", leaf, columns, precision=exact)
+    leaf = product("...mij,mjk->...mik", leaf, columns)
   return leaf
 
 

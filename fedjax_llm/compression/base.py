@@ -99,6 +99,21 @@ def transmit(
   return Transmission(received, state, payload)
 
 
+def require_size(name: str, vector: Vector, size: int, hint: str) -> None:
+  """Raises a ValueError unless `vector` has `size` entries.
+
+  Args:
+    name: the name of the function or object that expects the vector.
+    vector: the vector.
+    size: the expected number of entries.
+    hint: the last sentence of the message.
+  """
+  if vector.shape != (size,):
+    raise ValueError(
+      f"{name} expected a vector of {size} entries, got {vector.shape}. {hint}"
+    )
+
+
 def stateless(
   encode: Callable[[Vector, PRNGKeyArray], Payload],
   decode: Callable[[Payload], Vector],
@@ -159,15 +174,16 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
 
   Args:
     first: the compressor of the vector.
-    *rest: the compressors of the values, each of those of the one before it.
+    *rest: the compressors of the values; each takes the values of the one
+      before it.
 
   Returns:
     A `Compressor` whose payloads are nested.
 
   Raises:
     ValueError: from `init`, if a payload has no `values`; or if a compressor in
-      `rest` has a memory, which is kept by position, while the positions of its
-      values change from message to message.
+      `rest` has a memory, but its values change their positions from message to
+      message.
   """
   if not rest:
     return first
@@ -179,7 +195,7 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
     payload, _ = jax.eval_shape(first.encode, vector, state, key)
     _require_values(payload)
     then_state = then.init(payload.values)
-    # Of a `Dense` alone is it known that entries keep their meaning.
+    # Only the entries of a `Dense` keep their meaning.
     if jax.tree.leaves(then_state) and type(payload) is not Dense:
       raise ValueError(
         "chain expected compressors without memory after a"
@@ -225,7 +241,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
 
   Seide et al. (2014), https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html.
   What has arrived plus the residual is the sum of all vectors that were sent.
-  It is therefore for updates, not for downloads of parameters.
+  So it is for updates, not for downloads of parameters.
 
   Args:
     compressor: the compressor of the sum. A contraction, such as `top_k`, is

@@ -1,7 +1,7 @@
 """How much of many senders' vectors arrives: two cosines, computed from sums.
 
 A compressor can have a small squared error and transmit nothing: a decoder that
-ignores its message can return the mean of all senders. Two cosines tell. The
+ignores its message can return the mean of all senders. Two cosines show it. The
 update cosine compares the mean that was sent with the mean that arrived, which
 the server steps on. The innovation cosine compares what distinguishes the
 senders from their mean; that decoder loses it.
@@ -60,19 +60,19 @@ def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
                        / sqrt(sum p_i |u_i - U|^2  sum p_i |r_i - R|^2)
 
   The innovation cosine is one cosine of all innovations together, not the mean
-  of one cosine for each sender. Such a mean gives a sender that hardly differs
-  from the others, whose direction is mostly noise, the same say as one that
-  differs a lot, and it needs every vector at once. This cosine counts each
+  of one cosine for each sender. In such a mean, a sender that hardly differs
+  from the others, whose direction is mostly noise, weighs as much as one that
+  differs a lot. It also needs every vector at once. This cosine weights each
   sender by its energy, as the squared error does: 1 - cosine^2 is the relative
-  squared error of the innovations under the best common factor on the r_i - R.
+  squared error of the innovations after the best common scaling of r_i - R.
 
   Args:
     total: the sum of the shares of all senders.
 
   Returns:
-    The two cosines. A cosine is 0 if there is nothing to compare. For the
-    innovation cosine this is so with one sender, or if all senders send or
-    receive the same vector up to rounding.
+    The two cosines. A cosine is 0 if there is nothing to compare: for the
+    innovation cosine, if there is one sender, or if the vectors of all senders
+    are the same, or arrive the same, up to rounding.
   """
   weight = jnp.where(total.weight > 0, total.weight, 1)
   of_mean = _energies(total.sent, total.arrived, weight)
@@ -85,7 +85,7 @@ def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
 
 
 def _energies(sent, arrived, divisor=1):
-  """The products <sent, sent>, <arrived, arrived>, <sent, arrived>, divided."""
+  """<sent, sent>, <arrived, arrived> and <sent, arrived>, over `divisor`."""
   pairs = (sent, sent), (arrived, arrived), (sent, arrived)
   return jnp.stack([jnp.sum(x * (y / divisor)) for x, y in pairs])
 

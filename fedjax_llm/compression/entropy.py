@@ -52,57 +52,29 @@ def golomb_parameter(density: float) -> int:
   return max(0, 1 + math.floor(math.log2(ratio)))
 
 
-def golomb_bits(density: float, parameter: int) -> float:
-  """The expected bits of a position: its remainder and its quotient."""
-  return parameter + 1 / (1 - (1 - density) ** 2**parameter)
-
-
-def golomb_pack(indices: Int[np.ndarray, " count"], size: int) -> bytes:
-  """Packs the indices of some entries of a vector.
+def golomb_nbytes(indices: Int[np.ndarray, " count"], size: int) -> int:
+  """The length in bytes of the Golomb code of some positions of a vector.
 
   Each gap is its quotient by 2**b in unary, ones before a zero, and then the b
-  bits of its remainder, low bits first.
+  bits of its remainder.
 
   Args:
     indices: at least one index, in increasing order.
     size: the length of the vector.
 
   Returns:
-    The packed bytes; none if `indices` are all entries.
+    The number of bytes; 0 if `indices` are all entries.
   """
   count = len(indices)
   if count == size:
-    return b""
+    return 0
   parameter = golomb_parameter(count / size)
-  gaps = np.diff(indices, prepend=-1) - 1
-  ends = np.cumsum((gaps >> parameter) + 1 + parameter)
-  stream = np.ones(ends[-1], np.uint8)
-  stream[ends - parameter - 1] = 0
-  for place in range(parameter):
-    stream[ends - parameter + place] = gaps >> place & 1
-  return np.packbits(stream, bitorder="little").tobytes()
-
-
-def golomb_unpack(data: bytes, size: int, count: int) -> np.ndarray:
-  """The indices that `golomb_pack` packed: int64 [count]."""
-  if count == size:
-    return np.arange(size)
-  parameter = golomb_parameter(count / size)
-  stream = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-  zeros = np.flatnonzero(stream == 0)
-  gaps, start = np.zeros(count, np.int64), 0
-  for i in range(count):
-    zero = zeros[np.searchsorted(zeros, start)]
-    remainder = stream[zero + 1 : zero + 1 + parameter]
-    gaps[i] = (zero - start << parameter) + remainder @ (
-      1 << np.arange(parameter)
-    )
-    start = zero + 1 + parameter
-  return np.cumsum(gaps + 1) - 1
+  quotients = (np.diff(indices, prepend=-1) - 1) >> parameter
+  return math.ceil((quotients.sum() + count * (1 + parameter)) / 8)
 
 
 def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
-  """The bits that an arithmetic code takes which learns the frequencies.
+  """The length in bits of an arithmetic code that learns the frequencies.
 
   The probability of a code is (its occurrences so far + 1) / (all codes so far
   + `count`). The order of the codes does not change the sum, and no table is
@@ -112,18 +84,18 @@ def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
     codes: the codes, in [0, count).
     count: the number of different codes.
   """
-  from scipy import special
-
-  seen = np.bincount(codes, minlength=count)
-  total = special.gammaln(seen.sum() + count) - special.gammaln(count)
-  return float(total - special.gammaln(seen + 1).sum()) / math.log(2)
+  seen = np.bincount(codes, minlength=count).tolist()
+  total = math.lgamma(sum(seen) + count) - math.lgamma(count)
+  return (total - sum(math.lgamma(x + 1) for x in seen)) / math.log(2)
 
 
 def _coded(node: Any) -> Any:
   """The payload, with shapes of the coded length in place of coded parts."""
   parts: dict[str, Any] = {}
   if isinstance(node, sparse.Sparse):
-    parts["support"] = _shorter(node.support, _support_nbytes(node))
+    indices = supports.unpack(node.support, node.size, node.values.size)
+    length = golomb_nbytes(np.asarray(indices), node.size)
+    parts["support"] = _shorter(node.support, length)
   if type(node) in _CODES:
     codes, count = _CODES[type(node)](node)
     # The end of an arithmetic code takes at most two bits.
@@ -146,11 +118,6 @@ _CODES = {
   ),
   quantize.Powers: lambda x: (packing.unpack_bits(x.codes, x.size, 9), 2**9),
 }
-
-
-def _support_nbytes(node: sparse.Sparse) -> int:
-  indices = supports.unpack(node.support, node.size, node.values.size)
-  return len(golomb_pack(np.asarray(indices), node.size))
 
 
 def _shorter(packed: Any, length: int) -> jax.ShapeDtypeStruct:

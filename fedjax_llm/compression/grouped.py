@@ -46,8 +46,8 @@ def top_k_per_group(
 ) -> base.Compressor:
   """Keeps in every group the entries that are largest in magnitude.
 
-  It suits vectors whose parts differ in scale. LoRA's `b`, which starts at
-  zero, would long have no place in one Top-K with `a`.
+  It suits vectors whose parts differ in scale. LoRA's `b` starts at zero, so
+  that one Top-K of `a` and `b` would keep almost nothing of it for long.
 
   Args:
     owners: the group of each entry.
@@ -68,7 +68,8 @@ def top_k_per_group(
   counts = counts_of_each(sizes, [density] * len(sizes))
 
   def mask_of(vector):
-    _require_size(vector, order.size)
+    hint = "It has as many owners."
+    base.require_size("top_k_per_group", vector, order.size, hint)
     return largest_of_each(jnp.asarray(vector)[order], sizes, counts)[places]
 
   return _sending(mask_of, sum(counts))
@@ -214,7 +215,8 @@ def largest_of_each(
   Raises:
     ValueError: if there are more or fewer scores than the segments have.
   """
-  _require_size(scores, sum(sizes))
+  hint = "Its segments have as many in all."
+  base.require_size("Top-K by segment", scores, sum(sizes), hint)
   number = jnp.asarray(counts, jnp.int32)
   masks = [
     jax.vmap(sparse.top_k_mask)(grid, number[rows]).ravel()
@@ -264,11 +266,3 @@ def _members(kept, owners):
   owners = np.where(owners < 0, kept.size, owners)
   # Checked when the compressor was made.
   return jnp.append(kept, True).at[owners].get(mode="promise_in_bounds")
-
-
-def _require_size(vector, size):
-  if vector.shape != (size,):
-    raise ValueError(
-      f"expected a vector of {size} entries, one for each entry of the groups"
-      f" or segments, got {vector.shape}."
-    )

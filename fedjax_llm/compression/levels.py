@@ -98,7 +98,7 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
   entries travel in a byte.
 
   Args:
-    clip: the largest magnitude, in standard deviations about zero of a block;
+    clip: the largest magnitude, in units of a block's root mean square;
       positive, or `math.inf` for no clipping.
     block: the number of entries that share a float32 scale; a layer in the
       paper.

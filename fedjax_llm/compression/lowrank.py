@@ -48,7 +48,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
   P = M Q, made orthonormal, and Q = M^T P. The next message starts from this Q.
   In the paper, workers average P before they make Q, which takes two messages a
   step. Here every client sends its own factors, and the server averages the
-  decoded vectors. A matrix of at most `rank` ranks arrives exactly. The paper
+  decoded vectors. A matrix of rank `rank` or less arrives exactly. The paper
   uses PowerSGD under `base.error_feedback`.
 
   Args:

@@ -10,21 +10,16 @@ def pack_bits(
   """Packs the low `bits` bits of every code, low bits first."""
   shifts = jnp.arange(bits, dtype=jnp.uint32)
   stream = (codes.astype(jnp.uint32)[:, None] >> shifts[None]) & 1
-  stream = jnp.pad(stream.ravel(), (0, -stream.size % 8)).reshape(-1, 8)
-  places = jnp.arange(8, dtype=jnp.uint32)
-  packed = jnp.sum(stream << places[None], axis=1, dtype=jnp.uint32)
-  return packed.astype(jnp.uint8)
+  return jnp.packbits(stream.ravel(), bitorder="little")
 
 
 def unpack_bits(
   packed: UInt8[Array, " nbytes"], count: int, bits: int
 ) -> UInt32[Array, " count"]:
   """The `count` codes of `bits` bits each that `pack_bits` packed."""
-  places = jnp.arange(8, dtype=jnp.uint8)
-  stream = (jnp.asarray(packed)[:, None] >> places[None]) & 1
-  stream = stream.ravel()[: count * bits].reshape(count, bits)
+  stream = jnp.unpackbits(packed, count=count * bits, bitorder="little")
   shifts = jnp.arange(bits, dtype=jnp.uint32)
-  codes = stream.astype(jnp.uint32) << shifts[None]
+  codes = stream.reshape(count, bits).astype(jnp.uint32) << shifts[None]
   return jnp.sum(codes, axis=1, dtype=jnp.uint32)
 
 

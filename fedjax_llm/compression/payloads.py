@@ -42,8 +42,8 @@ def message(*, tag: int) -> Callable[[type], type]:
 
   Args:
     tag: the number that stands for the class in a message. Yours are 64 to 127;
-      the library never uses these. Never give a tag to another class while old
-      messages are about.
+      the library never uses these. Do not give a tag to another class while
+      old messages exist.
 
   Returns:
     The class decorator.

@@ -18,8 +18,8 @@ def stc(density: float) -> base.Compressor:
   Federated Learning from Non-IID Data", 2019 (arXiv 1903.02891), algorithm 1.
   Each kept entry arrives as plus or minus the mean magnitude of all of them.
   The paper uses error feedback at both ends (`base.error_feedback`), and Golomb
-  codes for positions where this library has supports. If fewer entries than
-  that are not zero, some zeros arrive as plus the mean.
+  codes for positions where this library has supports. If too few entries are
+  nonzero, some zeros are kept, and arrive as plus the mean.
 
   Args:
     density: fraction of the entries to keep, in (0, 1]; the paper's p.

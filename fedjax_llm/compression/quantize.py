@@ -104,7 +104,7 @@ def lloyd_max(
   def encode(vector, key):
     del key  # Deterministic.
     blocks = in_blocks(vector.astype(jnp.float32), block)
-    blocks, unit_of_block = in_units(blocks)
+    blocks, peaks = in_units(blocks)
     is_real = np.arange(blocks.size).reshape(blocks.shape) < vector.size
     unit = jnp.sqrt(jnp.sum(blocks**2, axis=1) / is_real.sum(axis=1))
     codes = jnp.searchsorted(borders, blocks / divisor(unit)[:, None])
@@ -114,7 +114,7 @@ def lloyd_max(
       scales = (blocks**2).sum(axis=1) / divisor(product)
     else:
       scales = product / (rounded**2).sum(axis=1)
-    scales = (scales * unit_of_block).astype(jnp.bfloat16)
+    scales = (scales * peaks).astype(jnp.bfloat16)
     packed = packing.pack_bits(codes.ravel()[: vector.size], bits)
     return Nearest(packed, scales, bits, block, vector.size)
 
@@ -185,12 +185,12 @@ def largest(blocks: jax.Array) -> jax.Array:
 
 
 def in_units(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Divides each block by its largest magnitude, and returns that, too.
+  """Blocks divided by their largest magnitudes, and the largest magnitudes.
 
-  Without this the squares of small entries would be zero.
+  Squares of small entries would be zero without this.
   """
-  unit = largest(blocks)
-  return blocks / divisor(unit)[:, None], unit
+  peaks = largest(blocks)
+  return blocks / divisor(peaks)[:, None], peaks
 
 
 def scaled(blocks: jax.Array, scales: jax.Array, size: int) -> jax.Array:

@@ -147,11 +147,7 @@ def select(
 
   def encode(vector, key):
     del key  # Deterministic.
-    if vector.shape != mask.shape:
-      raise ValueError(
-        f"select expected a vector of shape {mask.shape}, the shape of its"
-        f" mask, got {vector.shape}."
-      )
+    base.require_size("select", vector, mask.size, "Its mask has as many.")
     values = _take(vector, indices)
     return Masked(values) if is_traced else base.Dense(values)
 

@@ -76,7 +76,7 @@ def trellis(
   error is not zero on average: send updates under `error_feedback`, or set
   `unbiased` and chain it after `rotate`.
 
-  A profile tells how large each entry is expected to be. The search minimises
+  A profile says how large each entry is expected to be. The search minimises
   the squared error of the whole, so that large entries become more exact and
   small ones less. The profile costs no bytes.
 
@@ -127,7 +127,7 @@ def trellis(
     size = vector.size
     length = -(-min(block, max(size, 1)) // width) * width
     blocks = quantize.in_rows(vector.astype(jnp.float32), length)
-    known = _in_units(profile, size, length)
+    known = _profile_rows(profile, size, length)
     blocks, largest = quantize.in_units(blocks)
     # The best code for a Gaussian has less energy than the Gaussian.
     energy = jnp.sum(blocks**2, axis=1) / jnp.sum(known**2, axis=1)
@@ -155,7 +155,7 @@ def trellis(
     symbols = quantize.in_rows(symbols, length // width)
     states = _windows(symbols, payload.memory, payload.bits)
     rounded = jnp.asarray(table(payload.memory, width))[states]
-    rounded = rounded.reshape(-1, length) * _in_units(profile, size, length)
+    rounded = rounded.reshape(-1, length) * _profile_rows(profile, size, length)
     return quantize.scaled(rounded, payload.scales, size)
 
   return base.stateless(encode, decode)
@@ -247,7 +247,7 @@ def _windows(symbols, memory, shift):
   return states & 2**memory - 1
 
 
-def _in_units(profile, size, length):
+def _profile_rows(profile, size, length):
   """The profile in rows of `length`, with zeros as padding."""
   if profile is None:
     known = jnp.ones(size)

@@ -158,11 +158,10 @@ def _read_node(data: memoryview, depth: int) -> tuple[Any, memoryview]:
   (kind,), data = _take(data, 1)
   if kind >= _ARRAY:
     return _read_array(kind - _ARRAY, data)
-  if kind not in payloads.CLASSES or not depth:
-    problem = (
-      "is too deep" if kind in payloads.CLASSES else f"has unknown tag {kind}"
-    )
-    raise ValueError(f"The message {problem}.")
+  if kind not in payloads.CLASSES:
+    raise ValueError(f"The message has unknown tag {kind}.")
+  if not depth:
+    raise ValueError("The message is too deep.")
   cls, values = payloads.CLASSES[kind], {}
   for name, is_static in payloads.FORMATS[cls].fields.items():
     if is_static:

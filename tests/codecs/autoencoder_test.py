@@ -33,7 +33,7 @@ NETWORKS = {
     layouts.columns(TREE, width=32),
   ),
   "rows": lambda: (
-    row_network.network(64, latents=32, hidden=16, bits=1),
+    row_network.network(64, latents=32, bits=1),
     layouts.ranked(TREE, np.arange(SIZE) % 7, width=64),
   ),
 }

@@ -193,9 +193,9 @@ def test_batches_are_of_rounds_that_are_not_held_out():
 
 def test_what_cannot_be_fitted_is_refused():
   with pytest.raises(ValueError, match=r"snapshots \[count, 1280\]"):
-    fitting.fit(np.ones((4, 7), np.float32), ROWS)
+    fit(np.ones((4, 7), np.float32))
   with pytest.raises(ValueError, match="Record more rounds"):
-    fitting.fit(vectors()[:1], ROWS)
+    fit(vectors()[:1], NUMBERS[:1])
   for change, message in (
     (dict(held_out=1), "held_out=1"),
     (dict(normalise="batch"), "normalise='batch'"),

@@ -32,7 +32,7 @@ def principal(n):
 @functools.cache
 def variables(n):
   layout = layouts.columns({"w": np.zeros(n)}, width=16)
-  network = row_network.network(16, latents=5, hidden=7)
+  network = row_network.network(16, latents=5)
   return layout, network, autoencoder.init(network, layout, jax.random.key(0))
 
 

@@ -205,7 +205,7 @@ def test_select_refuses_what_would_lose_entries():
     ValueError, match="at least 2, the entries in its mask, got count=1"
   ):
     compression.select(np.array([True, True, False]), count=1)
-  with pytest.raises(ValueError, match=r"shape \(3,\), the shape of its mask"):
+  with pytest.raises(ValueError, match="3 entries, got .* Its mask"):
     compression.select(np.ones(3, bool)).encode(NORMAL, (), KEY)
 
 
