@@ -101,10 +101,8 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
   fitted, about = files.load(codec, task.trainable)
   representation = representation or about["representation"]

@@ -135,20 +135,14 @@ def experiment(
     model=model or pretrained.SHIPPED,
     adapter=None if is_full else fl.LoRA(rank, float(rank), targets=targets),
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  parts: dict[str, Any] = {
-    "population": len(task.population.names),
-    "placement": task.placement,
-  }
-  guarantee = None
+  guarantee, aggregate = None, None
   if privacy.epsilon is not None:
     schedule = dataclasses.replace(schedule, sampling="poisson")
-    guarantee = _guarantee(method, privacy, schedule, parts["population"])
-    parts["aggregate"] = mechanisms.private_mean(
+    guarantee = _guarantee(method, privacy, schedule, task)
+    aggregate = mechanisms.private_mean(
       clip_norm=privacy.clip_norm,
       noise_multiplier=guarantee.noise_multiplier,
       clients=schedule.clients_per_round,
@@ -156,18 +150,16 @@ def experiment(
   upload_density = sparsity.upload_density
   recipe = methods.Recipe(
     task=task,
-    client=rates.client,
+    rates=rates,
     server=rates.server,
-    client_rate=rates.client_learning_rate,
-    server_rate=rates.server_learning_rate,
     density=sparsity.density,
     upload_density=(
       sparsity.density if upload_density is None else upload_density
     ),
-    warm_up_rounds=sparsity.warm_up_rounds,
     rank=rank,
     rounds=schedule.rounds,
-    parts=parts,
+    warm_up_rounds=sparsity.warm_up_rounds,
+    aggregate=aggregate,
   )
   return finetuning.fine_tuning(
     task,
@@ -196,7 +188,7 @@ def _task(data, held_out_rows, *, seed, **settings):
   return tasks.classifier(source, pooling="mean", seed=seed, **settings)
 
 
-def _guarantee(method, privacy, schedule, population):
+def _guarantee(method, privacy, schedule, task):
   """Client-level privacy of the run, with the noise that epsilon needs."""
   if method not in methods.PRIVATE:
     raise ValueError(
@@ -207,7 +199,7 @@ def _guarantee(method, privacy, schedule, population):
     noise_multiplier=1.0,
     delta=privacy.delta,
     sampling="poisson",
-    population=population,
+    population=len(task.population.names),
     clients_per_round=schedule.clients_per_round,
   )
   noise = guarantees.noise_multiplier_for(

@@ -104,10 +104,8 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
   task, _ = experiments.divided(task, share, seed=seed)
   parts = dict(
