@@ -125,7 +125,7 @@ def _error_feedback(k: Recipe) -> Any:
 
 
 def _fetch_sgd(k: Recipe) -> Any:
-  """Sends sketches of `density`; a tenth of that is what moves."""
+  """Sends sketches of `density`; a tenth of that share moves."""
   vector, _ = ravel_pytree(k.task.trainable)
   return fetch_sgd.fetch_sgd(
     k.task.loss_fn,
@@ -139,7 +139,7 @@ def _fetch_sgd(k: Recipe) -> Any:
 
 
 def _quantised(k: Recipe) -> Any:
-  """Every entry in `density` of 32 bits: 1 to 6 bits, or 8."""
+  """Sends each entry in 32 * `density` bits: 1 to 6 bits, or 8."""
   bits = max(1, min(8, round(32 * k.density)))
   coarse = (
     quantize.lloyd_max(bits) if bits < 7 else levels.stochastic_uniform(8)
@@ -150,7 +150,7 @@ def _quantised(k: Recipe) -> Any:
 
 
 def apart(k: Recipe) -> Callable[[float], base.Compressor]:
-  """A Top-K each for all `a`, for all `b` and for a head."""
+  """One Top-K for all `a`, one for all `b`, and one for a head."""
   owners = parameters.owners(k.task.trainable)
   return functools.partial(grouped.top_k_per_group, owners)
 
