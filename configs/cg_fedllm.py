@@ -86,8 +86,8 @@ def experiment(
       factors, decomposed.
     error_feedback: add what the codec lost of an update to the client's next.
     unbiased: True to code a transform for means over many clients, False for
-      the least error of each message. States and error feedback need False;
-      None for False with these, and else for True.
+      the least error of each message. States and error feedback need False.
+      None takes False with them and True without.
     refit: when and how an autoencoder is fitted anew.
     seed: seed of every random draw, except for the division into D1 and D2,
       which has the seed of the codec's run.

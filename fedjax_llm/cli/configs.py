@@ -1,7 +1,7 @@
 """Config files: where they are, how they are loaded, what their options are.
 
-A config is a Python file with a function `experiment` of keyword-only knobs;
-its signature and docstring are the command's options and their help.
+A config is a Python file with a function `experiment` of keyword-only knobs.
+Its signature gives the options of the command, and its docstring their help.
 """
 
 import ast

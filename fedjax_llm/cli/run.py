@@ -62,8 +62,8 @@ def data(
   """Shows which client has which data, as a table and a plot; trains nothing.
 
   Args:
-    make: the config's `experiment` function; of several experiments, the
-      clients of the first are shown.
+    make: the config's `experiment` function. If it makes several experiments,
+      the clients of the first are shown.
     out: folder of the plot; made if absent.
     name: name of the config.
     knobs: arguments of `make`; the others have their defaults.

@@ -1,9 +1,10 @@
-"""Whether a run may go on with what a folder holds.
+"""Whether a run may go on in a folder that holds a run.
 
-Both must have the same name, knobs, data and program. `rounds` may grow. Names
-of models and data are not compared where fingerprints are: the same bytes are
-the same model wherever they lie. Devices and versions change the last bits of
-a result, so others are refused unless they are allowed.
+The two runs must have the same name, knobs, data and program. `rounds` may
+grow. Models and data are compared by their fingerprints, if they have some, and
+not by their names: the same bytes are the same model wherever they lie. Other
+devices and versions change the last bits of a result, so they are refused
+unless they are allowed.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Knobs that many configs share, as values.
 
-A config's command line has an option for every field of such a value: with
-`rates: knobs.Rates` it has `--client-learning-rate`.
+A config's command line has an option for each field of such a value: a config
+with `rates: knobs.Rates` has `--client-learning-rate`.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Densities:
-  """The share of the entries that FLASC sends.
+  """The shares of the entries that FLASC sends.
 
   Attributes:
     download_density: share of the parameters' entries that the server sends.
@@ -56,7 +56,7 @@ class Densities:
   upload_density: float = 0.0625
 
   def flasc(self, task: tasks.Task, rates: Rates) -> rounds.FederatedAlgorithm:
-    """FLASC at these densities."""
+    """FLASC with these densities, on the devices of `task`."""
     return flasc.flasc(
       task.loss_fn,
       rates.client,

@@ -33,12 +33,12 @@ def record(
   program: Mapping[str, Any],
   rounds: int,
 ) -> dict[str, Any]:
-  """Returns what `run.json` says of a run before it starts.
+  """Returns the content of `run.json` at the start of a run.
 
   Args:
     name: the name of the experiment.
-    knobs: what the experiment was made with. A dataclass stands for its fields;
-      what is no JSON value, such as a path, is recorded as text.
+    knobs: what the experiment was made with. A dataclass is replaced by its
+      fields. A value that JSON lacks, such as a path, is recorded as text.
     data: what identifies the data.
     program: what identifies the computation.
     rounds: the number of rounds.
