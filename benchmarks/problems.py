@@ -10,8 +10,6 @@ library       the shipped Llama on the modules of the standard library that its
 dolly         the same on answers to instructions, ten clients as in FedIT
 """
 
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -26,11 +24,11 @@ from fedjax_llm.data import (
   templates,
 )
 from fedjax_llm.experiments import finetuning, tasks
+from fedjax_llm.experiments import knobs as shared
 from fedjax_llm.federated import rounds
 from fedjax_llm.models import decoder, lora, pretrained
 
-DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
-NEWSGROUPS = DATA / "20news_bydate" / "20news-bydate.tar.gz"
+NEWSGROUPS = shared.DATA / "20news_bydate" / "20news-bydate.tar.gz"
 CLIENTS_PER_ROUND = 10
 ROUNDS = {"shakespeare": 40, "newsgroups": 100, "library": 20, "dolly": 20}
 EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5, "dolly": 5}
@@ -44,10 +42,10 @@ def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
 
 
 def shakespeare(cell, knobs, adapter):
-  corpus = corpora.shakespeare(DATA / "tinyshakespeare" / "input.txt")
+  corpus = corpora.shakespeare(shared.DATA / "tinyshakespeare" / "input.txt")
   return tasks.language_model(
     _side(records.streams(corpus, 4), cell.validation),
-    model=DATA / "stories260k",
+    model=shared.DATA / "stories260k",
     adapter=adapter,
     sequence_length=64,
     seed=cell.seed,
@@ -90,7 +88,7 @@ def newsgroups(cell, knobs, adapter):
 
 
 def dolly(cell, knobs, adapter):
-  folder = DATA / "dolly15k_fed10"
+  folder = shared.DATA / "dolly15k_fed10"
   source = records.instructions(
     sources.load(str(folder / "local_training_*.json")),
     templates.dolly(),

@@ -1,4 +1,4 @@
-"""Where a round runs, and what compression takes of it.
+"""The time of a round by placement, and the share of it that compression takes.
 
   python benchmarks/round_placement.py
 

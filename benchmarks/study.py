@@ -49,15 +49,15 @@ class Cell:
   Attributes:
     task: a name in `problems.TASKS`.
     method: a name in `methods.METHODS`.
-    density: share of entries that is sent, for methods that have one.
-    rank: of the LoRA factors; the scale of their product is 1.
-    seed: of everything random.
-    client_rate: of the clients' SGD with momentum 0.9.
-    server_rate: of the server's optimizer.
-    rounds: how many.
-    validation: whether held-out validation rows are evaluated, on which rates
-      are chosen, or the test rows.
-    knobs: of the task and the method, pairs of names and values.
+    density: share of the entries that is sent, for methods that have one.
+    rank: rank of the LoRA factors; the scale of their product is 1.
+    seed: seed of every random draw.
+    client_rate: learning rate of the clients' SGD with momentum 0.9.
+    server_rate: learning rate of the server's optimizer.
+    rounds: number of rounds.
+    validation: whether to evaluate the validation rows, on which rates are
+      chosen, instead of the test rows.
+    knobs: names and values of further settings of the task and the method.
   """
 
   task: str
@@ -72,7 +72,7 @@ class Cell:
   knobs: tuple[tuple[str, Any], ...] = ()
 
   def key(self) -> str:
-    """What tells the cell from others."""
+    """A text that no other cell has."""
     return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
@@ -89,6 +89,28 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
   return parser.parse_args()
 
 
+def program(
+  description: str | None,
+  name: str,
+  suffix: str,
+  cells: Callable[[argparse.Namespace], Sequence[Cell]],
+  make: Callable[[Cell], tuple[tasks.Task, experiment.Experiment]],
+) -> argparse.Namespace:
+  """Runs the cells of a figure's program; returns its command line.
+
+  Args:
+    description: the docstring of the program.
+    name: the folder of the study.
+    suffix: what the name of the result file has after that of the task.
+    cells: the cells for a command line.
+    make: the task and the experiment of a cell.
+  """
+  given = arguments(description, name)
+  path = given.out / f"{given.task}{suffix}.jsonl"
+  run(cells(given), path, make, processes=given.processes)
+  return given
+
+
 def run(
   cells: Sequence[Cell],
   path: pathlib.Path,
@@ -96,18 +118,18 @@ def run(
   *,
   processes: int,
 ) -> list[dict[str, Any]]:
-  """Computes the cells that `path` lacks; returns all that are there then.
+  """Computes the cells that `path` lacks; returns the records of all cells.
 
-  A cell that diverges is told and left out, and the others go on.
+  A cell that diverges is printed and left out; the others go on.
 
   Args:
-    cells: what to compute, in this order.
+    cells: the cells, in the order of computation.
     path: the result file; made if absent.
-    make: what a cell stands for: a task, and what is run on it.
-    processes: how many cells at a time.
+    make: the task and the experiment of a cell.
+    processes: number of cells at a time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  done = {_key(record): record for record in _read(path)}
+  done = {_key(record): record for record in read(path)}
   missing = [cell for cell in cells if cell.key() not in done]
   print(f"{path.name}: {len(missing)} of {len(cells)} cells to compute")
   # Spawned, because JAX's threads do not survive a fork.
@@ -150,7 +172,8 @@ def _describe(cell):
   return f"{cell['task']} {cell['method']:28} {' '.join(settings)}"
 
 
-def _read(path):
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a result file; none if there is no file."""
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   # Half a line is what a killed process left.
   return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -158,6 +181,12 @@ def _read(path):
 
 def _key(record):
   return json.dumps(record["cell"], sort_keys=True)
+
+
+def cache(name: str) -> pathlib.Path:
+  """A folder of this machine for what is made once."""
+  folder = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
+  return pathlib.Path(folder).expanduser() / name
 
 
 def _one_core():
@@ -170,9 +199,7 @@ def _one_core():
 
 def _compute(cell: Cell, make: Callable[..., Any]) -> dict[str, Any]:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-  cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
-  cache = pathlib.Path(cache).expanduser() / "programs"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_compilation_cache_dir", str(cache("programs")))
   task, made = make(cell)
   start = time.perf_counter()
   lines = _lines(made)

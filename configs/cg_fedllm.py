@@ -3,8 +3,9 @@
 fedjax-llm run tgap
 fedjax-llm run cg_fedllm --codec runs/tgap/codec
 
-On D2, the rows of every client that the codec of `tgap` has not seen (arXiv
-2405.13746, which calls this stage FAF). See `docs/learned_compression.md`.
+The second stage of CG-FedLLM (arXiv 2405.13746), called FAF. It trains on D2,
+the rows of every client that the codec of `tgap` has not seen. See
+`docs/learned_compression.md`.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from fedjax_llm.models import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Refit:
-  """When and how an autoencoder is fitted to what the server has got.
+  """When and how an autoencoder is fitted anew to what the server received.
 
   Attributes:
     refit_every: rounds between fits; None for a frozen codec.
@@ -75,25 +76,25 @@ def experiment(
   """Fine-tune the shipped model, uncompressed and compressed, from one seed.
 
   Args:
-    codec: folder that `tgap` wrote, of the same adapter.
-    bits: bits an entry on average, if the codec is a transform; how many an
-      autoencoder sends was chosen when it was fitted.
-    representation: what goes through the codec, see `tgap`; None for what it
-      was fitted to.
+    codec: folder that `tgap` wrote for the same adapter.
+    bits: mean bits per entry of a transform. The bits of an autoencoder were
+      chosen when it was fitted.
+    representation: what goes through the codec, see `tgap`; None for what the
+      codec was fitted to.
     aggregation: "mean" of what arrives, weighted by the clients' examples; the
       "sum", as in Algorithm 1 of the paper; or the mean "product" of the
       factors, decomposed.
     error_feedback: add what the codec lost of an update to the client's next.
-    unbiased: whether a transform is coded for means over many clients, or for
-      the least error of each message; None for the former, but for states and
-      under error feedback, which need the latter.
+    unbiased: True to code a transform for means over many clients, False for
+      the least error of each message. States and error feedback need False.
+      None takes False with them and True without.
     refit: when and how an autoencoder is fitted anew.
-    seed: seed of every random draw but the division into D1 and D2, which is
-      that of the codec.
+    seed: seed of every random draw, except for the division into D1 and D2,
+      which has the seed of the codec's run.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors.
     client_learning_rate: learning rate of the clients' AdamW.
-    sequence_length: tokens in a row, as many as in the codec's run.
+    sequence_length: tokens in a row, the same as in the codec's run.
     held_out_rows: rows evaluated of each client's held-out files.
     compute: how the model is computed.
   """
@@ -101,10 +102,8 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
   fitted, about = files.load(codec, task.trainable)
   representation = representation or about["representation"]

@@ -38,10 +38,8 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
   algorithm = fed_avg.fed_avg(
     task.loss_fn,

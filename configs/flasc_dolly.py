@@ -14,24 +14,19 @@ same from the hub, divided by Shepherd's algorithm, and with a real model:
 since their context fills it. The record is `benchmarks/results/flasc_dolly/`.
 """
 
-import os
-import pathlib
 from typing import Any, Literal
 
 import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, pretrained
-
-DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
 def experiment(
   *,
   model: str | None = None,
-  data: str = str(DATA / "dolly15k_fed10" / "local_training_*.json"),
-  held_out: str = str(DATA / "dolly15k_fed10" / "global_test.json"),
+  data: str = str(knobs.DATA / "dolly15k_fed10" / "local_training_*.json"),
+  held_out: str = str(knobs.DATA / "dolly15k_fed10" / "global_test.json"),
   clients: Literal["files", "shepherd"] = "files",
   init_adapter: str | None = None,
   seed: int = 0,
@@ -88,17 +83,8 @@ def experiment(
     model=model or pretrained.SHIPPED,
     adapter=init_adapter or adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  algorithm = flasc.flasc(
-    task.loss_fn,
-    rates.client,
-    rates.server,
-    download_density=densities.download_density,
-    upload_density=densities.upload_density,
-    placement=task.placement,
-  )
+  algorithm = densities.flasc(task, rates)
   return finetuning.fine_tuning(task, algorithm, schedule)

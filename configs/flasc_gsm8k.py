@@ -10,22 +10,16 @@ The folder holds `gsm8k/train.jsonl` and `test.jsonl`. The same from the hub:
 with 33.2 MB sent; the record is `benchmarks/results/flasc_gsm8k/`.
 """
 
-import os
-import pathlib
-
 import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, pretrained
-
-DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
 def experiment(
   *,
   model: str | None = None,
-  data: str = str(DATA / "gsm8k"),
+  data: str = str(knobs.DATA / "gsm8k"),
   clients: int = 100,
   init_adapter: str | None = None,
   seed: int = 0,
@@ -70,17 +64,8 @@ def experiment(
     model=model or pretrained.SHIPPED,
     adapter=init_adapter or adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  algorithm = flasc.flasc(
-    task.loss_fn,
-    rates.client,
-    rates.server,
-    download_density=densities.download_density,
-    upload_density=densities.upload_density,
-    placement=task.placement,
-  )
+  algorithm = densities.flasc(task, rates)
   return finetuning.fine_tuning(task, algorithm, schedule)

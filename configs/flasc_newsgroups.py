@@ -15,23 +15,18 @@ model and targets of the paper, from the hub:
 67.9 MB sent; the record is `benchmarks/results/flasc_newsgroups/`.
 """
 
-import os
-import pathlib
 from typing import Any, Literal
 
 import fedjax_llm as fl
 from fedjax_llm.data import partition, records, sources, templates
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder, pretrained
-
-DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
 def experiment(
   *,
   model: str | None = None,
-  data: str = str(DATA / "20news_bydate" / "20news-bydate.tar.gz"),
+  data: str = str(knobs.DATA / "20news_bydate" / "20news-bydate.tar.gz"),
   clients: int = 350,
   dirichlet_alpha: float = 0.1,
   pooling: Literal["last", "mean"] = "mean",
@@ -89,17 +84,8 @@ def experiment(
     adapter=init_adapter or adapter,
     sequence_length=sequence_length,
     pooling=pooling,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  algorithm = flasc.flasc(
-    task.loss_fn,
-    rates.client,
-    rates.server,
-    download_density=densities.download_density,
-    upload_density=densities.upload_density,
-    placement=task.placement,
-  )
+  algorithm = densities.flasc(task, rates)
   return finetuning.fine_tuning(task, algorithm, schedule)

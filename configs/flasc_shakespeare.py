@@ -9,22 +9,16 @@ The folder holds `stories260k`, a Llama that knows children's stories, and
 3.029 with 32.9 MB sent; the record is `benchmarks/results/flasc_shakespeare/`.
 """
 
-import os
-import pathlib
-
 import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder
-
-DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
 def experiment(
   *,
-  model: str = str(DATA / "stories260k"),
-  text: str = str(DATA / "tinyshakespeare" / "input.txt"),
+  model: str = str(knobs.DATA / "stories260k"),
+  text: str = str(knobs.DATA / "tinyshakespeare" / "input.txt"),
   seed: int = 0,
   schedule: finetuning.Schedule = finetuning.Schedule(
     rounds=50, clients_per_round=10, batch_size=6, local_steps=4
@@ -55,17 +49,8 @@ def experiment(
     model=model,
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  algorithm = flasc.flasc(
-    task.loss_fn,
-    rates.client,
-    rates.server,
-    download_density=densities.download_density,
-    upload_density=densities.upload_density,
-    placement=task.placement,
-  )
+  algorithm = densities.flasc(task, rates)
   return finetuning.fine_tuning(task, algorithm, schedule)

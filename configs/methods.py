@@ -4,10 +4,10 @@
   fedjax-llm run methods --method flasc --density 0.0625 --epsilon 8
   fedjax-llm run methods --method linear_probe --data 20news-bydate.tar.gz
 
-On the standard library of this machine, 36 clients, unless `--data` names tiny
-Shakespeare's text (105 speakers) or the archive of 20 Newsgroups (350 clients).
-What each method sends and trains is told in `docs/methods.md`; how methods
-compare in `benchmarks/flasc/`. The same rates do not suit all of them.
+The data are the standard library of this machine (36 clients), unless `--data`
+names tiny Shakespeare's text (105 speakers) or the archive of 20 Newsgroups
+(350 clients). `docs/methods.md` says what each method sends and trains, and
+`benchmarks/flasc/` compares them. The same rates do not suit all methods.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Sparsity:
 
   Attributes:
     density: share of the entries that sparse methods send, either way.
-    upload_density: the share of FLASC's uploads, if it is another: 1 for sparse
-      downloads alone, as `density` 1 is for uploads alone.
+    upload_density: the share of FLASC's uploads; None for `density`. With 1
+      only downloads are sparse, and with `density` 1 only uploads.
     warm_up_rounds: dense rounds before Federated Select; 0 for its authors'
       deadlock.
   """
@@ -44,8 +44,8 @@ class Privacy:
   """Privacy of every client, for the methods in `methods.PRIVATE`.
 
   Attributes:
-    epsilon: epsilon of the whole run; with it cohorts are Poisson samples. None
-      for no privacy.
+    epsilon: epsilon of the whole run, with cohorts that are Poisson samples;
+      None for no privacy.
     delta: delta of the run, below 1 / the number of clients.
     clip_norm: L2 norm that a client's update is clipped to.
   """
@@ -60,12 +60,12 @@ class Links:
   """The clients' links and their reliability.
 
   Attributes:
-    links: "asymmetric" gives three tiers of clients links whose upload is four
-      to sixteen times slower, and simulates the time of a round.
+    links: "asymmetric" for three tiers of clients whose uploads are four to
+      sixteen times slower than downloads; the time of a round is simulated.
     dropout_before: probability that a client is gone before the round.
     dropout_during: probability that a client does not answer.
     deadline_seconds: how long the server waits; None for no deadline.
-    over_selection: how many times more clients are selected than are wanted.
+    over_selection: selected clients per wanted client, at least 1.
   """
 
   links: Literal["ideal", "asymmetric"] = "ideal"
@@ -112,8 +112,8 @@ def experiment(
 
   Args:
     method: the method; see `docs/methods.md`.
-    data: tiny Shakespeare's `input.txt`, or `20news-bydate.tar.gz` to learn to
-      classify; the standard library if not given.
+    data: tiny Shakespeare's `input.txt`, or `20news-bydate.tar.gz` for
+      classification; the standard library if not given.
     model: Hugging Face folder or hub name; the shipped one if not given.
     seed: seed of every random draw.
     schedule: the rounds and what happens in each.
@@ -135,20 +135,14 @@ def experiment(
     model=model or pretrained.SHIPPED,
     adapter=None if is_full else fl.LoRA(rank, float(rank), targets=targets),
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-  parts: dict[str, Any] = {
-    "population": len(task.population.names),
-    "placement": task.placement,
-  }
-  guarantee = None
+  guarantee, aggregate = None, None
   if privacy.epsilon is not None:
     schedule = dataclasses.replace(schedule, sampling="poisson")
-    guarantee = _guarantee(method, privacy, schedule, parts["population"])
-    parts["aggregate"] = mechanisms.private_mean(
+    guarantee = _guarantee(method, privacy, schedule, task)
+    aggregate = mechanisms.private_mean(
       clip_norm=privacy.clip_norm,
       noise_multiplier=guarantee.noise_multiplier,
       clients=schedule.clients_per_round,
@@ -156,18 +150,16 @@ def experiment(
   upload_density = sparsity.upload_density
   recipe = methods.Recipe(
     task=task,
-    client=rates.client,
+    rates=rates,
     server=rates.server,
-    client_rate=rates.client_learning_rate,
-    server_rate=rates.server_learning_rate,
     density=sparsity.density,
     upload_density=(
       sparsity.density if upload_density is None else upload_density
     ),
-    warm_up_rounds=sparsity.warm_up_rounds,
     rank=rank,
     rounds=schedule.rounds,
-    parts=parts,
+    warm_up_rounds=sparsity.warm_up_rounds,
+    aggregate=aggregate,
   )
   return finetuning.fine_tuning(
     task,
@@ -196,7 +188,7 @@ def _task(data, held_out_rows, *, seed, **settings):
   return tasks.classifier(source, pooling="mean", seed=seed, **settings)
 
 
-def _guarantee(method, privacy, schedule, population):
+def _guarantee(method, privacy, schedule, task):
   """Client-level privacy of the run, with the noise that epsilon needs."""
   if method not in methods.PRIVATE:
     raise ValueError(
@@ -207,7 +199,7 @@ def _guarantee(method, privacy, schedule, population):
     noise_multiplier=1.0,
     delta=privacy.delta,
     sampling="poisson",
-    population=population,
+    population=len(task.population.names),
     clients_per_round=schedule.clients_per_round,
   )
   noise = guarantees.noise_multiplier_for(

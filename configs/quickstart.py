@@ -10,7 +10,6 @@ fedjax-llm run quickstart
 import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import decoder
 
 
@@ -47,27 +46,12 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
-
-  def with_densities(download, upload):
-    algorithm = flasc.flasc(
-      task.loss_fn,
-      rates.client,
-      rates.server,
-      download_density=download,
-      upload_density=upload,
-      placement=task.placement,
-    )
-    return finetuning.fine_tuning(task, algorithm, schedule)
-
+  # With both densities 1, FLASC is dense federated LoRA bit for bit.
+  each = {"dense": knobs.Densities(1.0, 1.0), "flasc": densities}
   return {
-    # With both densities 1, FLASC is dense federated LoRA bit for bit.
-    "dense": with_densities(1.0, 1.0),
-    "flasc": with_densities(
-      densities.download_density, densities.upload_density
-    ),
+    name: finetuning.fine_tuning(task, sent.flasc(task, rates), schedule)
+    for name, sent in each.items()
   }

@@ -2,9 +2,9 @@
 
 fedjax-llm run tgap
 
-The first half of CG-FedLLM (arXiv 2405.13746): `run cg_fedllm` fine-tunes on
-the rest of the data through the codec, which is in `runs/tgap/codec` with a
-report of what it transmits. See `docs/experiments.md`.
+The first stage of CG-FedLLM (arXiv 2405.13746). Then `run cg_fedllm` fine-tunes
+on the rest of the data through the codec. `runs/tgap/codec` has the codec and a
+report of what it transmits. See `docs/learned_compression.md`.
 """
 
 import dataclasses
@@ -44,12 +44,14 @@ class Fit:
     codec: "transform" is ours, principal axes with a trellis after them. The
       others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
       the paper's, and "resnet_linear" has eight channels at full resolution and
-      no tanh. `latent_bits`, `normalise` and `fit_*` are of these alone.
-    bits: bits an entry at which a transform is reported; the bits that it sends
+      no tanh. `latent_bits`, `normalise` and `fit_*` are for autoencoders only.
+    bits: bits per entry in the report of a transform. The bits that it sends
       are chosen when it is used.
-    latent_bits: bits an entry of the latent; None for float32, as in the paper.
-    normalise: what images are divided by: the root mean square of "columns", of
-      all as "one", or "none", of which the paper says nothing.
+    latent_bits: bits per entry of the latent; None for float32, as in the
+      paper.
+    normalise: what images are divided by: the root mean square of each of the
+      "columns", that of all entries ("one"), or nothing ("none"). The paper
+      does not say.
     fit_steps: most steps of the codec's Adam.
     fit_batch_size: snapshots in a step.
     fit_learning_rate: learning rate of the codec's Adam; 2e-4 in the paper.
@@ -84,12 +86,13 @@ def experiment(
   """Record updates of the shipped model's adapter, and fit a codec on them.
 
   Args:
-    pretraining: "federated" averaging on D1, as the paper's last version has
-      it; or "local", each client alone, as its first.
-    source: fit to "updates", or to samples of a "gaussian_prior" with their
-      moments, which is all that clients tell then (arXiv 2412.17053).
-    representation: record the "delta", received minus trained; or the "state",
-      the whole adapter.
+    pretraining: "federated" averaging on D1, as in the paper's last version; or
+      "local" training of each client alone, as in its first version.
+    source: what the codec is fitted to: "updates", or samples of a
+      "gaussian_prior" with their moments. Then clients send the moments only
+      (arXiv 2412.17053).
+    representation: what is recorded: the "delta", received minus trained; or
+      the "state", the whole adapter.
     share: share of every client's rows that are D1.
     fit: the codec, and how it is fitted.
     seed: seed of every random draw.
@@ -104,10 +107,8 @@ def experiment(
     records.streams(corpora.standard_library(), held_out_rows),
     adapter=adapter,
     sequence_length=sequence_length,
-    dtype=compute.dtype,
-    quantize=compute.quantize,
-    placement=compute.placement,
     seed=seed,
+    **compute.settings,
   )
   task, _ = experiments.divided(task, share, seed=seed)
   parts = dict(

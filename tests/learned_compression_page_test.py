@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from benchmarks import study
 from benchmarks.cg_fedllm import analyses, distortion
 from fedjax_llm.reporting import runs, studies, study_tables
 
@@ -20,7 +21,7 @@ TEXT = STUDY.read_text(encoding="utf-8")
   "path", sorted(RESULTS.glob("*_distortion.jsonl")), ids=lambda x: x.stem
 )
 def test_errors_of_codecs(path):
-  assert distortion.table(distortion.read(path)) in TEXT
+  assert distortion.table(study.read(path)) in TEXT
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import time
 import fedjax_llm as fl
 from fedjax_llm.data import corpora, records
 from fedjax_llm.experiments import finetuning, knobs, runner, tasks
-from fedjax_llm.federated.algorithms import flasc
 from fedjax_llm.models import lora
 
 
@@ -60,14 +59,7 @@ def experiment(
     placement=fl.Placement(clients_per_step=clients_per_step),
     seed=seed,
   )
-  algorithm = flasc.flasc(
-    task.loss_fn,
-    rates.client,
-    rates.server,
-    download_density=densities.download_density,
-    upload_density=densities.upload_density,
-    placement=task.placement,
-  )
+  algorithm = densities.flasc(task, rates)
   made = finetuning.fine_tuning(task, algorithm, schedule)
 
   def slow_round(state, number):

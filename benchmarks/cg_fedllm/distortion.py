@@ -50,20 +50,14 @@ def main() -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   for seed in range(given.seeds):
     _measure(given.task, seed, path)
-  records = read(path)
+  records = study.read(path)
   print(table(records))
   plot(records, path.with_suffix(".png"))
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a result file."""
-  text = path.read_text() if path.exists() else ""
-  return [json.loads(line) for line in text.splitlines()]
-
-
 def _measure(task: str, seed: int, path: pathlib.Path) -> None:
   """Appends a line for each codec and budget that is missing in the file."""
-  done = {(x["codec"], x["budget"], x["seed"]) for x in read(path)}
+  done = {(x["codec"], x["budget"], x["seed"]) for x in study.read(path)}
   wanted = [(name, bits) for bits in codecs.BITS for name in codecs.CODECS]
   wanted += [(name, 0.0) for name in _controls(None)]
   missing = [x for x in wanted if (*x, seed) not in done]

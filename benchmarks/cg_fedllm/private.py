@@ -88,7 +88,7 @@ def _knobs(method, place, epsilon):
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__, "cg_fedllm")
-  path = given.out / f"{given.task}_private.jsonl"
-  study.run(cells(given), path, methods.experiment, processes=given.processes)
+  given = study.program(
+    __doc__, "cg_fedllm", "_private", cells, methods.experiment
+  )
   print(table(given))

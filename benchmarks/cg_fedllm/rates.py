@@ -12,7 +12,6 @@ Then a rate of 3 is run where 2 was best, and a rate of 8 where 4 was best.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -76,10 +75,8 @@ def knobs(bits: float, feedback: bool = False) -> tuple[tuple[str, Any], ...]:
 
 def _best(task, folder, method, knobs, rounds):
   """The cell of the lowest final loss, among those of so many rounds."""
-  path = folder / f"{task}_rates.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
   found = []
-  for record in map(json.loads, lines):
+  for record in study.read(folder / f"{task}_rates.jsonl"):
     cell = record["cell"]
     own = {x: y for x, y in cell["knobs"] if x != "server_decay"}
     if (cell["method"], cell["rounds"], own) == (method, rounds, dict(knobs)):

@@ -5,14 +5,13 @@ with Adam, as in CG-FedLLM. A recording is cached in a folder of the machine.
 """
 
 import dataclasses
-import os
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
-from benchmarks import problems
+from benchmarks import problems, study
 from fedjax_llm.codecs import recording
 from fedjax_llm.experiments import runner, tasks
 from fedjax_llm.experiments import tgap as experiments
@@ -60,9 +59,8 @@ def parts(cell: Any) -> tuple[tasks.Task, tasks.Task]:
 def of(cell: Any) -> Recorded:
   """Returns the recording of a cell's task, rank, seed and client rate."""
   first, second = parts(cell)
-  cache = os.environ.get("FEDJAX_LLM_CACHE", "~/.cache/fedjax_llm")
   name = f"{cell.task}_{cell.rank}_{cell.seed}_{cell.client_rate:g}"
-  folder = pathlib.Path(cache).expanduser() / "recordings" / name
+  folder = study.cache("recordings") / name
   # A finished run writes again, and another process may read at that time.
   if not (folder / "adapter").exists():
     runner.run(_recording(first, cell), folder)

@@ -73,6 +73,4 @@ def _cell(given, method, knobs, server, seed) -> study.Cell:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__, "cg_fedllm")
-  path = given.out / f"{given.task}.jsonl"
-  study.run(cells(given), path, methods.experiment, processes=given.processes)
+  study.program(__doc__, "cg_fedllm", "", cells, methods.experiment)

@@ -14,6 +14,7 @@ from benchmarks import problems, study
 from fedjax_llm import compression
 from fedjax_llm.compression import sparse
 from fedjax_llm.experiments import finetuning, methods, runner, tasks
+from fedjax_llm.experiments import knobs as rates
 from fedjax_llm.federated import channels, network
 from fedjax_llm.federated.algorithms import (
   delta_downloads,
@@ -45,24 +46,17 @@ def experiment(cell: study.Cell) -> tuple[tasks.Task, runner.Experiment]:
 
 def recipe_of(cell: Any, task: Any, knobs: dict[str, Any]) -> methods.Recipe:
   """What the method of a cell is made of."""
-  recipe = methods.Recipe(
+  return methods.Recipe(
     task=task,
-    client=optax.sgd(cell.client_rate, momentum=0.9),
+    rates=rates.Rates(cell.client_rate, cell.server_rate),
     # In the state, so that cells of other rates share one compiled round.
     server=optax.inject_hyperparams(flasc.server_adamw)(cell.server_rate),
-    client_rate=cell.client_rate,
-    server_rate=cell.server_rate,
     density=cell.density,
     upload_density=cell.density,
-    warm_up_rounds=1,
     rank=cell.rank,
     rounds=cell.rounds,
-    parts=dict(placement=task.placement, population=len(task.population.names)),
+    aggregate=private_mean(cell, task, knobs) if "epsilon" in knobs else None,
   )
-  if "epsilon" in knobs:
-    aggregate = private_mean(cell, task, knobs)
-    recipe = recipe._replace(parts=recipe.parts | {"aggregate": aggregate})
-  return recipe
 
 
 def private_mean(cell, task, knobs):

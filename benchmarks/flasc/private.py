@@ -52,6 +52,4 @@ def _knobs(epsilon):
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__, "flasc")
-  path = given.out / f"{given.task}_private.jsonl"
-  study.run(cells(given), path, methods.experiment, processes=given.processes)
+  study.program(__doc__, "flasc", "_private", cells, methods.experiment)

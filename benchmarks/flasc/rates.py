@@ -8,7 +8,6 @@ have a density at 1/16. The other programs take the best rates of the grid that
 """
 
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -65,8 +64,9 @@ SEED = 100
 Knobs = tuple[tuple[str, Any], ...]
 
 
-def cells(task: str, rounds: int) -> list[study.Cell]:
+def cells(given) -> list[study.Cell]:
   """The grid of every method."""
+  task = given.task
   return [
     study.Cell(
       task=task,
@@ -76,7 +76,7 @@ def cells(task: str, rounds: int) -> list[study.Cell]:
       seed=SEED,
       client_rate=client_rate,
       server_rate=server_rate,
-      rounds=rounds,
+      rounds=given.rounds or ROUNDS[task],
       validation=True,
       knobs=knobs,
     )
@@ -96,10 +96,11 @@ def of(
 ) -> tuple[float, float]:
   """Client and server rate of a method: the lowest validation loss."""
   path = folder / f"{task}_rates.jsonl"
-  records = [json.loads(line) for line in path.read_text().splitlines()]
   wanted = [LIKE.get(method, method), [list(pair) for pair in knobs]]
   records = [
-    x for x in records if [x["cell"]["method"], x["cell"]["knobs"]] == wanted
+    x
+    for x in study.read(path)
+    if [x["cell"]["method"], x["cell"]["knobs"]] == wanted
   ]
   if not records:
     raise ValueError(
@@ -120,9 +121,6 @@ def _grid(task, method, knobs):
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__, "flasc")
-  made = cells(given.task, given.rounds or ROUNDS[given.task])
-  path = given.out / f"{given.task}_rates.jsonl"
-  study.run(made, path, methods.experiment, processes=given.processes)
+  given = study.program(__doc__, "flasc", "_rates", cells, methods.experiment)
   for method, knobs in tuned(given.task):
     print(method, dict(knobs), *of(given.task, method, given.out, knobs))

@@ -40,6 +40,4 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  given = study.arguments(__doc__, "flasc")
-  path = given.out / f"{given.task}_tiers.jsonl"
-  study.run(cells(given), path, methods.experiment, processes=given.processes)
+  study.program(__doc__, "flasc", "_tiers", cells, methods.experiment)

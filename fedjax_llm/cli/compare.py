@@ -24,9 +24,9 @@ def compare(
       lines, whose runs are summed up by mean and deviation over seeds.
     out: where to draw the plot. A study gets a second one, with `_ratios` after
       the name: how many times fewer bytes than dense LoRA each method needed.
-    target_loss: adds the bytes and simulated seconds until it was first seen
-      that the held-out loss was at most so much; not of a study.
-    target_accuracy: the same for an accuracy of at least so much, in [0, 1].
+    target_loss: held-out loss for columns with the bytes and simulated seconds
+      until the first evaluation that is as low; not for a study.
+    target_accuracy: the same for an accuracy, in [0, 1].
     conventions: adds bytes as papers count them: values only, + bitmap, + COO.
   """
   if not runs:

@@ -1,7 +1,7 @@
 """Config files: where they are, how they are loaded, what their options are.
 
-A config is a Python file with a function `experiment` of keyword-only knobs;
-its signature and docstring are the command's options and their help.
+A config is a Python file with a function `experiment` of keyword-only knobs.
+Its signature gives the options of the command, and its docstring their help.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 # The module that a config of the user's own becomes.
 OWN = "fedjax_llm_config"
-# What a run that goes on may differ in: parameters of `runner.run`.
+# What may differ in a run that is resumed: parameters of `runner.run`.
 ALLOWANCES = {
   "allow_other_devices": "go on with a run that was begun on other devices",
   "allow_other_versions": (
@@ -32,7 +32,7 @@ def folder() -> pathlib.Path:
 
 
 def summaries() -> list[str]:
-  """A line a config: its name and the first line of its file's docstring."""
+  """A line for each config: its name and the first line of its docstring."""
   lines = []
   for path in sorted(folder().glob("*.py")):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

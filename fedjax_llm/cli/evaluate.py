@@ -135,7 +135,7 @@ def _perplexity(
   rows = batches.rows_of_text(
     [text.read_text(encoding="utf-8")], tokenizer, window
   )
-  tasks.check_tokens(rows.tokens, loaded.config)
+  loading.check_tokens(rows.tokens, loaded.config)
   # A short text must not cost what the longest one would.
   width = int(rows.mask.any(0).sum())
   rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
@@ -166,7 +166,7 @@ def _classification(
   names = loaded.head.names or tuple(map(str, range(loaded.head.labels)))
   labels, _ = holdout.labels_of(read, label_column, names)
   assert labels is not None
-  tokenizer = tasks.load_tokenizer(loaded.folder)
+  tokenizer = loading.load_tokenizer(loaded.folder)
   texts = [
     templates.Text("", str(x), special_tokens=False)
     for x in holdout.column_of(read, text_column)
@@ -178,7 +178,7 @@ def _classification(
     settings.length(loaded.config, _WINDOW),
     special_tokens=tokenised.special_tokens(tokenizer),
   )
-  tasks.check_tokens(rows.tokens, loaded.config)
+  loading.check_tokens(rows.tokens, loaded.config)
   # Short texts must not cost what the longest one would.
   width = int(rows.segments.any(0).sum())
   rows = rows._replace(

@@ -99,7 +99,7 @@ def chat(
       f"chat expected a language model, got {adapter}, the adapter of a"
       " classifier. Use `fedjax-llm evaluate --task classification`."
     )
-  tokenizer = tasks.load_tokenizer(loaded.folder)
+  tokenizer = loading.load_tokenizer(loaded.folder)
   voices: dict[str, tuple[nn.Module, Any]] = {
     "base": (families.model(loaded.config, dtype=jnp.dtype(dtype)), None)
   }

@@ -14,8 +14,7 @@ def run(
   *,
   name: str,
   knobs: Mapping[str, Any],
-  allow_other_devices: bool = False,
-  allow_other_versions: bool = False,
+  **allowances: bool,
 ) -> None:
   """Runs or resumes the experiments of a config, and reports.
 
@@ -25,8 +24,7 @@ def run(
     out: folder of the run.
     name: name of the config.
     knobs: arguments of `make`; the others have their defaults.
-    allow_other_devices: as of `runner.run`.
-    allow_other_versions: as of `runner.run`.
+    **allowances: what may differ in a run that goes on, as in `runner.run`.
 
   Raises:
     KeyboardInterrupt: after Ctrl-C, telling how to go on.
@@ -43,14 +41,7 @@ def run(
         " row and are left out."
       )
     try:
-      runner.run(
-        experiment,
-        folder,
-        name=label,
-        knobs=knobs,
-        allow_other_devices=allow_other_devices,
-        allow_other_versions=allow_other_versions,
-      )
+      runner.run(experiment, folder, name=label, knobs=knobs, **allowances)
     except runner.Interrupted as stop:
       raise KeyboardInterrupt(
         f"{label} {stop}; its state is saved. The same command goes on from"
@@ -71,8 +62,8 @@ def data(
   """Shows which client has which data, as a table and a plot; trains nothing.
 
   Args:
-    make: the config's `experiment` function; of several experiments, the
-      clients of the first are shown.
+    make: the config's `experiment` function. If it makes several experiments,
+      the clients of the first are shown.
     out: folder of the plot; made if absent.
     name: name of the config.
     knobs: arguments of `make`; the others have their defaults.

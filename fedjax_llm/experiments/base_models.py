@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fedjax_llm.experiments import objectives
 from fedjax_llm.federated import clients, draws
 from fedjax_llm.models import adapters, families, heads, lora, pretrained
 from fedjax_llm.models import quantized as quantization
@@ -22,7 +21,6 @@ class Loaded(NamedTuple):
 
   Attributes:
     network: the Flax module.
-    objective: what it is trained for.
     trainable: the parameters that are trained.
     frozen: the parameters that are not; empty in full fine-tuning.
     adapter: the LoRA settings; None in full fine-tuning.
@@ -32,7 +30,6 @@ class Loaded(NamedTuple):
   """
 
   network: nn.Module
-  objective: objectives.Objective
   trainable: Any
   frozen: Any
   adapter: lora.LoRA | None
@@ -45,7 +42,6 @@ def load(
   model: str | os.PathLike,
   adapter: lora.LoRA | str | os.PathLike | None,
   head: heads.Classifier | None,
-  objective: objectives.Objective,
   *,
   dtype: Dtype,
   quantize: Quantize | None,
@@ -59,7 +55,6 @@ def load(
     model: Hugging Face folder or hub name.
     adapter: as in `tasks.language_model`.
     head: the head of a classifier; None for a language model.
-    objective: what the model is trained for.
     dtype: as in `tasks.language_model`.
     quantize: as in `tasks.language_model`.
     remat: as in `tasks.language_model`.
@@ -100,14 +95,13 @@ def load(
   if is_full:
     shapes = lora.abstract_variables(network)["params"]
     trainable = heads.complete(frozen, shapes, draws.key(seed))
-    frozen, objective = {}, objective.of_all_parameters()
+    frozen = {}
   elif trainable is None:
     trainable = lora.init(network, draws.key(seed), frozen)
   else:
     lora.check(network, trainable)
   return Loaded(
     network,
-    objective,
     trainable,
     frozen,
     adapter,

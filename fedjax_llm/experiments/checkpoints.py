@@ -11,19 +11,17 @@ import numpy as np
 class Checkpoints:
   """The checkpoints in one folder; a context manager that waits for writes."""
 
-  def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+  def __init__(self, folder: pathlib.Path):
     """Opens or makes `folder`; deletes what a killed process left half done.
 
-    Args:
-      folder: the folder of the checkpoints.
-      keep: how many of the latest checkpoints to keep.
+    The folder keeps the last two checkpoints.
     """
     import orbax.checkpoint as ocp
 
     # Orbax tells of every step it takes; a run has its own progress bar.
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      max_to_keep=2,
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,
     )

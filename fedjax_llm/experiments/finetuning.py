@@ -8,7 +8,7 @@ experiment = finetuning.fine_tuning(task, algorithm, schedule)
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,12 +17,10 @@ import tqdm
 
 from fedjax_llm.data import cohorts
 from fedjax_llm.experiments import codec_gate, programs, runner, tasks
-from fedjax_llm.federated import clients, draws, rounds
+from fedjax_llm.federated import draws, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
 from fedjax_llm.models import lora
-
-Observer = Callable[[int, clients.Cohort, Mapping[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +29,11 @@ class Schedule:
 
   Attributes:
     rounds: number of rounds.
-    clients_per_round: clients that train in a round; with Poisson sampling,
-      how many are expected.
+    clients_per_round: clients in a round; their mean with Poisson sampling.
     batch_size: examples in a local step.
     local_epochs: passes of a client over its examples in a round.
     local_steps: most local steps of a client in a round; None for no limit.
-    sampling: how clients are sampled, "fixed" or "poisson"; see
-      `data.cohorts.cohort_sampler`.
+    sampling: how clients are sampled, see `data.cohorts.cohort_sampler`.
     evaluate_every: rounds between evaluations.
     checkpoint_every: rounds between checkpoints.
 
@@ -67,7 +63,7 @@ def fine_tuning(
   *,
   network: networks.Network | None = None,
   privacy: guarantees.Guarantee | None = None,
-  observe: Observer | None = None,
+  observe: Callable[..., None] | None = None,
 ) -> runner.Experiment:
   """Makes an experiment that runs a federated algorithm on a task.
 
@@ -80,36 +76,33 @@ def fine_tuning(
     schedule: the rounds, and what happens in each.
     network: the clients' links and their reliability; None if every client
       answers at once.
-    privacy: what `algorithm` guarantees. Its epsilon is a metric of each
-      evaluation, unless it is infinite; its description of the finished run is
-      printed and written to `privacy.txt`.
+    privacy: what `algorithm` guarantees. A finite epsilon is a metric of each
+      evaluation. The export prints the guarantee of the finished run and writes
+      it to `privacy.txt`.
     observe: called after each round with (round, cohort, metrics). It is called
       again for rounds that are computed again after a process was killed.
 
   Returns:
-    An experiment. `loss` and the exported `adapter` are those of the model that
-    clients receive, which for FLASC is the masked one; `server_loss` is that of
-    the parameters the server keeps. Metrics of a round:
+    An experiment. It evaluates as `loss` and exports as `adapter` the model
+    that clients receive, which for FLASC is the masked one. `server_loss` is
+    the loss of the parameters that the server keeps. Metrics of a round:
 
     - `download_bytes`, `upload_bytes`: of all messages; `..._per_client`: of
       the largest message.
-    - `download_entries`, `upload_entries`: how many numbers messages hold. One
-      with fewer than `trainable` numbers is sparse.
-    - `train_loss`, `tokens`: of the clients that answered; no `train_loss` if
-      there are none.
+    - `download_entries`, `upload_entries`: how many numbers all messages hold.
+      A message with fewer than `trainable` numbers is sparse.
+    - `train_loss`, `tokens`: of the clients that answered.
     - `selected`, `answered`, `simulated_seconds`: only with a network.
     - `update_cosine`, and with two answers or more `innovation_cosine`: if the
-      algorithm returns them. If codecs transmit nothing, a warning is printed.
+      algorithm returns them. A low `innovation_cosine` prints a warning.
 
   Raises:
-    ValueError: if more clients are to be selected than there are, if clients
-      are not sampled as `privacy` assumes, if `algorithm` does not add the
-      noise that `privacy` promises, or if it has another placement than `task`.
+    ValueError: if the network selects more clients than there are, clients are
+      not sampled as `privacy` assumes, `algorithm` adds less noise than
+      `privacy` promises, or `algorithm` has another placement than `task`.
   """
   links = network or networks.IDEAL
-  _check(task, links, privacy, schedule)
-  _check_noise(algorithm, privacy)
-  _check_placement(task, algorithm)
+  _check(task, algorithm, links, privacy, schedule)
   sample = cohorts.cohort_sampler(
     task.population,
     clients_per_round=links.selected(schedule.clients_per_round),
@@ -127,9 +120,6 @@ def fine_tuning(
   )
   evaluate, export = _results(task, algorithm, privacy, key)
   gate = codec_gate.Gate(tqdm.tqdm.write)
-
-  def init():
-    return jax.device_put(algorithm.init(task.trainable), placement)
 
   def program(state):
     arguments = (state, task.frozen, examples, sample(0), key)
@@ -176,7 +166,7 @@ def fine_tuning(
 
   return runner.Experiment(
     rounds=schedule.rounds,
-    init=init,
+    init=lambda: jax.device_put(algorithm.init(task.trainable), placement),
     round=round_fn,
     evaluate=evaluate,
     export=export,
@@ -188,8 +178,13 @@ def fine_tuning(
   )
 
 
-def _check(task, links, privacy, schedule):
-  """Refuses what cannot be sampled, or is not sampled as privacy assumes."""
+def _check(task, algorithm, links, privacy, schedule):
+  """Refuses what cannot be run on the task, or breaks a promise of privacy."""
+  if algorithm.placement not in (None, task.placement):
+    raise ValueError(
+      f"expected an algorithm for the task's {task.placement}, got one for"
+      f" {algorithm.placement}. Make it with placement=task.placement."
+    )
   population = len(task.population.names)
   wanted, sampling = schedule.clients_per_round, schedule.sampling
   if links.over_selection > 1:
@@ -207,6 +202,7 @@ def _check(task, links, privacy, schedule):
       )
   if privacy:
     privacy.check(sampling, wanted, population, schedule.local_epochs)
+    _check_noise(algorithm, privacy)
 
 
 # The field of an algorithm that must have a guarantee's noise, and the remedy.
@@ -224,8 +220,6 @@ _NOISE = {
 
 def _check_noise(algorithm, privacy):
   """Refuses a guarantee that the algorithm does not keep."""
-  if privacy is None:
-    return
   if type(privacy) not in _NOISE:
     raise ValueError(
       "expected privacy to be a ClientLevel or an ExampleLevel, whose noise can"
@@ -238,15 +232,6 @@ def _check_noise(algorithm, privacy):
       f"{type(privacy).__name__} is accounted for noise_multiplier={expected},"
       f" but the algorithm's {name} is {got}: expected an algorithm with that"
       f" much noise. To make one, {remedy}."
-    )
-
-
-def _check_placement(task, algorithm):
-  """Refuses an algorithm for other devices than those that hold the task."""
-  if algorithm.placement not in (None, task.placement):
-    raise ValueError(
-      f"expected an algorithm for the task's {task.placement}, got one for"
-      f" {algorithm.placement}. Make it with placement=task.placement."
     )
 
 

@@ -1,9 +1,10 @@
-"""Whether a run may go on with what a folder holds.
+"""Whether a run may go on in a folder that holds a run.
 
-Both must have the same name, knobs, data and program. `rounds` may grow. Names
-of models and data are not compared where fingerprints are: the same bytes are
-the same model wherever they lie. Devices and versions change the last bits of
-a result, so others are refused unless they are allowed.
+The two runs must have the same name, knobs, data and program. `rounds` may
+grow. Models and data are compared by their fingerprints, if they have some, and
+not by their names: the same bytes are the same model wherever they lie. Other
+devices and versions change the last bits of a result, so they are refused
+unless they are allowed.
 """
 
 import os
@@ -32,8 +33,8 @@ def check(
   before: Record,
   now: Record,
   *,
-  allow_other_devices: bool,
-  allow_other_versions: bool,
+  allow_other_devices: bool = False,
+  allow_other_versions: bool = False,
 ) -> list[str]:
   """Refuses a run that is not the one the folder holds.
 
@@ -66,26 +67,25 @@ def check(
       f" {before['rounds']} rounds or more, or another folder (--out)."
     )
   allowed = []
-  for part, is_allowed, option in (
-    ("device", allow_other_devices, "allow_other_devices"),
-    ("versions", allow_other_versions, "allow_other_versions"),
+  for part, plural, is_allowed in (
+    ("device", "devices", allow_other_devices),
+    ("versions", "versions", allow_other_versions),
   ):
-    differences = _differences(part, before.get(part), now[part])
-    if differences and not is_allowed:
-      flag = f"--{option.replace('_', '-')}"
+    lines = [_line(x) for x in _differences(part, before.get(part), now[part])]
+    if lines and not is_allowed:
       raise ValueError(
-        f"the run in {folder} was begun with other {_PLURAL[part]}, so that the"
-        f" result would not be the same to the bit:\n  {_lines(differences)}\n"
-        f"Go on with the former, or allow it: {option}=True ({flag})."
+        f"the run in {folder} was begun with other {plural}, so that the result"
+        " would not be the same to the bit:\n  " + "\n  ".join(lines) + "\n"
+        f"Go on with the former, or allow it: allow_other_{plural}=True"
+        f" (--allow-other-{plural})."
       )
-    allowed += [f"{x}; allowed" for x in map(_line, differences)]
+    allowed += [f"{x}; allowed" for x in lines]
   _refuse(folder, _program(before, now, is_comparable=not allowed))
   if allowed:
     allowed.append("what a round computes cannot be compared, and is trusted")
   return allowed
 
 
-_PLURAL = {"device": "devices", "versions": "versions"}
 _Difference = tuple[str, Any, Any]
 
 
@@ -138,10 +138,6 @@ def _differences(name: str, old: Any, new: Any) -> list[_Difference]:
 def _line(difference: _Difference) -> str:
   name, old, new = difference
   return f"{name}: {old!r} there, {new!r} now"
-
-
-def _lines(differences: list[_Difference]) -> str:
-  return "\n  ".join(map(_line, differences))
 
 
 def _refuse(folder: pathlib.Path, sentences: list[str]) -> None:

@@ -1,16 +1,22 @@
 """Knobs that many configs share, as values.
 
-A config's command line has an option for every field of such a value: with
-`rates: knobs.Rates` it has `--client-learning-rate`.
+A config's command line has an option for each field of such a value: a config
+with `rates: knobs.Rates` has `--client-learning-rate`.
 """
 
 import dataclasses
+import os
+import pathlib
+from typing import Any
 
 import optax
 
-from fedjax_llm.experiments import base_models
-from fedjax_llm.federated import clients
+from fedjax_llm.experiments import base_models, tasks
+from fedjax_llm.federated import clients, rounds
 from fedjax_llm.federated.algorithms import flasc
+
+# The folder of the data sets that configs name.
+DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Densities:
-  """The share of the entries that FLASC sends.
+  """The shares of the entries that FLASC sends.
 
   Attributes:
     download_density: share of the parameters' entries that the server sends.
@@ -48,6 +54,17 @@ class Densities:
 
   download_density: float = 0.25
   upload_density: float = 0.0625
+
+  def flasc(self, task: tasks.Task, rates: Rates) -> rounds.FederatedAlgorithm:
+    """FLASC with these densities, on the devices of `task`."""
+    return flasc.flasc(
+      task.loss_fn,
+      rates.client,
+      rates.server,
+      download_density=self.download_density,
+      upload_density=self.upload_density,
+      placement=task.placement,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +84,10 @@ class Compute:
   clients_per_step: int | None = None
 
   @property
-  def placement(self) -> clients.Placement:
-    """All devices, with so many clients at once on each."""
-    return clients.Placement(clients_per_step=self.clients_per_step)
+  def settings(self) -> dict[str, Any]:
+    """The arguments of `tasks.language_model` for these knobs."""
+    return {
+      "dtype": self.dtype,
+      "quantize": self.quantize,
+      "placement": clients.Placement(clients_per_step=self.clients_per_step),
+    }

@@ -7,8 +7,8 @@ import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
-from fedjax_llm.experiments import tasks
 from fedjax_llm.models import (
   adapters,
   families,
@@ -130,4 +130,37 @@ def tokenizer_of(loaded: Model) -> transformers.PreTrainedTokenizerBase:
       "expected a language model, got the adapter of a classifier, whose task"
       " is classification."
     )
-  return tasks.load_tokenizer(loaded.folder)
+  return load_tokenizer(loaded.folder)
+
+
+def load_tokenizer(
+  folder: pathlib.Path,
+) -> transformers.PreTrainedTokenizerBase:
+  """The tokenizer of a model folder.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  import transformers
+
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"cannot load a tokenizer from {folder}: {error}"
+    ) from error
+  if tokenizer is None:
+    raise ValueError(f"expected a tokenizer in {folder}, found none.")
+  return tokenizer
+
+
+def check_tokens(tokens: np.ndarray, config: Any) -> None:
+  """Raises a `ValueError` if a model lacks one of `tokens`.
+
+  Tokenizers may have more than their model has, as Gemma 3's, for images.
+  """
+  if tokens.size and tokens.max() >= config.vocab_size:
+    raise ValueError(
+      f"the tokenizer wrote token {tokens.max()}, the model has only"
+      f" {config.vocab_size}. Take the tokenizer that it was trained with."
+    )

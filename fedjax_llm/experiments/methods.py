@@ -7,15 +7,21 @@ them. What each method sends and trains is in `docs/methods.md`.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import optax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.compression import base, grouped, levels, quantize, sparse
-from fedjax_llm.experiments import tasks
-from fedjax_llm.federated import channels, clients, densities, parameters
+from fedjax_llm.experiments import knobs, tasks
+from fedjax_llm.federated import (
+  aggregators,
+  channels,
+  clients,
+  densities,
+  parameters,
+)
 from fedjax_llm.federated.algorithms import (
   delta_downloads,
   eco_lora,
@@ -36,71 +42,45 @@ from fedjax_llm.federated.algorithms import (
   scaffold,
 )
 
-Method = Literal[
-  "fed_avg",
-  "fed_adam",
-  "fed_yogi",
-  "fed_adagrad",
-  "fed_avg_m",
-  "fed_adamw",
-  "fed_prox",
-  "scaffold",
-  "full_fine_tuning",
-  "linear_probe",
-  "flasc",
-  "flasc_tiers",
-  "top_k_with_error_feedback",
-  "ef21",
-  "fetch_sgd",
-  "quantised",
-  "delta_downloads",
-  "sparse_adapter",
-  "adapter_lth",
-  "federated_select",
-  "federated_select_ranks",
-  "zero_padded_lora",
-  "het_lora",
-  "flex_lora",
-  "flora",
-  "ffa_lora",
-  "ro_lora",
-  "fed_sa_lora",
-  "fed_ex_lora",
-  "fed_sb",
-  "eco_lora",
-  "fed_srd",
-]
-
 
 class Recipe(NamedTuple):
   """What a method is made of; each takes what it needs.
 
   Attributes:
     task: the model and the data.
-    client: the clients' optimizer.
+    rates: the learning rates, and the clients' optimizer.
     server: the server's optimizer.
-    client_rate: learning rate of `client`.
-    server_rate: learning rate of `server`.
     density: share of the entries that a sparse method sends.
     upload_density: the same for FLASC's uploads.
-    warm_up_rounds: dense rounds before Federated Select.
     rank: rank of the LoRA factors.
     rounds: number of rounds.
-    parts: `population` and `placement`, and `aggregate` if it is not the
-      method's own.
+    warm_up_rounds: dense rounds before Federated Select.
+    aggregate: the aggregator; None for the method's own.
   """
 
   task: tasks.Task
-  client: optax.GradientTransformation
+  rates: knobs.Rates
   server: optax.GradientTransformation
-  client_rate: float
-  server_rate: float
   density: float
   upload_density: float
-  warm_up_rounds: int
   rank: int
   rounds: int
-  parts: dict[str, Any]
+  warm_up_rounds: int = 1
+  aggregate: aggregators.Aggregator | None = None
+
+  @property
+  def client(self) -> optax.GradientTransformation:
+    """The clients' optimizer."""
+    return self.rates.client
+
+  @property
+  def parts(self) -> dict[str, Any]:
+    """The keyword arguments of all methods."""
+    parts: dict[str, Any] = {
+      "population": len(self.task.population.names),
+      "placement": self.task.placement,
+    }
+    return parts | ({"aggregate": self.aggregate} if self.aggregate else {})
 
   @property
   def optimizers(self) -> tuple[Any, Any, Any]:
@@ -123,7 +103,7 @@ Make = Callable[[Recipe], Any]
 
 def _adaptive(server: Callable[[float], Any]) -> Make:
   return lambda k: fed_avg.fed_avg(
-    k.task.loss_fn, k.client, server(k.server_rate), **k.parts
+    k.task.loss_fn, k.client, server(k.rates.server_learning_rate), **k.parts
   )
 
 
@@ -145,7 +125,7 @@ def _error_feedback(k: Recipe) -> Any:
 
 
 def _fetch_sgd(k: Recipe) -> Any:
-  """Sends sketches of `density`; a tenth of that is what moves."""
+  """Sends sketches of `density`; a tenth of that share moves."""
   vector, _ = ravel_pytree(k.task.trainable)
   return fetch_sgd.fetch_sgd(
     k.task.loss_fn,
@@ -159,7 +139,7 @@ def _fetch_sgd(k: Recipe) -> Any:
 
 
 def _quantised(k: Recipe) -> Any:
-  """Every entry in `density` of 32 bits: 1 to 6 bits, or 8."""
+  """Sends each entry in 32 * `density` bits: 1 to 6 bits, or 8."""
   bits = max(1, min(8, round(32 * k.density)))
   coarse = (
     quantize.lloyd_max(bits) if bits < 7 else levels.stochastic_uniform(8)
@@ -170,7 +150,7 @@ def _quantised(k: Recipe) -> Any:
 
 
 def apart(k: Recipe) -> Callable[[float], base.Compressor]:
-  """A Top-K each for all `a`, for all `b` and for a head."""
+  """One Top-K for all `a`, one for all `b`, and one for a head."""
   owners = parameters.owners(k.task.trainable)
   return functools.partial(grouped.top_k_per_group, owners)
 
@@ -194,14 +174,14 @@ def _scale(k: Recipe) -> float:
 
 METHODS: dict[str, Make] = {
   "fed_avg": lambda k: fed_avg.fed_avg(*k.averaging, **k.parts),
-  "fed_avg_m": _adaptive(fed_avg.fed_avg_m),
   "fed_adam": _adaptive(fed_avg.fed_adam),
   "fed_yogi": _adaptive(fed_avg.fed_yogi),
   "fed_adagrad": _adaptive(fed_avg.fed_adagrad),
+  "fed_avg_m": _adaptive(fed_avg.fed_avg_m),
   "fed_adamw": lambda k: fed_avg.fed_avg(*k.optimizers, **k.parts),
   "fed_prox": _fed_prox,
   "scaffold": lambda k: scaffold.scaffold(
-    k.task.loss_fn, k.client_rate, optax.sgd(1.0), **k.parts
+    k.task.loss_fn, k.rates.client_learning_rate, optax.sgd(1.0), **k.parts
   ),
   "full_fine_tuning": lambda k: fed_avg.fed_avg(*k.optimizers, **k.parts),
   "linear_probe": lambda k: freezing.linear_probe(*k.optimizers, **k.parts),
@@ -278,3 +258,8 @@ METHODS: dict[str, Make] = {
 }
 # Methods that take a private mean as their `aggregate`.
 PRIVATE = ("fed_adamw", "flasc", "ffa_lora", "full_fine_tuning", "linear_probe")
+# The names, as choices of a command line.
+if TYPE_CHECKING:
+  Method = str
+else:
+  Method = Literal[tuple(METHODS)]

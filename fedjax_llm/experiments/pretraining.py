@@ -1,8 +1,8 @@
 """Pre-training of a small base model, in one process.
 
-With it the package ships a trained model for its default corpus. A round is a
-fixed number of optimizer steps, so that a pre-training run is recorded,
-checkpointed and resumed like any other experiment.
+It made the model that the package ships for its default corpus. A round is a
+fixed number of optimizer steps, so a pre-training run is recorded, checkpointed
+and resumed like any other experiment.
 """
 
 from __future__ import annotations

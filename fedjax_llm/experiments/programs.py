@@ -19,13 +19,13 @@ _ENTRIES = 2**24
 def of_function(jitted: Any, *arguments: Any) -> str:
   """Returns a fingerprint of what a jitted function computes.
 
-  It is of the StableHLO text, with constants. JAX keeps the trace, so that the
-  first call does not trace again.
+  The fingerprint covers the StableHLO text with its constants. JAX keeps the
+  trace, so the first call does not trace again.
 
   Args:
-    jitted: what `jax.jit` returned.
-    *arguments: arguments of its first call. Of arrays only shapes, types and
-      placement matter.
+    jitted: the result of `jax.jit`.
+    *arguments: arguments of its first call. Only the shapes, types and
+      placement of arrays matter.
   """
   text = jitted.lower(*arguments).as_text()
   # The name of the function says nothing of what it computes.
@@ -37,8 +37,8 @@ def of_arrays(tree: Any) -> str:
   """Returns a fingerprint of a tree of arrays, wherever they lie.
 
   Args:
-    tree: names, shapes, types and values count; of an array with more than
-      2**24 entries only the first 2**24.
+    tree: tree of arrays. Names, shapes, types and values count, but only the
+      first 2**24 values of an array.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree.leaves_with_path(tree):

@@ -33,12 +33,12 @@ def record(
   program: Mapping[str, Any],
   rounds: int,
 ) -> dict[str, Any]:
-  """Returns what `run.json` says of a run before it starts.
+  """Returns the content of `run.json` at the start of a run.
 
   Args:
     name: the name of the experiment.
-    knobs: what the experiment was made with. A dataclass stands for its fields;
-      what is no JSON value, such as a path, is recorded as text.
+    knobs: what the experiment was made with. A dataclass is replaced by its
+      fields. A value that JSON lacks, such as a path, is recorded as text.
     data: what identifies the data.
     program: what identifies the computation.
     rounds: the number of rounds.
@@ -58,28 +58,21 @@ def flat(knobs: Mapping[str, Any]) -> dict[str, Any]:
   values = {}
   for name, value in knobs.items():
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-      values |= flat(
-        {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
-      )
+      values |= flat(vars(value))
     else:
       values[name] = value
   return values
 
 
 def claim(
-  folder: pathlib.Path,
-  now: dict[str, Any],
-  *,
-  allow_other_devices: bool = False,
-  allow_other_versions: bool = False,
+  folder: pathlib.Path, now: dict[str, Any], **allowances: bool
 ) -> None:
   """Writes `run.json`, or checks that the run there is this one.
 
   Args:
     folder: the folder of the run; made if absent.
     now: the record of the run.
-    allow_other_devices: whether the run may have been begun on other devices.
-    allow_other_versions: whether it may have been begun with other versions.
+    **allowances: what may differ, as in `identity.check`.
 
   Raises:
     ValueError: if the folder holds another run, naming what differs.
@@ -89,12 +82,7 @@ def claim(
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(path, now)
     return
-  allowed = check(
-    folder,
-    now,
-    allow_other_devices=allow_other_devices,
-    allow_other_versions=allow_other_versions,
-  )
+  allowed = check(folder, now, **allowances)
   before = json.loads(path.read_text())
   after = dict(before)
   if now["rounds"] > before["rounds"]:
@@ -113,24 +101,14 @@ def claim(
 
 
 def check(
-  folder: pathlib.Path,
-  now: dict[str, Any],
-  *,
-  allow_other_devices: bool,
-  allow_other_versions: bool,
+  folder: pathlib.Path, now: dict[str, Any], **allowances: bool
 ) -> list[str]:
   """Checks that the run in `folder` is this one; says what differs.
 
   Arguments, result and errors are those of `claim` and `identity.check`.
   """
   before = json.loads((folder / "run.json").read_text())
-  allowed = identity.check(
-    folder,
-    before,
-    now,
-    allow_other_devices=allow_other_devices,
-    allow_other_versions=allow_other_versions,
-  )
+  allowed = identity.check(folder, before, now, **allowances)
   for sentence in allowed:
     tqdm.tqdm.write(f"{folder}: {sentence}.")
   return allowed

@@ -5,24 +5,19 @@ evaluates the model on held-out examples. `language_model` and `classifier` are
 for texts and models of the hub, `custom` is for everything else.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from fedjax_llm.data import arrays, batches, records
-from fedjax_llm.experiments import base_models, objectives, programs
+from fedjax_llm.experiments import base_models, loading, objectives, programs
 from fedjax_llm.federated import clients, draws
 from fedjax_llm.models import families, heads, hub_config, lora, pretrained
-
-if TYPE_CHECKING:
-  import transformers
 
 Dtype = base_models.Dtype
 Quantize = base_models.Quantize
@@ -177,14 +172,13 @@ def language_model(
     model,
     adapter,
     None,
-    objectives.LANGUAGE,
     dtype=dtype,
     quantize=quantize,
     remat=remat,
     placement=placement,
     seed=seed,
   )
-  return _task(rows, loaded, seed)
+  return _task(rows, loaded, objectives.LANGUAGE, seed)
 
 
 def classifier(
@@ -236,14 +230,13 @@ def classifier(
     model,
     adapter,
     head,
-    objectives.CLASSIFICATION,
     dtype=dtype,
     quantize=quantize,
     remat=remat,
     placement=placement,
     seed=seed,
   )
-  return _task(rows, loaded, seed)
+  return _task(rows, loaded, objectives.CLASSIFICATION, seed)
 
 
 def _rows(
@@ -261,15 +254,22 @@ def _rows(
       f"expected sequence_length <= {config.max_position_embeddings}, the"
       f" context of {folder.name}, got {sequence_length}."
     )
-  rows = data(load_tokenizer(folder), sequence_length)
+  rows = data(loading.load_tokenizer(folder), sequence_length)
   for population in (rows.train, rows.held_out):
-    check_tokens(population.examples.tokens, config)
+    loading.check_tokens(population.examples.tokens, config)
   return rows
 
 
-def _task(rows: records.Split, loaded: base_models.Loaded, seed: int) -> Task:
+def _task(
+  rows: records.Split,
+  loaded: base_models.Loaded,
+  kind: objectives.Objective,
+  seed: int,
+) -> Task:
   """Puts the rows and the model of a task together."""
-  kind, network = loaded.objective, loaded.network
+  network = loaded.network
+  if loaded.adapter is None:
+    kind = kind.of_all_parameters()
   return Task(
     loss_fn=kind.loss_fn(network),
     trainable=loaded.trainable,
@@ -282,36 +282,3 @@ def _task(rows: records.Split, loaded: base_models.Loaded, seed: int) -> Task:
     data={**rows.identity, **loaded.identity},
     adapter=loaded.adapter,
   )
-
-
-def load_tokenizer(
-  folder: pathlib.Path,
-) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of a model folder.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  import transformers
-
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"cannot load a tokenizer from {folder}: {error}"
-    ) from error
-  if tokenizer is None:
-    raise ValueError(f"expected a tokenizer in {folder}, found none.")
-  return tokenizer
-
-
-def check_tokens(tokens: np.ndarray, config: Any) -> None:
-  """Raises a `ValueError` if a model lacks one of `tokens`.
-
-  Tokenizers may have more than their model has, as Gemma 3's, for images.
-  """
-  if tokens.size and tokens.max() >= config.vocab_size:
-    raise ValueError(
-      f"the tokenizer wrote token {tokens.max()}, the model has only"
-      f" {config.vocab_size}. Take the tokenizer that it was trained with."
-    )

@@ -70,11 +70,12 @@ def recorded(
     algorithm: algorithm from `federated.algorithms.tgap`.
     schedule: the rounds and what happens in each.
     network: the clients' links, see `finetuning.fine_tuning`.
-    representation: what its snapshots are.
-    source: what is recorded: the "updates", or as many samples of the
-      "gaussian_prior", which has their moments. The updates are then not kept.
-    about: what else to say in the store, such as how D1 was split off.
-    finish: called at the end, to fit and write a codec.
+    representation: what `algorithm` records, see `cg_fed_llm.Representation`.
+    source: what is stored: the "updates", or as many samples of the
+      "gaussian_prior" with the same moments. Then no update is kept.
+    about: further entries of the store's record, such as how D1 was split off.
+    finish: called with the store and the run folder after the last round, to
+      fit and write a codec.
 
   Returns:
     The experiment of `finetuning.fine_tuning`, which also writes the store into

@@ -6,6 +6,7 @@ formulas of papers instead, for comparison.
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -43,13 +44,13 @@ class Run:
     """The lines that have an evaluation."""
     return [line for line in self.lines if "loss" in line]
 
+  def lines_to(self, rounds: int | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of the first `rounds` rounds, or all."""
+    return [x for x in self.lines if rounds is None or x["round"] <= rounds]
+
   def total(self, name: str, rounds: int | None = None) -> float:
     """Returns the sum of a metric over the first `rounds` rounds, or all."""
-    return sum(
-      line.get(name, 0)
-      for line in self.lines
-      if rounds is None or line["round"] <= rounds
-    )
+    return sum(line.get(name, 0) for line in self.lines_to(rounds))
 
   def megabytes(self, rounds: int | None = None) -> float:
     """Returns the megabytes of all clients in both directions."""
@@ -87,11 +88,15 @@ def load(folder: str | os.PathLike) -> list[Run]:
   return runs
 
 
-def conventions(run: Run) -> dict[str, float]:
+def conventions(run: Run, rounds: int | None = None) -> dict[str, float]:
   """Returns the bytes of a run in both directions, as papers count them.
 
   A message with fewer numbers than there are trainable entries counts as
   sparse, even if both ends know the positions and it does not contain them.
+
+  Args:
+    run: the run.
+    rounds: the number of its first rounds to count; None for all.
 
   Returns:
     `values`: 4 bytes for each number. `bitmap`: the same, plus one bit for each
@@ -99,18 +104,16 @@ def conventions(run: Run) -> dict[str, float]:
     bytes for the position of each number in a sparse message. Empty if the run
     did not record these numbers.
   """
-  if not any("trainable" in line for line in run.lines):
+  lines = [x for x in run.lines_to(rounds) if "trainable" in x]
+  if not lines:
     return {}
-  values = 4 * (run.total("download_entries") + run.total("upload_entries"))
-  bits = sum(
-    line["sparse_messages"] * line["trainable"]
-    for line in run.lines
-    if "trainable" in line
-  )
+  total = functools.partial(run.total, rounds=rounds)
+  values = 4 * (total("download_entries") + total("upload_entries"))
+  bits = sum(x["sparse_messages"] * x["trainable"] for x in lines)
   return {
     "values": values,
     "bitmap": values + bits / 8,
-    "COO": values + 4 * run.total("sparse_entries"),
+    "COO": values + 4 * total("sparse_entries"),
   }
 
 
@@ -208,11 +211,8 @@ def _change(run: Run, name: str, form: str) -> str:
 
 def _of_papers(run: Run) -> dict[str, Any]:
   counted = conventions(run)
-  return {
-    "MB, values only": _mega(counted.get("values")),
-    "MB, + bitmap": _mega(counted.get("bitmap")),
-    "MB, + COO": _mega(counted.get("COO")),
-  }
+  titles = {"values": "values only", "bitmap": "+ bitmap", "COO": "+ COO"}
+  return {f"MB, {title}": _mega(counted.get(x)) for x, title in titles.items()}
 
 
 def _availability(run: Run) -> dict[str, Any]:
@@ -233,10 +233,8 @@ def _until(run: Run, targets: Mapping[str, float]) -> dict[str, Any]:
   columns: dict[str, Any] = {}
   for metric, target in targets.items():
     goal = f"to {metric} {target:g}"
-    sent, seconds = (
-      bytes_to(run, target, metric),
-      seconds_to(run, target, metric),
-    )
+    sent = bytes_to(run, target, metric)
+    seconds = seconds_to(run, target, metric)
     columns[f"MB {goal}"] = "not met" if sent is None else _mega(sent)
     columns[f"simulated seconds {goal}"] = "" if seconds is None else seconds
   return columns
@@ -265,8 +263,7 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
   Where nobody sent anything, as in pre-training, it is drawn against rounds.
   Each curve has its name at its end.
   """
-  size = (panels.WIDTH, 4.5)
-  figure = matplotlib.figure.Figure(size, layout="constrained")
+  figure = matplotlib.figure.Figure((panels.WIDTH, 4.5), layout="constrained")
   axes = figure.subplots()
   sent = any(run.megabytes() for run in runs)
   ends, colours, places = {}, {}, []
@@ -279,8 +276,7 @@ def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
     (line,) = axes.plot(at, losses, marker="o", markersize=4)
     ends[label], colours[label] = (at[-1], losses[-1]), line.get_color()
     places += at
-  starts = {run.evaluated[0]["loss"] for run in runs}
-  for loss in sorted(starts):
+  for loss in sorted({run.evaluated[0]["loss"] for run in runs}):
     axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
     axes.annotate(
       "before fine-tuning",

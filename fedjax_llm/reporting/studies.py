@@ -47,15 +47,10 @@ class Entry:
     """Returns the metric of each seed at the last evaluation."""
     return np.array([run.evaluated[-1][metric] for run in self.runs])
 
-  def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns megabytes and mean metrics at all evaluations but the first."""
-    lines = [run.evaluated[1:] for run in self.runs]
-    sent = [
-      [run.megabytes(line["round"]) for line in evaluated]
-      for run, evaluated in zip(self.runs, lines, strict=True)
-    ]
-    values = [[line[metric] for line in evaluated] for evaluated in lines]
-    return np.mean(sent, axis=0), np.mean(values, axis=0)
+  def curve(self, metric: str) -> np.ndarray:
+    """Returns the mean of a metric over seeds at each evaluation."""
+    values = [[line[metric] for line in run.evaluated] for run in self.runs]
+    return np.mean(values, axis=0)
 
   def megabytes(self, rounds: int | None = None) -> float:
     """Returns megabytes in both directions in `rounds` rounds, or all."""
@@ -75,11 +70,7 @@ class Entry:
 
   def as_papers_count(self, rounds: int | None = None) -> dict[str, float]:
     """Returns the mean megabytes by each of `runs.conventions`."""
-    lines = [[x for x in run.lines if _is_by(x, rounds)] for run in self.runs]
-    counted = [
-      report.conventions(dataclasses.replace(run, lines=kept))
-      for run, kept in zip(self.runs, lines, strict=True)
-    ]
+    counted = [report.conventions(run, rounds) for run in self.runs]
     names = counted[0]
     return {x: float(np.mean([c[x] for c in counted])) / _MEGA for x in names}
 
@@ -164,7 +155,7 @@ def rounds_to(
 
   Returns None if there is none.
   """
-  _, values = entry.curve(metric)
+  values = entry.curve(metric)[1:]
   met = np.flatnonzero(values >= target if higher else values <= target)
   evaluated = entry.runs[0].evaluated[1:]
   return evaluated[met[0]]["round"] if met.size else None
@@ -215,8 +206,7 @@ def cost_to(
   metric, higher = metric_of(entry)
   sign = 1 if higher else -1
   spent = [cost(line["round"]) for line in entry.runs[0].evaluated]
-  values = [[x[metric] for x in run.evaluated] for run in entry.runs]
-  best = np.maximum.accumulate(sign * np.mean(values, axis=0))
+  best = np.maximum.accumulate(sign * entry.curve(metric))
   levels = sign * np.asarray(levels)
   # Interpolates between the first evaluation that is better and the one before.
   first = np.searchsorted(best, levels)
@@ -259,7 +249,8 @@ def ratios(
     if reference_of(entry, entries) is entry
     and entry.cell["rank"] == first.cell["rank"]
   ]
-  levels = np.unique(np.concatenate([x.curve(metric)[1] for x in references]))
+  curves = [entry.curve(metric) for entry in references]
+  levels = np.unique(np.concatenate([curve[1:] for curve in curves]))
   # Levels that the untrained model meets cost nothing.
   start = first.runs[0].evaluated[0][metric]
   levels = levels[levels > start] if higher else levels[levels < start]
@@ -270,10 +261,6 @@ def ratios(
   methods = dict.fromkeys(entry.method for entry in entries)
   of = lambda method: [x for x in entries if x.method == method]
   return levels, {method: dense / least(of(method)) for method in methods}
-
-
-def _is_by(line, rounds):
-  return rounds is None or line["round"] <= rounds
 
 
 def deviation(values: np.ndarray) -> float:

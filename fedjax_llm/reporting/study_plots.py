@@ -1,8 +1,8 @@
 """Plots of studies: a panel for each method, the others in gray behind it.
 
-So methods can be compared without a legend of them. A plot answers one
-question: `ends`, which utility for how many bytes; `ratios`, how many times
-fewer bytes than dense LoRA.
+So methods are compared without a legend of methods. `ends` draws utility
+against bytes; `ratios` draws how many times fewer bytes than dense LoRA a
+method needed.
 """
 
 import pathlib
@@ -34,11 +34,11 @@ _SEVERAL = 8
 def ends(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   """Draws the utility at the end of each run.
 
-  It is drawn against megabytes, of uploads alone where downloads are alike; in
-  a study of privacy or of label skew, against what that varies. Points are
-  means over seeds, bars one standard deviation, the band is the dense
-  reference. Points of one setting are joined. What is far worse than the
-  others is an arrow at the edge, and its value is written there.
+  The horizontal axis has megabytes; of uploads only, if downloads are alike. In
+  a study of privacy or label skew it has epsilon or alpha. Points are means
+  over seeds, bars are one standard deviation, and the band is the dense
+  reference. Points of one setting are joined. An outlier is an arrow at the
+  edge, with its value beside it.
   """
   axis = _axis(entries)
   drawn = [x for x in entries if axis is None or axis in x.cell]
@@ -135,8 +135,8 @@ def _tell_off_scale(axes, entries, metric, limits):
 def _limits(drawn, metric, higher, band):
   """The range of utilities that is drawn to scale, (low, high).
 
-  It ends where the outliers begin, and at the untrained model, unless that
-  saves less than a quarter of the range.
+  It leaves out outliers and what is worse than the untrained model, if that
+  shortens the range by a quarter or more.
   """
   sign = 1 if higher else -1
   finals = [entry.final(metric) for entry in drawn]
@@ -159,7 +159,7 @@ def _limits(drawn, metric, higher, band):
 
 
 def _setting(entry, drawn, axis):
-  """In words, what tells an entry from others of its method, but its length."""
+  """The settings, in words, that distinguish an entry within its method."""
   hidden = {axis, "task", *_RATES} if axis else {"task", *_LENGTHS, *_RATES}
   names = [x for x in studies.shown(drawn) if x not in hidden]
   said = []
@@ -233,10 +233,10 @@ def _axis(entries):
 def ratios(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   """Draws how many times fewer bytes than dense LoRA a method needed.
 
-  At every utility that dense LoRA passed on its way, and at the best of the
-  method's settings. Of a study with links, simulated seconds in place of bytes;
-  where downloads are alike, uploads in place of both directions. Methods that
-  were never as good are named above.
+  The ratio is drawn at each utility that dense LoRA passed, for the best of the
+  method's settings. A study with links compares simulated seconds instead of
+  bytes. If downloads are alike, only uploads count. The title names the methods
+  that never were as good.
 
   Raises:
     ValueError: if there is no dense run.

@@ -12,7 +12,7 @@ import pytest
 from fedjax_llm.cli import evaluate as commands
 from fedjax_llm.cli import sitting
 from fedjax_llm.data import batches
-from fedjax_llm.experiments import tasks
+from fedjax_llm.experiments import loading
 from fedjax_llm.models import (
   adapters,
   decoder,
@@ -37,7 +37,7 @@ def test_evaluate_is_the_mean_over_all_predicted_tokens(
   path = tmp_path / "text.txt"
   path.write_text(" ".join(map(str, range(count))))
   config, params = pretrained.load(toy_model)
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   ids = jnp.array(tokenizer(path.read_text())["input_ids"])
   settings, factors = (
     adapters.load(toy_adapter, config) if adapted else (None, None)
@@ -191,7 +191,7 @@ def test_a_classifier_is_evaluated_on_labelled_texts(
   settings, trained = adapters.load(classifier, config)
   head = adapters.head_of(classifier, trained)
   apply = jax.jit(families.model(config, settings, head).apply)
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   losses, right = [], []
   for text, label in zip(texts, labels, strict=True):
     if text:

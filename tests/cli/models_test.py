@@ -8,7 +8,7 @@ import pytest
 
 from fedjax_llm.cli import evaluate as commands
 from fedjax_llm.cli import models
-from fedjax_llm.experiments import tasks
+from fedjax_llm.experiments import loading
 from fedjax_llm.models import (
   adapters,
   families,
@@ -54,7 +54,7 @@ def test_chat_shows_what_the_adapter_changes(toy_model, toy_adapter, capsys):
   models.chat(adapter=toy_adapter, prompt="1 2 3", max_new_tokens=6)
   said = capsys.readouterr().out
   config, params = pretrained.load(toy_model)
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   settings, factors = adapters.load(toy_adapter, config)
   ids = tokenizer("1 2 3")["input_ids"]
   ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
@@ -96,14 +96,14 @@ def test_the_chat_template_of_a_tokenizer_is_used(
     return [[]]
 
   monkeypatch.setattr(generation, "generate", note)
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   tokenizer.chat_template = (
     "{% for m in messages %}{{ m.role[0] }} {{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
   )
   shared = dict(max_new_tokens=1, prompt="12", system="3")
   load = lambda *_: tokenizer
-  monkeypatch.setattr(tasks, "load_tokenizer", load)
+  monkeypatch.setattr(loading, "load_tokenizer", load)
   models.chat(model=str(toy_model), **shared)
   shared.pop("system")
   for template in ("plain", "alpaca", "question"):
@@ -156,7 +156,7 @@ def test_an_answer_ends_with_the_end_token_of_the_tokenizer(
   monkeypatch.setattr(generation, "generate", note)
   # Its config.json names no token that ends a text; its tokenizer does.
   models.chat(model=str(pretrained.SHIPPED), prompt="1")
-  tokenizer = tasks.load_tokenizer(pretrained.SHIPPED)
+  tokenizer = loading.load_tokenizer(pretrained.SHIPPED)
   assert ends == [[tokenizer.eos_token_id]]
   with pytest.raises(
     ValueError, match="--system expected a tokenizer with a chat"

@@ -14,7 +14,7 @@ import pytest
 
 from fedjax_llm.cli import evaluate, sitting
 from fedjax_llm.evaluation import ceval, exam_results, exams, mmlu
-from fedjax_llm.experiments import loading, tasks
+from fedjax_llm.experiments import loading
 from fedjax_llm.models import adapters, decoder, pretrained
 
 SUBJECTS = {"ceval": ("law", "logic"), "mmlu": ("anatomy", "astronomy")}
@@ -80,7 +80,7 @@ def test_an_exam_is_what_whole_prompts_say(
   config, params = pretrained.load(long_model)
   settings, factors = adapters.load(toy_adapter, config)
   apply = jax.jit(decoder.Decoder(config, settings).apply)
-  tokenizer = tasks.load_tokenizer(pathlib.Path(long_model))
+  tokenizer = loading.load_tokenizer(pathlib.Path(long_model))
   expected, right = {}, []
   papers = exams.papers(
     mmlu.EXAM, data / "mmlu", shots=1, subjects=SUBJECTS["mmlu"]

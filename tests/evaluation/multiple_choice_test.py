@@ -14,7 +14,7 @@ import pytest
 
 from fedjax_llm.cli import evaluate, sitting
 from fedjax_llm.evaluation import ceval, mmlu, multiple_choice
-from fedjax_llm.experiments import tasks
+from fedjax_llm.experiments import loading
 from fedjax_llm.models import decoder, gpt2, lora
 
 BASE = decoder.DecoderConfig(
@@ -127,7 +127,7 @@ def paper(shots, questions):
 
 
 def test_shots_are_left_out_one_by_one_until_a_prompt_fits(toy_model):
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   ids = lambda text: tokenizer(text, verbose=False)["input_ids"]
   end = ids("1")[-1:] == [tokenizer.eos_token_id]
   shots = ("1 2 3\n", "11 12 13 14\n", "21 22\n")
@@ -159,7 +159,7 @@ def test_shots_are_left_out_one_by_one_until_a_prompt_fits(toy_model):
 
 
 def test_a_token_over_the_border_is_not_cut(toy_model):
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   # "5 6" and "5 67" are no prefix of each other where "67" is one token.
   (group,) = multiple_choice.tokenise(
     paper(("5 ",), ("6", "67", "678")), tokenizer, context=32
@@ -170,7 +170,7 @@ def test_a_token_over_the_border_is_not_cut(toy_model):
 
 
 def test_answers_are_told_apart_by_their_last_tokens(toy_model):
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   tokens = multiple_choice.choice_tokens([" A", " B"], tokenizer)
   assert tokenizer.convert_ids_to_tokens(tokens) == ["A", "B"]
   with pytest.raises(ValueError, match="last tokens for 'A', 'CA', got"):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_llm.experiments import base_models, objectives
+from fedjax_llm.experiments import base_models
 from fedjax_llm.federated import clients
 from fedjax_llm.models import lora, pretrained
 
@@ -17,9 +17,7 @@ def load(model, adapter, **changes):
     "placement": None,
     "seed": 0,
   }
-  return base_models.load(
-    model, adapter, None, objectives.LANGUAGE, **settings | changes
-  )
+  return base_models.load(model, adapter, None, **settings | changes)
 
 
 def test_with_an_adapter_the_factors_are_trained(toy_model):

@@ -64,11 +64,11 @@ def test_the_last_two_are_kept(tmp_path):
 def test_saving_is_over_before_the_state_is_donated(tmp_path):
   advance = jax.jit(lambda x: x + 1, donate_argnums=0)
   state = jnp.zeros(1 << 20)
-  with checkpoints.Checkpoints(tmp_path, keep=9) as saved:
+  with checkpoints.Checkpoints(tmp_path) as saved:
     for number in range(5):
       saved.save(number, {"x": state})
       state = advance(advance(state))
-  with checkpoints.Checkpoints(tmp_path, keep=9) as saved:
+  with checkpoints.Checkpoints(tmp_path) as saved:
     _, last = saved.restore({"x": state})
   np.testing.assert_array_equal(last["x"], np.full(1 << 20, 8))
 

@@ -28,9 +28,6 @@ def changed(**parts):
 
 
 def check(now, before=RECORD, **allowed):
-  allowed = {"allow_other_devices": False, "allow_other_versions": False} | (
-    allowed
-  )
   return identity.check(FOLDER, before, now, **allowed)
 
 

@@ -36,7 +36,7 @@ def test_the_server_decays_weights():
 
 
 def test_a_placement_is_on_all_devices():
-  assert knobs.Compute().placement == clients.Placement()
-  three = knobs.Compute(clients_per_step=3).placement
+  assert knobs.Compute().settings["placement"] == clients.Placement()
+  three = knobs.Compute(clients_per_step=3).settings["placement"]
   assert three == clients.Placement(clients_per_step=3)
   assert three.mesh.size == jax.device_count() == 2

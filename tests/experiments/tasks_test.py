@@ -12,7 +12,7 @@ import transformers
 
 from fedjax_llm.cli import configs
 from fedjax_llm.data import partition, records, templates
-from fedjax_llm.experiments import finetuning, tasks
+from fedjax_llm.experiments import finetuning, loading, tasks
 from fedjax_llm.federated import clients
 from fedjax_llm.federated.algorithms import fed_avg
 from fedjax_llm.models import (
@@ -58,14 +58,14 @@ def numbers(label):
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
   with pytest.raises(ValueError, match="tokenizer"):
-    tasks.load_tokenizer(tmp_path)
+    loading.load_tokenizer(tmp_path)
 
 
 def test_tokens_that_a_model_lacks_are_refused_where_they_occur(toy_model):
   config = families.read_config(toy_model)
-  tasks.check_tokens(np.array([[0, 299]]), config)
+  loading.check_tokens(np.array([[0, 299]]), config)
   with pytest.raises(ValueError, match="token 300, the model has only 300"):
-    tasks.check_tokens(np.array([[0, 300]]), config)
+    loading.check_tokens(np.array([[0, 300]]), config)
 
 
 def test_the_base_model_is_kept_in_the_dtype_asked_for(toy_model):
@@ -204,7 +204,7 @@ def test_an_encoder_is_no_language_model_but_classifies(toy_model, tmp_path):
     "params"
   ]
   params.pop("classifier")
-  tokenizer = tasks.load_tokenizer(toy_model)
+  tokenizer = loading.load_tokenizer(toy_model)
   tokenizer.save_pretrained(tmp_path / "bert")
   pretrained.save(tmp_path / "bert", config, params, dtype=jnp.float32)
   settings = lora.LoRA(rank=2, targets=("query", "value"))
@@ -255,7 +255,7 @@ def test_a_head_of_labels_in_another_order_is_refused(toy_model, tmp_path):
   head = bert.heads.Classifier(2, names=("odd", "even"))
   params["score"] = {"kernel": jnp.ones((16, 2))}
   pretrained.save(tmp_path, config, params, head=head, dtype=jnp.float32)
-  tasks.load_tokenizer(toy_model).save_pretrained(tmp_path)
+  loading.load_tokenizer(toy_model).save_pretrained(tmp_path)
   source = numbers(lambda odd: ["even", "odd"][odd])
   settings = {"adapter": lora.LoRA(rank=2), "sequence_length": 12}
   with pytest.raises(ValueError, match="'odd', 'even'.*'even', 'odd'"):
