@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fedjax_llm.data import tokenised
-from fedjax_llm.models import attention
+from fedjax_llm.models import attention, generation, lora
 
 if TYPE_CHECKING:
   import transformers
@@ -171,12 +171,12 @@ def scores(
       f"expected token ids below {size}, the vocabulary of the model, got"
       f" {most}. Take the tokenizer of the model."
     )
-  variables = {"params": params}
-  if factors is not None:
-    variables["lora"] = factors
+  variables = lora.variables(params, factors)
   chosen, result = jnp.array(choices, jnp.int32), {}
   for group in groups:
-    cache = _prefill(model, variables, *_prefix(model, group.prefix))
+    width = _width(model, len(group.prefix), _SHORTEST_PREFIX)
+    prefix = generation.pad([group.prefix], width)
+    cache = _prefill(model, variables, *prefix)
     # Sorted, so that the rows of a batch have about the same length.
     order = np.argsort([len(x) for x in group.rests], kind="stable").tolist()
     for start in range(0, len(order), batch_size):
@@ -199,13 +199,6 @@ def _width(model, length, shortest):
   """Returns the padded length: a power of two within the model's positions."""
   width = max(shortest, 1 << max(length - 1, 0).bit_length())
   return max(length, min(width, model.config.max_position_embeddings))
-
-
-def _prefix(model, prefix):
-  """Returns tokens and segments [1, width], padded on the left."""
-  padding = _width(model, len(prefix), _SHORTEST_PREFIX) - len(prefix)
-  tokens = np.array([[0] * padding + prefix], np.int32)
-  return tokens, np.array([[0] * padding + [1] * len(prefix)], np.int32)
 
 
 def _rows(model, rests):

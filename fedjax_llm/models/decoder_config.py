@@ -69,7 +69,6 @@ _FAMILIES = {
   ),
 }
 MODEL_TYPES = tuple(_FAMILIES)
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 # Fields that have the same name in `DecoderConfig` and in config.json.
 _SHARED = (
@@ -106,7 +105,7 @@ class DecoderConfig:
     local_rope: rotary positions of windowed layers; None for `rope`.
     sliding_window: number of tokens that a layer with a window sees.
     windowed: whether each layer has the window; empty if none has.
-    hidden_act: activation of the gate: "silu", "gelu_pytorch_tanh" or "gelu".
+    hidden_act: activation of the gate, a key of `hub_config.ACTIVATIONS`.
     tie_word_embeddings: whether the output uses the input embedding.
     qkv_bias: whether query, key and value projections have biases.
     mlp_bias: whether feed-forward projections have biases.
@@ -151,6 +150,7 @@ class DecoderConfig:
         "expected num_key_value_heads to divide num_attention_heads, got"
         f" {self.num_key_value_heads} and {self.num_attention_heads}."
       )
+    hub_config.check_activation(self)
     if self.head_dim % 2:
       raise ValueError(f"expected an even head_dim, got {self.head_dim}.")
     if self.windowed and len(self.windowed) != self.num_hidden_layers:
@@ -227,10 +227,7 @@ class DecoderConfig:
       **hub_config.label_fields(head),
       "model_type": self.model_type,
       act: self.hidden_act,
-      # Otherwise transformers would use its default ids and stop at them.
-      "bos_token_id": None,
-      "eos_token_id": None,
-      "pad_token_id": None,
+      **hub_config.NO_TOKEN_IDS,
       **fields,
       "rope_parameters": rope,
     }
@@ -240,13 +237,9 @@ def _pop_act(given: hub_config.Fields, kind: str) -> str:
   """Takes out the activation of the gate."""
   older = given.pop("hidden_act") or "silu"
   act = given.pop("hidden_activation") or older
-  if kind == "gemma" and act == "gelu":
-    act = "gelu_pytorch_tanh"  # The first configs of Gemma call it "gelu".
-  if act not in ACTIVATIONS:
-    raise ValueError(
-      f"expected hidden_act in {', '.join(ACTIVATIONS)}, got {act!r}."
-    )
-  return act
+  # The first configs of Gemma call the tanh approximation "gelu".
+  is_older = kind == "gemma" and act == "gelu"
+  return "gelu_pytorch_tanh" if is_older else act
 
 
 def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
