@@ -107,8 +107,8 @@ def split(
   Args:
     name: the name of the client.
     owned: the numbers of the client's records or rows.
-    share: the fraction of the first part. It is rounded to whole numbers; at
-      least one in each part, the second part first.
+    share: the fraction of the first part. It is rounded, but each part has at
+      least one number. A single number is in the second part.
     seed: seed of the split.
     purpose: the purpose of the split.
 

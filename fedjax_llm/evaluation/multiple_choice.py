@@ -202,9 +202,9 @@ def _width(model, length, shortest):
 
 
 def _rows(model, rests):
-  """Returns the first tokens of rows, their numbers, and the last tokens.
+  """Returns the first tokens of each row, their number, and the last token.
 
-  The first tokens of a row are all but the last one, padded on the right.
+  The first tokens are all but the last one. They are padded on the right.
   """
   lengths = np.array([len(x) - 1 for x in rests], np.int32)
   width = _width(model, int(lengths.max()), _SHORTEST_REST)

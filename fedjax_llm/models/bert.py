@@ -41,16 +41,9 @@ LAYOUT = layout.Layout(
 )
 # Fields of config.json that this model does not use. The poolers belong to
 # other models whose config was derived from BERT's.
-_IGNORED = (
-  "classifier_dropout",
-  "directionality",
-  "pooler_fc_size",
-  "pooler_num_attention_heads",
-  "pooler_num_fc_layers",
-  "pooler_size_per_head",
-  "pooler_type",
-  "tie_word_embeddings",
-)
+_IGNORED = """classifier_dropout directionality pooler_fc_size
+pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+pooler_type tie_word_embeddings""".split()
 
 
 @dataclasses.dataclass(frozen=True)

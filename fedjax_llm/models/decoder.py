@@ -178,14 +178,9 @@ class Decoder(stack.Model):
   def empty_cache(self, batch: int, length: int) -> attention.Cache:
     """Returns an empty cache for `batch` rows of `length` tokens."""
     config = self.config
-    return attention.empty_cache(
-      config.num_hidden_layers,
-      batch,
-      length,
-      config.num_key_value_heads,
-      config.head_dim,
-      self.dtype,
-    )
+    heads = config.num_key_value_heads
+    shape = (config.num_hidden_layers, batch, length, heads, config.head_dim)
+    return attention.empty_cache(shape, self.dtype)
 
   @nn.compact
   def __call__(

@@ -26,6 +26,11 @@ class _Family(NamedTuple):
   defaults: Mapping[str, Any] = {}
   renamed: Mapping[str, str] = {}
 
+  @property
+  def names(self) -> dict[str, str]:
+    """The `DecoderConfig` fields that are copied, with config.json's names."""
+    return {**{name: name for name in _SHARED}, **self.renamed}
+
 
 _BIAS = {"qkv_bias": "attention_bias"}
 _CAPS = {
@@ -71,19 +76,9 @@ _FAMILIES = {
 MODEL_TYPES = tuple(_FAMILIES)
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 # Fields that have the same name in `DecoderConfig` and in config.json.
-_SHARED = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "num_key_value_heads",
-  "head_dim",
-  "max_position_embeddings",
-  "rms_norm_eps",
-  "tie_word_embeddings",
-  "query_pre_attn_scalar",
-)
+_SHARED = """vocab_size hidden_size intermediate_size num_hidden_layers
+num_attention_heads num_key_value_heads head_dim max_position_embeddings
+rms_norm_eps tie_word_embeddings query_pre_attn_scalar""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +172,9 @@ class DecoderConfig:
     family = _FAMILIES[kind]
     given.default(family.defaults)
     values: dict[str, Any] = {"model_type": kind, **family.fixed}
-    for name, written in family.renamed.items():
-      if (value := given.pop(written)) is not None:
-        values[name] = value
     values["hidden_act"] = _pop_act(given, kind)
     values |= _pop_layers(given, kind) | _pop_rope(given, kind)
-    values |= given.take(_SHARED)
+    values |= given.take(family.names)
     given.finish(kind)
     if heads := values.get("num_attention_heads"):
       values.setdefault("num_key_value_heads", heads)
@@ -201,12 +193,11 @@ class DecoderConfig:
       ValueError: if transformers has no head with this pooling.
     """
     family = _FAMILIES[self.model_type]
-    fields = {name: getattr(self, name) for name in _SHARED}
-    if self.query_pre_attn_scalar is None:
-      fields.pop("query_pre_attn_scalar")
-    fields |= {
-      written: getattr(self, name) for name, written in family.renamed.items()
+    fields = {
+      written: getattr(self, name) for name, written in family.names.items()
     }
+    if self.query_pre_attn_scalar is None:
+      del fields["query_pre_attn_scalar"]
     rope = self.rope.to_hugging_face()
     if self.local_rope is not None:
       rope = {_FULL: rope, _WINDOW: self.local_rope.to_hugging_face()}

@@ -32,7 +32,7 @@ def read(
   """
   given = hub_config.Fields(fields)
   given.choose("model_type", (kind.model_type,))
-  values = given.take(x.name for x in dataclasses.fields(kind))
+  values = given.take({x.name: x.name for x in dataclasses.fields(kind)})
   given.finish(kind.model_type, (*_DROPOUTS, *ignored))
   return hub_config.build(kind, values)
 

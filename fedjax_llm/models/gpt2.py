@@ -120,14 +120,9 @@ class GPT2(stack.Model):
     """
     config = self.config
     stack.check_length(config, length)
-    return attention.empty_cache(
-      config.num_hidden_layers,
-      batch,
-      length,
-      config.num_attention_heads,
-      config.head_dim,
-      self.dtype,
-    )
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, batch, length, heads, config.head_dim)
+    return attention.empty_cache(shape, self.dtype)
 
   @nn.compact
   def __call__(

@@ -87,9 +87,9 @@ class GPT2Config:
     """
     given = hub_config.Fields(fields)
     given.choose("model_type", ("gpt2",))
-    values = given.take(_NAMES.values())
+    values = given.take(_NAMES)
     given.finish("gpt2", _IGNORED)
-    return cls(**{x: values[y] for x, y in _NAMES.items() if y in values})
+    return cls(**values)
 
   def to_hugging_face(
     self, head: heads.Classifier | None = None

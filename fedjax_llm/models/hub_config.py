@@ -59,10 +59,14 @@ class Fields:
     """Sets fields that are absent to `values`; a null stays null."""
     self._left = {**values, **self._left}
 
-  def take(self, names: Iterable[str]) -> dict[str, Any]:
-    """Takes out the fields `names` and returns those that are not null."""
-    taken = {x: self._left.pop(x, None) for x in names}
-    return {x: value for x, value in taken.items() if value is not None}
+  def take(self, names: Mapping[str, str]) -> dict[str, Any]:
+    """Takes fields out and returns those that are not null.
+
+    Args:
+      names: the name of each field in the result, with its name in config.json.
+    """
+    taken = {name: self.pop(written) for name, written in names.items()}
+    return {name: x for name, x in taken.items() if x is not None}
 
   def choose(self, name: str, choices: Sequence[str]) -> str:
     """Takes out a field and returns it.

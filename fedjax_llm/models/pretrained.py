@@ -37,19 +37,9 @@ _PATTERNS = [*_TEXTS, "*.safetensors"]
 _META = "consolidated*"  # Weights under Meta's tensor names.
 _IGNORED = ["*/*", _META]  # The folders hold intermediate checkpoints.
 # The files that decide what a model or an adapter computes.
-_IDENTITY = (
-  "config.json",
-  "adapter_config.json",
-  "classifier.json",
-  "*.safetensors",
-  "*.safetensors.index.json",
-  "tokenizer*",
-  "*vocab*",
-  "merges.txt",
-  "added_tokens.json",
-  "special_tokens_map.json",
-  "chat_template*",
-)
+_IDENTITY = """config.json adapter_config.json classifier.json *.safetensors
+*.safetensors.index.json tokenizer* *vocab* merges.txt added_tokens.json
+special_tokens_map.json chat_template*""".split()
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:

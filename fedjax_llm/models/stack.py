@@ -22,7 +22,7 @@ class Model(nn.Module):
   Attributes:
     config: the shape of the model.
     adapter: the LoRA adapter; None for the base model alone.
-    head: the classification head; None for a model without.
+    head: the classification head; None for no head.
     dtype: the type of activations; logits and scores are always float32.
     remat: whether the backward pass recomputes activations. This takes much
       less memory and somewhat more time.

@@ -94,7 +94,7 @@ def test_remat_computes_the_same_gradient(x):
 
 
 def test_each_layer_reads_and_writes_its_own_cache(x):
-  cache = attention.empty_cache(LAYERS, 2, 5, 1, WIDTH, jnp.float32)
+  cache = attention.empty_cache((LAYERS, 2, 5, 1, WIDTH), jnp.float32)
   keys = jnp.arange(LAYERS, dtype=jnp.float32).reshape(LAYERS, 1, 1, 1, 1)
   cache = cache._replace(keys=cache.keys + keys)
   model = Model()
