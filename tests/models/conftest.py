@@ -65,7 +65,7 @@ VARIANTS = {
   "linear_rope": {"rope": rotary.Rope(1e4, "linear", (("factor", 2.0),))},
   "yarn_rope": {"rope": YARN},
   "llama_attention_bias": {"qkv_bias": True, "num_key_value_heads": 1},
-  "mlp_bias": {"mlp_bias": True, "hidden_act": "relu"},
+  "mlp_bias": {"mlp_bias": True},
   "wide_heads": {"head_dim": 10},
   "exact_gelu": {"hidden_act": "gelu"},
   "mistral": {
