@@ -45,11 +45,15 @@ def read_tokens(folder):
   return np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id)
 
 
-def store(params, base):
+def load(folder, base):
   """The parameters as the base's format has them."""
-  if base in ("int8", "nf4"):
-    return quantized.quantize_params(params, base)
-  return jax.tree.map(lambda leaf: leaf.astype(base), params)
+  is_quantized = base in ("int8", "nf4")
+  kind = {"quantize": base} if is_quantized else {"dtype": jnp.dtype(base)}
+  return pretrained.load(folder, **kind)[1]
+
+
+def nbytes(params):
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def differentiate(model, factors, params, tokens):
@@ -98,14 +102,14 @@ def kernels(params):
 def describe(params, stored):
   """Bits of a weight of the layers, and how far they are from `params`."""
   exact = jax.flatten_util.ravel_pytree(kernels(params))[0]
-  plain = quantized.dequantize_params(kernels(stored))
+  plain = [quantized.dequantize(x, jnp.float32) for x in kernels(stored)]
   error = jax.flatten_util.ravel_pytree(plain)[0] - exact
-  bits = 8 * quantized.nbytes(kernels(stored)) / exact.size
+  bits = 8 * nbytes(kernels(stored)) / exact.size
   relative = float(jnp.linalg.norm(error) / jnp.linalg.norm(exact))
   return {
     "bits a layer weight": round(bits, 3),
     "relative error of them": round(relative, 5),
-    "base bytes": quantized.nbytes(stored),
+    "base bytes": nbytes(stored),
   }
 
 
@@ -125,7 +129,7 @@ def measure():
     ),
     factors,
   )
-  frozen = {base: store(params, base) for base in BASES}
+  frozen = {base: load(folder, base) for base in BASES}
   outputs = {}
   for activations in ("float32", "bfloat16"):
     model = decoder.Decoder(config, adapter, dtype=jnp.dtype(activations))

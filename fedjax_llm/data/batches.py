@@ -12,11 +12,12 @@ record, or several that attention keeps apart. Padding is token 0 on the right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
-from fedjax_llm.data import corpora, tokenised
+from fedjax_llm.data import tokenised
 
 if TYPE_CHECKING:
   import transformers
@@ -54,9 +55,6 @@ class Labelled(NamedTuple):
   tokens: np.ndarray
   segments: np.ndarray
   labels: np.ndarray
-
-
-Rows = TypeVar("Rows", Examples, Labelled)
 
 
 class Population(NamedTuple):
@@ -229,73 +227,50 @@ def labelled_rows(
   return Labelled(tokens, segments, labels[chosen]), chosen
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
-  """Concatenates rows of one type."""
-  leaves = (
-    None if leaf[0] is None else np.concatenate(leaf)
-    for leaf in zip(*parts, strict=True)
-  )
-  return type(parts[0])(*leaves)
+def join(
+  clients: Mapping[str, Examples | Labelled],
+  rows_per_client: int | None = None,
+  **fields: Any,
+) -> Population:
+  """Makes a population from the rows of each client.
 
-
-def head(rows: Rows, count: int | None) -> Rows:
-  """Returns the first `count` rows, or all if None."""
-  leaves = (None if leaf is None else leaf[:count] for leaf in rows)
-  return type(rows)(*leaves)
+  Args:
+    clients: the rows, by the name of the client.
+    rows_per_client: largest number of rows per client; None for all.
+    **fields: the other fields of the population.
+  """
+  parts = jax.tree.map(lambda x: x[:rows_per_client], [*clients.values()])
+  examples = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  starts = np.cumsum([0, *(len(rows.tokens) for rows in parts)])
+  return Population(tuple(clients), examples, starts, **fields)
 
 
 def population(
-  corpus: corpora.Corpus,
-  tokenizer: transformers.PreTrainedTokenizerBase,
-  sequence_length: int,
-) -> Population:
-  """Makes the training rows of the clients of `corpus`.
-
-  Raises:
-    ValueError: if a client has fewer than two tokens.
-  """
-  texts = {client.name: client.train for client in corpus.clients}
-  return _population(texts, tokenizer, sequence_length, None)
-
-
-def held_out(
-  corpus: corpora.Corpus,
+  texts: Mapping[str, Iterable[str]],
   tokenizer: transformers.PreTrainedTokenizerBase,
   sequence_length: int,
   rows_per_client: int | None = None,
 ) -> Population:
-  """Makes the held-out rows of the clients of `corpus`.
+  """Makes a population from texts; the texts of each client form one stream.
 
-  Keeps the first `rows_per_client` rows of each client, or all if it is None.
+  Args:
+    texts: the texts of each client, by its name.
+    tokenizer: the tokenizer.
+    sequence_length: number of predictions in a row.
+    rows_per_client: largest number of rows per client; None for all.
 
   Raises:
-    ValueError: if a client has fewer than two held-out tokens.
+    ValueError: if a client has fewer than two tokens.
   """
-  if rows_per_client is not None and rows_per_client < 1:
-    raise ValueError(
-      f"expected rows_per_client >= 1 or None for all, got {rows_per_client=}."
-    )
-  texts = {client.name: client.held_out for client in corpus.clients}
-  return _population(texts, tokenizer, sequence_length, rows_per_client)
-
-
-def _population(
-  texts: Mapping[str, Iterable[str]],
-  tokenizer: transformers.PreTrainedTokenizerBase,
-  sequence_length: int,
-  rows_per_client: int | None,
-) -> Population:
-  clients = []
+  clients = {}
   for name, documents in texts.items():
-    rows = rows_of_text(documents, tokenizer, sequence_length)
-    if not rows.mask.any():
+    clients[name] = rows_of_text(documents, tokenizer, sequence_length)
+    if not clients[name].mask.any():
       raise ValueError(
         f"expected two tokens or more of every client, got fewer of {name!r}."
         " Leave this client out of the corpus, or give it a longer text."
       )
-    clients.append(head(rows, rows_per_client))
-  starts = np.cumsum([0, *(len(rows.tokens) for rows in clients)])
-  return Population(tuple(texts), concatenate(clients), starts)
+  return join(clients, rows_per_client)
 
 
 def _check_length(sequence_length: int) -> None:

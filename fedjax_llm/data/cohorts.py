@@ -31,30 +31,31 @@ def cohort_sampler(
   of a cohort fit the largest client of the population, so they never change.
 
   Poisson cohorts differ in size and may be empty. Their arrays have a fixed
-  number of places, which is too small less than once in 1e9 rounds; such a
-  cohort gets the places it needs, and the round is compiled again. Free places
-  are filled with other clients of weight zero and without examples, so that no
-  client comes twice.
+  number of places. A cohort needs more places less than once in 1e9 rounds. The
+  round is then compiled again. Free places are filled with other clients, which
+  have weight zero and no examples. So no client has two places.
 
   Args:
     population: the clients and their examples.
     clients_per_round: size of a cohort; with "poisson", the expected size.
-    batch_size: examples in a local step.
-    local_epochs: passes of a client over its examples in a round.
-    local_steps: most steps in a round; None for all steps of the epochs.
-    sampling: "fixed" draws `clients_per_round` without replacement; "poisson"
-      draws each client by itself with probability clients_per_round /
-      population, which is what most accountants of privacy assume.
-    seed: of all draws.
+    batch_size: number of examples in a local step.
+    local_epochs: number of passes of a client over its examples in a round.
+    local_steps: largest number of steps in a round; None for all steps of the
+      epochs.
+    sampling: the kind of sampling. "fixed" draws `clients_per_round` clients
+      without replacement. "poisson" draws each client independently with
+      probability clients_per_round / population, as most privacy accountants
+      assume.
+    seed: seed of all draws.
 
   Returns:
     A function from the number of a round to its cohort. The weight of a client
-    is the number of examples it owns, seen within `local_steps` or not; what
-    weights are for is up to the aggregator.
+    is the number of examples it owns, even if `local_steps` leaves some out.
+    The aggregator decides what weights mean.
 
   Raises:
     ValueError: if a number is not positive, there are fewer clients than
-      `clients_per_round`, or `sampling` is neither of the two.
+      `clients_per_round`, or `sampling` is unknown.
   """
   owned = np.diff(population.starts)
   _check_positive(
@@ -65,8 +66,8 @@ def cohort_sampler(
   )
   if clients_per_round > owned.size:
     raise ValueError(
-      f"expected clients_per_round <= {owned.size}, the clients there are, got "
-      f"{clients_per_round=}. Let fewer meet: they do not come twice."
+      f"expected clients_per_round <= {owned.size}, the number of clients, got"
+      f" {clients_per_round=}. Lower it: a cohort has each client at most once."
     )
   if sampling not in ("fixed", "poisson"):
     raise ValueError(
@@ -90,20 +91,24 @@ def cohort_sampler(
         order = population.starts[client] + rng.permutation(owned[client])
         free[:] = order[: free.size]
     rows = rows.reshape(-1, steps, batch_size)
+    weights = owned[chosen].astype(np.float32)
+    weights[count:] = 0
     return clients.Cohort(
       clients=chosen.astype(np.int32),
       indices=np.maximum(rows, 0),
       mask=rows >= 0,
-      weights=np.where(np.arange(chosen.size) < count, owned[chosen], 0).astype(
-        np.float32
-      ),
+      weights=weights,
     )
 
   return sample
 
 
 def _fixed(population, clients_per_round):
-  """Makes `rng -> (clients, how many of them are there: the first ones)`."""
+  """Makes the function that draws a cohort of a fixed size.
+
+  It maps `rng` to clients and a number: so many of the clients, the first ones,
+  take part.
+  """
   return lambda rng: (
     rng.choice(population, clients_per_round, replace=False),
     clients_per_round,
@@ -111,7 +116,10 @@ def _fixed(population, clients_per_round):
 
 
 def _poisson(population, clients_per_round):
-  """As `_fixed`, of which those that are not there fill the cohort up."""
+  """Makes the function that draws a Poisson cohort; see `_fixed`.
+
+  Clients that do not take part fill the free places.
+  """
   from scipy import special
 
   probability = clients_per_round / population
@@ -120,9 +128,9 @@ def _poisson(population, clients_per_round):
   room = int(np.argmax(is_rare))
 
   def draw(rng):
-    is_there = rng.random(population) < probability
-    there, others = np.flatnonzero(is_there), np.flatnonzero(~is_there)
-    return np.append(there, others[: max(0, room - there.size)]), there.size
+    is_drawn = rng.random(population) < probability
+    drawn, others = np.flatnonzero(is_drawn), np.flatnonzero(~is_drawn)
+    return np.append(drawn, others[: max(0, room - drawn.size)]), drawn.size
 
   return draw
 

@@ -79,11 +79,13 @@ def divide(
   elif held_out == "left_out":
     rest = Side(data, {"held_out": left_out}, labels)
   elif isinstance(held_out, float) and 0 < held_out < 1:
+    purpose = draws.Purpose.HELD_OUT
     parts = {
-      name: _hold_out(name, own, held_out, seed) for name, own in owned.items()
+      name: split(name, own, held_out, seed=seed, purpose=purpose)
+      for name, own in owned.items()
     }
-    owned = {name: train for name, (train, _) in parts.items()}
-    rest = Side(data, {name: part for name, (_, part) in parts.items()}, labels)
+    owned = {name: train for name, (_, train) in parts.items()}
+    rest = Side(data, {name: part for name, (part, _) in parts.items()}, labels)
   else:
     raise ValueError(
       "expected held_out as a fraction in (0, 1), a datasets.Dataset or"
@@ -92,16 +94,31 @@ def divide(
   return Side(data, owned, labels), rest, names
 
 
-def _hold_out(
-  name: str, owned: np.ndarray, share: float, seed: int
+def split(
+  name: str,
+  owned: np.ndarray,
+  share: float,
+  *,
+  seed: int,
+  purpose: draws.Purpose,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Splits the records of one client into kept and held-out ones."""
-  number = int.from_bytes(hashlib.sha256(name.encode()).digest())
-  order = draws.generator(seed, draws.Purpose.HELD_OUT, number).permutation(
-    owned
-  )
+  """Splits the numbers that one client owns at random.
+
+  Args:
+    name: the name of the client.
+    owned: the numbers of the client's records or rows.
+    share: the fraction of the first part. It is rounded, but each part has at
+      least one number. A single number is in the second part.
+    seed: seed of the split.
+    purpose: the purpose of the split.
+
+  Returns:
+    The two parts, each in ascending order.
+  """
+  client = int.from_bytes(hashlib.sha256(name.encode()).digest())
+  order = draws.generator(seed, purpose, client).permutation(owned)
   count = min(max(1, round(share * owned.size)), owned.size - 1)
-  return np.sort(order[count:]), np.sort(order[:count])
+  return np.sort(order[:count]), np.sort(order[count:])
 
 
 def labels_of(

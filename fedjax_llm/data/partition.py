@@ -80,7 +80,7 @@ def dirichlet_by_class(
 
   Args:
     clients: number of clients.
-    alpha: concentration, positive. The lower, the fewer clients share a class.
+    alpha: concentration, positive. A low value gives each class to few clients.
     seed: seed of the draws.
     minimum_examples: smallest number of examples of a client.
 
@@ -113,7 +113,7 @@ def dirichlet_by_client(
 
   Args:
     clients: number of clients.
-    alpha: concentration, positive. The lower, the fewer classes a client has.
+    alpha: concentration, positive. A low value gives each client few classes.
     seed: seed of the draws.
 
   Returns:

@@ -71,12 +71,18 @@ def streams(
   Returns:
     A source of rows. It raises a `ValueError` if a client has no token to
     predict.
+
+  Raises:
+    ValueError: if `held_out_rows` is not positive.
   """
+  _check_rows(held_out_rows)
+  train = {client.name: client.train for client in corpus.clients}
+  held_out = {client.name: client.held_out for client in corpus.clients}
 
   def rows(tokenizer, sequence_length):
     return Split(
-      batches.population(corpus, tokenizer, sequence_length),
-      batches.held_out(corpus, tokenizer, sequence_length, held_out_rows),
+      batches.population(train, tokenizer, sequence_length),
+      batches.population(held_out, tokenizer, sequence_length, held_out_rows),
       corpora.identity(corpus),
     )
 
@@ -122,6 +128,7 @@ def instructions(
   Raises:
     ValueError: if a column is missing, or an argument has an unknown value.
   """
+  _check_rows(held_out_rows)
   train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
   )
@@ -172,6 +179,7 @@ def classified(
   Raises:
     ValueError: if a column is missing, or an argument has an unknown value.
   """
+  _check_rows(held_out_rows)
   train, rest, names = holdout.divide(
     data, partitioner, client_column, label_column, held_out, seed
   )
@@ -195,6 +203,13 @@ def classified(
   return rows
 
 
+def _check_rows(held_out_rows: int | None) -> None:
+  if held_out_rows is not None and held_out_rows < 1:
+    raise ValueError(
+      f"expected held_out_rows >= 1 or None for all, got {held_out_rows=}."
+    )
+
+
 def _whole(text: templates.Text) -> templates.Text:
   """Joins prompt and answer; the special tokens are added later."""
   return templates.Text("", text.prompt + text.answer, special_tokens=False)
@@ -208,10 +223,6 @@ def _split(
   held_out_rows: int | None,
 ) -> Split:
   """Makes the rows of both sides; drops clients without rows to train on."""
-  if held_out_rows is not None and held_out_rows < 1:
-    raise ValueError(
-      f"expected held_out_rows >= 1 or None for all, got {held_out_rows=}."
-    )
   make_train = make(train)
   make_rest = make_train if rest.data is train.data else make(rest)
   made = {name: make_train(owned) for name, owned in train.clients.items()}
@@ -230,9 +241,10 @@ def _split(
     _population(train, made, names),
     _population(rest, held_out, names, held_out_rows),
   )
-
-  identity = {"fingerprint": sources.fingerprint(train.data)}
-  identity["rows"] = _fingerprint(*populations)
+  identity = {
+    "fingerprint": sources.fingerprint(train.data),
+    "rows": _fingerprint(*populations),
+  }
   return Split(*populations, identity)
 
 
@@ -242,19 +254,17 @@ def _population(
   names: tuple[str, ...],
   rows_per_client: int | None = None,
 ) -> batches.Population:
-  parts = [batches.head(rows, rows_per_client) for rows, _ in made.values()]
   records = [kept for _, kept in made.values()]
   labels = None
   if side.labels is not None and side.labels.ndim == 1:
     shown = [kept[:rows_per_client] for kept in records]
     labels = side.labels[np.concatenate(shown)]
-  return batches.Population(
-    tuple(made),
-    batches.concatenate(parts),
-    np.cumsum([0, *(len(rows.tokens) for rows in parts)]),
-    labels,
-    names,
-    sum(map(len, side.clients.values())) - sum(map(len, records)),
+  return batches.join(
+    {name: rows for name, (rows, _) in made.items()},
+    rows_per_client,
+    labels=labels,
+    label_names=names,
+    dropped=sum(map(len, side.clients.values())) - sum(map(len, records)),
   )
 
 

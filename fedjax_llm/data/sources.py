@@ -185,8 +185,6 @@ def _exists(path: str) -> bool:
 
 def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
   """Returns all splits of a hub name, a folder, or files."""
-  import datasets
-
   is_folder = os.path.isdir(name)
   if not is_folder:
     matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
@@ -202,18 +200,13 @@ def _read(name: str, config: str | None) -> Mapping[Any, datasets.Dataset]:
         f"expected NAME_OR_FOLDER[:CONFIG][@SPLIT], got {name!r}, which is not"
         " a file, a folder or a name on the hub. Check the path."
       )
-  try:
-    return _load(name, config)
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    expected = (
-      "a folder in the hub's layout: parquet, json, jsonl, csv or text"
-      if is_folder
-      else "a folder that exists, or a data set on the hub, which must be"
-      " reachable (HF_HUB_OFFLINE unset) or cached"
-    )
-    raise ValueError(
-      f"expected {expected}; got {name!r} with {config=}: {error}"
-    ) from error
+  expected = (
+    "a folder in the hub's layout: parquet, json, jsonl, csv or text"
+    if is_folder
+    else "a folder that exists, or a data set on the hub, which must be"
+    " reachable (HF_HUB_OFFLINE unset) or cached"
+  )
+  return _load(f"{expected}; got {name!r} with {config=}", name, config)
 
 
 def _read_files(paths: Sequence[str]) -> datasets.Dataset:
@@ -228,13 +221,12 @@ def _read_files(paths: Sequence[str]) -> datasets.Dataset:
       f" {', '.join(sorted(endings))}; the first file is {paths[0]}."
     )
   files = {f"file{i}": glob.escape(path) for i, path in enumerate(paths)}
-  try:
-    parts = _load(kinds.pop(), data_files=files)
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(
-      f"expected files with rows of the same columns, got {paths[0]} and"
-      f" {len(paths) - 1} more: {error}"
-    ) from error
+  parts = _load(
+    f"files with rows of the same columns, got {paths[0]} and"
+    f" {len(paths) - 1} more",
+    kinds.pop(),
+    data_files=files,
+  )
   root = os.path.commonpath([os.path.dirname(path) for path in paths])
   rows: list[Any] = []
   for key, path in zip(files, paths, strict=True):
@@ -249,14 +241,22 @@ def _read_files(paths: Sequence[str]) -> datasets.Dataset:
   return datasets.concatenate_datasets(rows)
 
 
-def _load(*arguments: Any, **options: Any) -> Mapping[Any, datasets.Dataset]:
-  """Calls `datasets.load_dataset` without progress bars."""
+def _load(
+  expected: str, *arguments: Any, **options: Any
+) -> Mapping[Any, datasets.Dataset]:
+  """Calls `datasets.load_dataset` without progress bars.
+
+  Raises:
+    ValueError: if it fails. The message says what was `expected`.
+  """
   import datasets
 
   shown = not datasets.utils.are_progress_bars_disabled()
   datasets.utils.disable_progress_bars()
   try:
     splits: Any = datasets.load_dataset(*arguments, **options)
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise ValueError(f"expected {expected}: {error}") from error
   finally:
     if shown:
       datasets.utils.enable_progress_bars()

@@ -4,11 +4,10 @@ A codec is fitted on updates from D1. The model is then fine-tuned on D2 through
 the codec. The paper splits 3 : 7 (arXiv 2405.13746). No row is in both parts.
 """
 
-import hashlib
-
+import jax
 import numpy as np
 
-from fedjax_llm.data import batches
+from fedjax_llm.data import batches, holdout
 from fedjax_llm.federated import draws
 
 
@@ -34,7 +33,7 @@ def divide(
   """
   if not 0 < share < 1:
     raise ValueError(f"divide expected share in (0, 1), got {share=}.")
-  chosen, rest = [], []
+  parts = []
   ends = zip(population.starts[:-1], population.starts[1:], strict=True)
   for name, (start, end) in zip(population.names, ends, strict=True):
     if end - start < 2:
@@ -43,22 +42,16 @@ def divide(
         f" {end - start} of {name!r}. Leave this client out, or take shorter"
         " rows."
       )
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest())
-    rng = draws.generator(seed, draws.Purpose.SPLIT_ROWS, number)
-    order = start + rng.permutation(end - start)
-    count = min(max(1, round(share * order.size)), order.size - 1)
-    chosen.append(np.sort(order[:count]))
-    rest.append(np.sort(order[count:]))
-  return _part(population, chosen), _part(population, rest)
+    rows, purpose = np.arange(start, end), draws.Purpose.SPLIT_ROWS
+    parts.append(holdout.split(name, rows, share, seed=seed, purpose=purpose))
+  first, second = zip(*parts, strict=True)
+  return _part(population, first), _part(population, second)
 
 
 def _part(population, rows):
   """Returns the population with only these rows of each client."""
   kept = np.concatenate(rows)
-  take = lambda leaf: None if leaf is None else leaf[kept]
-  examples = type(population.examples)(*map(take, population.examples))
-  return population._replace(
-    examples=examples,
-    starts=np.cumsum([0, *map(len, rows)]),
-    labels=take(population.labels),
-  )
+  owned = (population.examples, population.labels)
+  examples, labels = jax.tree.map(lambda leaf: leaf[kept], owned)
+  starts = np.cumsum([0, *map(len, rows)])
+  return population._replace(examples=examples, starts=starts, labels=labels)

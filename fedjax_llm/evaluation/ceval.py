@@ -74,15 +74,10 @@ _NAMES = {
     "physician": "医师资格",
   },
 }
-HARD = (
-  "advanced_mathematics",
-  "discrete_mathematics",
-  "probability_and_statistics",
-  "college_chemistry",
-  "college_physics",
-  "high_school_mathematics",
-  "high_school_chemistry",
-  "high_school_physics",
+HARD = tuple(
+  """advanced_mathematics discrete_mathematics probability_and_statistics
+  college_chemistry college_physics high_school_mathematics
+  high_school_chemistry high_school_physics""".split()
 )
 GROUPS = {name: tuple(subjects) for name, subjects in _NAMES.items()}
 GROUPS["Hard"] = HARD
@@ -119,10 +114,7 @@ def exam(*, chinese_names: bool = False) -> exams.Exam:
     hub="ceval/ceval-exam",
     groups=GROUPS,
     split="val",
-    context=None,
     averaged_over="subjects",
-    columns=None,
-    hub_splits={},
     read=_read,
     header=header,
     ask=lambda question: f"{exams.lettered(question)}\n答案：",

@@ -45,30 +45,30 @@ class Exam(NamedTuple):
     groups: the subjects of each category. The category of a subject is the
       first group that has it.
     split: the split of published scores.
-    context: the largest number of tokens in a prompt, for every model; None for
-      no limit.
     averaged_over: the unit that has the same weight in an accuracy.
-    columns: the column names of files without a header line; None if files have
-      one.
-    hub_splits: the splits that the hub names differently, with their names.
     read: function from the number and the fields of a row to a question.
     header: function from a subject to the start of its prompts.
     ask: function from a question to its prompt, up to the answer.
     answer: function from a letter to the text of the answer in a prompt.
+    context: the largest number of tokens in a prompt, for every model; None for
+      no limit.
+    columns: the column names of files without a header line; None if files have
+      one.
+    hub_splits: the splits that the hub names differently, with their names.
   """
 
   name: str
   hub: str
   groups: Mapping[str, tuple[str, ...]]
   split: Split
-  context: int | None
   averaged_over: Literal["questions", "subjects"]
-  columns: tuple[str, ...] | None
-  hub_splits: Mapping[str, str]
   read: Callable[[int, Mapping[str, Any]], Question]
   header: Callable[[str], str]
   ask: Callable[[Question], str]
   answer: Callable[[str], str]
+  context: int | None = None
+  columns: tuple[str, ...] | None = None
+  hub_splits: Mapping[str, str] = {}
 
   @property
   def subjects(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fedjax_llm.data import tokenised
-from fedjax_llm.models import attention
+from fedjax_llm.models import attention, generation, lora
 
 if TYPE_CHECKING:
   import transformers
@@ -171,12 +171,12 @@ def scores(
       f"expected token ids below {size}, the vocabulary of the model, got"
       f" {most}. Take the tokenizer of the model."
     )
-  variables = {"params": params}
-  if factors is not None:
-    variables["lora"] = factors
+  variables = lora.variables(params, factors)
   chosen, result = jnp.array(choices, jnp.int32), {}
   for group in groups:
-    cache = _prefill(model, variables, *_prefix(model, group.prefix))
+    width = _width(model, len(group.prefix), _SHORTEST_PREFIX)
+    prefix = generation.pad([group.prefix], width)
+    cache = _prefill(model, variables, *prefix)
     # Sorted, so that the rows of a batch have about the same length.
     order = np.argsort([len(x) for x in group.rests], kind="stable").tolist()
     for start in range(0, len(order), batch_size):
@@ -201,17 +201,10 @@ def _width(model, length, shortest):
   return max(length, min(width, model.config.max_position_embeddings))
 
 
-def _prefix(model, prefix):
-  """Returns tokens and segments [1, width], padded on the left."""
-  padding = _width(model, len(prefix), _SHORTEST_PREFIX) - len(prefix)
-  tokens = np.array([[0] * padding + prefix], np.int32)
-  return tokens, np.array([[0] * padding + [1] * len(prefix)], np.int32)
-
-
 def _rows(model, rests):
-  """Returns the first tokens of rows, their numbers, and the last tokens.
+  """Returns the first tokens of each row, their number, and the last token.
 
-  The first tokens of a row are all but the last one, padded on the right.
+  The first tokens are all but the last one. They are padded on the right.
   """
   lengths = np.array([len(x) - 1 for x in rests], np.int32)
   width = _width(model, int(lengths.max()), _SHORTEST_REST)

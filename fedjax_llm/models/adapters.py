@@ -86,10 +86,8 @@ def _tensors(flat, config, head) -> dict[str, np.ndarray]:
   names = families.of(config).layout
   tensors = {}
   for path, leaf in flat.items():
-    is_stacked = path[0] == "layers"
-    leaf = np.asarray(leaf, np.float32)
-    for layer, array in enumerate(leaf if is_stacked else leaf[None]):
-      name = peft_files.tensor_name(names, path, layer if is_stacked else None)
+    for layer, array in layout.unstack(path, np.asarray(leaf, np.float32)):
+      name = peft_files.tensor_name(names, path, layer)
       if _is_bare(config, head):
         name = name.replace(
           f"{peft_files.PREFIX}{names.base}.", peft_files.PREFIX
@@ -136,20 +134,18 @@ def _with_residual(factors, residual, adapter):
 
 def _task(config: Any, head: heads.Classifier | None) -> str | None:
   """Returns PEFT's name for the task of a model."""
-  family = families.of(config)
-  if not family.reads_text:
+  if not families.of(config).reads_text:
     return None  # PEFT has no name for tasks on images.
-  if head is None:
-    return "CAUSAL_LM" if family.predicts else "FEATURE_EXTRACTION"
-  # transformers has no classifier that pools by the mean.
-  return "FEATURE_EXTRACTION" if head.pooling == "mean" else "SEQ_CLS"
+  if _is_bare(config, head):
+    return "FEATURE_EXTRACTION"
+  return "CAUSAL_LM" if head is None else "SEQ_CLS"
 
 
 def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
   """Returns whether PEFT wraps an encoder alone, whose names have no prefix."""
-  if head is not None:
-    return head.pooling == "mean"
-  return not families.of(config).predicts
+  if head is None:
+    return not families.of(config).predicts
+  return head.pooling == "mean"  # transformers has no such classifier.
 
 
 def load(
@@ -266,14 +262,13 @@ def _stack(path, arrays, config) -> np.ndarray:
   """Stacks the layers; a layer without factors gets zeros, which stay zero."""
   if None in arrays:
     return arrays[None]
-  example = next(iter(arrays.values()))
-  if len({array.shape for array in arrays.values()}) > 1:
-    shapes = sorted({array.shape for array in arrays.values()})
+  shapes = {array.shape for array in arrays.values()}
+  if len(shapes) > 1:
     raise ValueError(
-      f"expected {'.'.join(path)} of one shape in all layers, got {shapes}."
-      " Save the adapter again."
+      f"expected {'.'.join(path)} of one shape in all layers, got"
+      f" {sorted(shapes)}. Save the adapter again."
     )
-  none = np.zeros_like(example)
+  none = np.zeros_like(next(iter(arrays.values())))
   return np.stack(
     [arrays.get(layer, none) for layer in range(config.num_hidden_layers)]
   )
@@ -287,6 +282,8 @@ def _targets(paths: Iterable[layout.Path], config: Any) -> tuple[str, ...]:
   targets = set()
   for module in have:
     short = module.split(".")[-1]
-    alike = [x for x in families.of(config).layers if x.split(".")[-1] == short]
+    alike = [
+      x for x in families.of(config).model.LAYERS if x.split(".")[-1] == short
+    ]
     targets.add(short if have.issuperset(alike) else module)
   return tuple(sorted(targets))

@@ -32,15 +32,17 @@ class Cache(NamedTuple):
   used: Any
 
 
-def empty_cache(
-  layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any
-) -> Cache:
-  """Returns an empty cache for `batch` rows of `length` tokens."""
-  shape = (layers, batch, length, heads, head_dim)
+def empty_cache(shape: tuple[int, int, int, int, int], dtype: Any) -> Cache:
+  """Returns an empty cache.
+
+  Args:
+    shape: the shape of the keys, (layers, batch, length, heads, head_dim).
+    dtype: the type of the keys and values.
+  """
   return Cache(
     jnp.zeros(shape, dtype),
     jnp.zeros(shape, dtype),
-    jnp.zeros((batch, length), jnp.int32),
+    jnp.zeros(shape[1:3], jnp.int32),
     jnp.zeros((), jnp.int32),
   )
 

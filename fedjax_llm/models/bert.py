@@ -14,7 +14,7 @@ from fedjax_llm.models import (
   heads,
   hub_config,
   layout,
-  lora,
+  stack,
 )
 
 # The dense layers of a block, then the dense layer of the pooler.
@@ -41,16 +41,9 @@ LAYOUT = layout.Layout(
 )
 # Fields of config.json that this model does not use. The poolers belong to
 # other models whose config was derived from BERT's.
-_IGNORED = (
-  "classifier_dropout",
-  "directionality",
-  "pooler_fc_size",
-  "pooler_num_attention_heads",
-  "pooler_num_fc_layers",
-  "pooler_size_per_head",
-  "pooler_type",
-  "tie_word_embeddings",
-)
+_IGNORED = """classifier_dropout directionality pooler_fc_size
+pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+pooler_type tie_word_embeddings""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +61,7 @@ class BertConfig:
     type_vocab_size: number of token types; only the first is used.
     layer_norm_eps: constant that is added to the variance before its root.
     hidden_act: activation of the feed-forward block, a key of
-      `encoder.ACTIVATIONS`.
+      `hub_config.ACTIVATIONS`.
   """
 
   vocab_size: int
@@ -83,7 +76,8 @@ class BertConfig:
   hidden_act: str = "gelu"
 
   def __post_init__(self):
-    encoder.check(self)
+    hub_config.check_heads(self)
+    hub_config.check_activation(self)
 
   @classmethod
   def from_hugging_face(cls, fields: Mapping[str, Any]) -> "BertConfig":
@@ -114,7 +108,7 @@ class BertConfig:
     return fields | dataclasses.asdict(self)
 
 
-class Embeddings(encoder.Layer):
+class Embeddings(stack.Layer):
   """Embeds tokens and their positions; every token has the first type."""
 
   @nn.compact
@@ -141,99 +135,78 @@ class Embeddings(encoder.Layer):
     x = x + embed("token_type_embeddings", config.type_vocab_size, kinds)
     length = config.max_position_embeddings
     x = x + embed("position_embeddings", length, positions)
-    return self.norm("LayerNorm")(x)
+    return encoder.norm(self, "LayerNorm")(x)
 
 
-class SelfAttention(encoder.Layer):
+class SelfAttention(stack.Layer):
   """Two-sided self-attention without the output projection."""
 
   @nn.compact
-  def __call__(self, x, mask, deterministic):
+  def __call__(self, x, mask):
     """Attends from `x` [batch, time, hidden] to itself."""
-    return self.attend(("query", "key", "value"), x, mask, deterministic)
+    return encoder.attend(self, ("query", "key", "value"), x, mask)
 
 
-class Output(encoder.Layer):
+class Output(stack.Layer):
   """Projects to the residual stream, adds and normalises the sum."""
 
   @nn.compact
-  def __call__(self, y, x, deterministic):
+  def __call__(self, y, x):
     """Projects `y`, adds it to the stream `x` and normalises the sum."""
-    dense = self.dense("dense", self.config.hidden_size)
-    return self.norm("LayerNorm")(x + dense(y, deterministic=deterministic))
+    y = self.dense("dense", y, self.config.hidden_size)
+    return encoder.norm(self, "LayerNorm")(x + y)
 
 
-class Attention(encoder.Layer):
+class Attention(stack.Layer):
   """Self-attention with its residual connection."""
 
   @nn.compact
-  def __call__(self, x, mask, deterministic):
+  def __call__(self, x, mask):
     """Updates the stream `x` [batch, time, hidden]."""
-    shape = (self.config, self.adapter, self.dtype)
-    y = SelfAttention(*shape, name="self")(x, mask, deterministic)
-    return Output(*shape, name="output")(y, x, deterministic)
+    y = self.part(SelfAttention, "self")(x, mask)
+    return self.part(Output, "output")(y, x)
 
 
-class Intermediate(encoder.Layer):
+class Intermediate(stack.Layer):
   """The first half of the feed-forward block."""
 
   @nn.compact
-  def __call__(self, x, deterministic):
+  def __call__(self, x):
     """Applies a dense layer and the activation to `x` [batch, time, hidden]."""
-    dense = self.dense("dense", self.config.intermediate_size)
-    y = dense(x, deterministic=deterministic)
-    return encoder.ACTIVATIONS[self.config.hidden_act](y)
+    y = self.dense("dense", x, self.config.intermediate_size)
+    return hub_config.ACTIVATIONS[self.config.hidden_act](y)
 
 
-class Block(encoder.Layer):
+class Block(stack.Layer):
   """One layer: post-norm attention and feed-forward with residuals."""
 
   @nn.compact
-  def __call__(self, x, mask, deterministic):
-    """Applies the layer; one step of the scan in `encoder.layers`."""
-    shape = (self.config, self.adapter, self.dtype)
-    x = Attention(*shape, name="attention")(x, mask, deterministic)
-    y = Intermediate(*shape, name="intermediate")(x, deterministic)
-    return Output(*shape, name="output")(y, x, deterministic), None
+  def __call__(self, x, mask):
+    """Applies the layer; one step of the scan over layers."""
+    x = self.part(Attention, "attention")(x, mask)
+    y = self.part(Intermediate, "intermediate")(x)
+    return self.part(Output, "output")(y, x), None
 
 
-class Pooler(encoder.Layer):
+class Pooler(stack.Layer):
   """The pretrained dense layer between the first token and a head."""
 
   @nn.compact
-  def __call__(self, x, deterministic):
+  def __call__(self, x):
     """Applies the layer and a tanh to the first tokens `x` [batch, hidden]."""
-    dense = self.dense("dense", self.config.hidden_size)
-    return jnp.tanh(dense(x, deterministic=deterministic))
+    return jnp.tanh(self.dense("dense", x, self.config.hidden_size))
 
 
-class Bert(nn.Module):
+class Bert(stack.Model):
   """An encoder: `apply({"params": frozen, "lora": trainable}, tokens)`.
 
-  Attributes:
-    config: the shape of the model.
-    adapter: the LoRA adapter; None for the base model alone.
-    head: the classification head, or None. The pooling "first" (or None) scores
-      the pooled first token, as transformers does. The pooling "mean" scores
-      the mean over tokens without the pooler, as sentence encoders do.
-    dtype: the type of activations; scores are always float32.
-    remat: whether the backward pass recomputes activations. This takes much
-      less memory and somewhat more time.
+  The pooling "first" (or None) of the head scores the pooled first token, as
+  transformers does. The pooling "mean" scores the mean over tokens without the
+  pooler, as sentence encoders do.
   """
 
-  config: BertConfig
-  adapter: lora.LoRA | None = None
-  head: heads.Classifier | None = None
-  dtype: Any = jnp.float32
-  remat: bool = False
-
-  def __post_init__(self):
-    """Refuses an adapter or a pooling that does not fit this model."""
-    if self.adapter is not None:
-      self.adapter.check(LAYERS)
-    if self.head is not None:
-      self.head.check("first", "mean")
-    super().__post_init__()
+  LAYERS = LAYERS
+  POOLINGS = ("first", "mean")
 
   @nn.compact
   def __call__(
@@ -256,21 +229,17 @@ class Bert(nn.Module):
       Hidden states [batch, time, hidden] in `dtype`, or scores [batch, labels]
       in float32.
     """
-    config, shape = self.config, (self.config, self.adapter, self.dtype)
-    if tokens.shape[1] > (most := config.max_position_embeddings):
-      raise ValueError(
-        f"BERT expected rows of at most {most} tokens, the number of its"
-        f" learned positions, got {tokens.shape[1]}. Shorten the rows."
-      )
+    stack.check_length(self.config, tokens.shape[1])
+    own = (self.config, self.adapter, self.dtype, deterministic)
     scope, _ = attention.scope(tokens.shape, segments)
     (mask,) = scope.masks([None], causal=False)
-    x = Embeddings(*shape, name="embeddings")(tokens, scope.positions)
-    x, _ = encoder.layers(Block, self)(x, mask, deterministic)
+    x = Embeddings(*own, name="embeddings")(tokens, scope.positions)
+    x, _ = stack.layers(Block, self, deterministic, [nn.broadcast])(x, mask)
     if self.head is None:
       return x
     pooling = self.head.pooling or "first"
     x = heads.pool(x, segments, pooling)
     if pooling == "first":
-      x = Pooler(*shape, name="pooler")(x, deterministic)
+      x = Pooler(*own, name="pooler")(x)
     trained = self.adapter is not None
     return heads.Head(self.head.labels, True, trained, name="classifier")(x)

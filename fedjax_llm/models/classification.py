@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Num
 
-from fedjax_llm.models import heads
+from fedjax_llm.models import heads, lora
 
 
 def row_losses(
@@ -92,12 +92,9 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
   head = _head(model)
 
   def fn(factors, params, examples):
-    variables = {"params": params}
-    if factors is not None:
-      variables["lora"] = factors
+    variables = lora.variables(params, factors)
     scores: Any = model.apply(variables, *_inputs(examples))
-    labels, multi_label = examples.labels, head.multi_label
-    losses = row_losses(scores, labels, multi_label=multi_label)
+    losses = row_losses(scores, examples.labels, multi_label=head.multi_label)
     return {"loss": losses, "scores": scores}
 
   return fn

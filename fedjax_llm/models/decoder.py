@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, Int
 from fedjax_llm.models import (
   attention,
   decoder_config,
-  heads,
+  hub_config,
   layout,
-  lora,
   rotary,
   stack,
 )
@@ -44,11 +43,6 @@ LAYOUT = layout.Layout(
 )
 
 DecoderConfig = decoder_config.DecoderConfig
-_ACTIVATIONS = {
-  "silu": nn.silu,
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
-}
 
 
 class RMSNorm(nn.Module):
@@ -78,30 +72,19 @@ class RMSNorm(nn.Module):
     return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
-class Layer(nn.Module):
-  """A part of a block, with the config, adapter and dtype of the model."""
-
-  config: DecoderConfig
-  adapter: lora.LoRA | None
-  dtype: Any
-
-  def norm(self, name: str) -> RMSNorm:
-    """Returns a norm of the kind that this family has."""
-    config = self.config
-    return RMSNorm(
-      config.rms_norm_eps, config.unit_offset, self.dtype, name=name
-    )
-
-  def dense(self, name: str, features: int, use_bias: bool) -> lora.Dense:
-    """Returns a dense layer, with LoRA factors if it is a target."""
-    return lora.Dense(features, self.adapter, use_bias, self.dtype, name=name)
+def _norm(module: Any, name: str) -> RMSNorm:
+  """Returns a norm of the kind that the family of `module` has."""
+  config = module.config
+  return RMSNorm(
+    config.rms_norm_eps, config.unit_offset, module.dtype, name=name
+  )
 
 
-class Attention(Layer):
+class Attention(stack.Layer):
   """Causal grouped-query attention with rotary positions."""
 
   @nn.compact
-  def __call__(self, x, angles, mask, past, slots, deterministic):
+  def __call__(self, x, angles, mask, past, slots):
     """Attends from `x` [batch, time, hidden] to `x` and to `past`.
 
     Returns:
@@ -112,15 +95,14 @@ class Attention(Layer):
     batch, time, _ = x.shape
 
     def project(name, heads):
-      dense = self.dense(name, heads * config.head_dim, config.qkv_bias)
-      y = dense(x, deterministic=deterministic)
+      y = self.dense(name, x, heads * config.head_dim, config.qkv_bias)
       return y.reshape(batch, time, heads, config.head_dim)
 
     query = project("q_proj", config.num_attention_heads)
     key = project("k_proj", config.num_key_value_heads)
     value = project("v_proj", config.num_key_value_heads)
     if config.qk_norm:
-      query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
+      query, key = _norm(self, "q_norm")(query), _norm(self, "k_norm")(key)
     query, key = rotary.rotate(query, *angles), rotary.rotate(key, *angles)
     key, value = attention.remember(past, key, value, slots)
     y = attention.attend(
@@ -130,35 +112,30 @@ class Attention(Layer):
       mask,
       scale=1 / math.sqrt(config.query_pre_attn_scalar or config.head_dim),
       softcap=config.attention_softcap,
-    )
-    output = self.dense("o_proj", config.hidden_size, config.output_bias)
-    y = output(y.reshape(batch, time, -1), deterministic=deterministic)
+    ).reshape(batch, time, -1)
+    y = self.dense("o_proj", y, config.hidden_size, config.output_bias)
     return y, None if past is None else (key, value)
 
 
-class FeedForward(Layer):
+class FeedForward(stack.Layer):
   """A gated block: `down(act(gate(x)) * up(x))`."""
 
   @nn.compact
-  def __call__(self, x, deterministic):
+  def __call__(self, x):
     """Applies the block to `x` [batch, time, hidden]."""
     config = self.config
-
-    def dense(name, features, x):
-      layer = self.dense(name, features, config.mlp_bias)
-      return layer(x, deterministic=deterministic)
-
-    width = config.intermediate_size
-    gate = _ACTIVATIONS[config.hidden_act](dense("gate_proj", width, x))
-    hidden = gate * dense("up_proj", width, x)
-    return dense("down_proj", config.hidden_size, hidden)
+    width, use_bias = config.intermediate_size, config.mlp_bias
+    gate = self.dense("gate_proj", x, width, use_bias)
+    gate = hub_config.ACTIVATIONS[config.hidden_act](gate)
+    hidden = gate * self.dense("up_proj", x, width, use_bias)
+    return self.dense("down_proj", hidden, config.hidden_size, use_bias)
 
 
-class Block(Layer):
+class Block(stack.Layer):
   """One layer: pre-norm attention and feed-forward with residuals."""
 
   @nn.compact
-  def __call__(self, x, own, views, slots, deterministic) -> tuple[Any, Any]:
+  def __call__(self, x, own, views, slots) -> tuple[Any, Any]:
     """Applies the layer; one step of the scan over layers.
 
     Args:
@@ -168,7 +145,6 @@ class Block(Layer):
       views: a pair (angles, mask) for each kind of layer. If there are two
         kinds, the one without a window comes first.
       slots: the places of the tokens among the keys.
-      deterministic: whether dropout is off.
 
     Returns:
       The updated residual stream; and the layer's keys and values, or None
@@ -179,58 +155,32 @@ class Block(Layer):
     view = views[0] if is_windowed is None else jax.tree.map(choose, *views)
     angles, mask = view
     sandwiched = self.config.sandwich_norms
-    shape = (self.config, self.adapter, self.dtype)
-    attend = Attention(*shape, name="self_attn")
-    feed_forward = FeedForward(*shape, name="mlp")
-    y = self.norm("input_layernorm")(x)
-    y, past = attend(y, angles, mask, past, slots, deterministic)
+    attend = self.part(Attention, "self_attn")
+    y = _norm(self, "input_layernorm")(x)
+    y, past = attend(y, angles, mask, past, slots)
     if sandwiched:
-      y = self.norm("post_attention_layernorm")(y)
+      y = _norm(self, "post_attention_layernorm")(y)
     x = x + y
     before = "pre_feedforward" if sandwiched else "post_attention"
-    y = feed_forward(self.norm(f"{before}_layernorm")(x), deterministic)
+    y = _norm(self, f"{before}_layernorm")(x)
+    y = self.part(FeedForward, "mlp")(y)
     if sandwiched:
-      y = self.norm("post_feedforward_layernorm")(y)
+      y = _norm(self, "post_feedforward_layernorm")(y)
     return x + y, past
 
 
-class Decoder(nn.Module):
-  """A decoder: `apply({"params": frozen, "lora": trainable}, tokens)`.
+class Decoder(stack.Model):
+  """A decoder: `apply({"params": frozen, "lora": trainable}, tokens)`."""
 
-  Attributes:
-    config: the shape of the model.
-    adapter: the LoRA adapter; None for the base model alone.
-    head: the classification head; None for a language model.
-    dtype: the type of activations; logits are always float32.
-    remat: whether the backward pass recomputes activations. This takes much
-      less memory and somewhat more time.
-  """
-
-  config: DecoderConfig
-  adapter: lora.LoRA | None = None
-  head: heads.Classifier | None = None
-  dtype: Any = jnp.float32
-  remat: bool = False
-
-  def __post_init__(self):
-    """Refuses an adapter or a pooling that does not fit this model."""
-    if self.adapter is not None:
-      self.adapter.check(LAYERS)
-    if self.head is not None:
-      self.head.check("last", "mean")
-    super().__post_init__()
+  LAYERS = LAYERS
+  POOLINGS = ("last", "mean")
 
   def empty_cache(self, batch: int, length: int) -> attention.Cache:
     """Returns an empty cache for `batch` rows of `length` tokens."""
     config = self.config
-    return attention.empty_cache(
-      config.num_hidden_layers,
-      batch,
-      length,
-      config.num_key_value_heads,
-      config.head_dim,
-      self.dtype,
-    )
+    heads = config.num_key_value_heads
+    shape = (config.num_hidden_layers, batch, length, heads, config.head_dim)
+    return attention.empty_cache(shape, self.dtype)
 
   @nn.compact
   def __call__(
@@ -267,10 +217,7 @@ class Decoder(nn.Module):
     if config.scaled_embeddings:
       x = x * jnp.asarray(math.sqrt(config.hidden_size), self.dtype)
     x, cache = self._layers(x, segments, cache, deterministic)
-    x = RMSNorm(
-      config.rms_norm_eps, config.unit_offset, self.dtype, name="norm"
-    )(x)
-    result = stack.output(self, x, segments, embed)
+    result = stack.output(self, _norm(self, "norm")(x), segments, embed)
     if self.head is not None:
       return result
     if (cap := config.final_softcap) is not None:
@@ -287,5 +234,7 @@ class Decoder(nn.Module):
     views = list(zip(angles, scope.masks(windows), strict=True))
     # If all layers are alike, there is one view and nothing to choose.
     windowed = jnp.array(config.windowed) if len(kinds) > 1 else None
-    shared = (views, scope.slots, deterministic)
-    return stack.cached_layers(Block, self, x, windowed, shared, cache)
+    shared = (views, scope.slots)
+    return stack.cached_layers(
+      Block, self, deterministic, x, windowed, shared, cache
+    )

@@ -26,6 +26,11 @@ class _Family(NamedTuple):
   defaults: Mapping[str, Any] = {}
   renamed: Mapping[str, str] = {}
 
+  @property
+  def names(self) -> dict[str, str]:
+    """The `DecoderConfig` fields that are copied, with config.json's names."""
+    return {**{name: name for name in _SHARED}, **self.renamed}
+
 
 _BIAS = {"qkv_bias": "attention_bias"}
 _CAPS = {
@@ -69,22 +74,11 @@ _FAMILIES = {
   ),
 }
 MODEL_TYPES = tuple(_FAMILIES)
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 # Fields that have the same name in `DecoderConfig` and in config.json.
-_SHARED = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "num_key_value_heads",
-  "head_dim",
-  "max_position_embeddings",
-  "rms_norm_eps",
-  "tie_word_embeddings",
-  "query_pre_attn_scalar",
-)
+_SHARED = """vocab_size hidden_size intermediate_size num_hidden_layers
+num_attention_heads num_key_value_heads head_dim max_position_embeddings
+rms_norm_eps tie_word_embeddings query_pre_attn_scalar""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +100,7 @@ class DecoderConfig:
     local_rope: rotary positions of windowed layers; None for `rope`.
     sliding_window: number of tokens that a layer with a window sees.
     windowed: whether each layer has the window; empty if none has.
-    hidden_act: activation of the gate: "silu", "gelu_pytorch_tanh" or "gelu".
+    hidden_act: activation of the gate, a key of `hub_config.ACTIVATIONS`.
     tie_word_embeddings: whether the output uses the input embedding.
     qkv_bias: whether query, key and value projections have biases.
     mlp_bias: whether feed-forward projections have biases.
@@ -151,6 +145,7 @@ class DecoderConfig:
         "expected num_key_value_heads to divide num_attention_heads, got"
         f" {self.num_key_value_heads} and {self.num_attention_heads}."
       )
+    hub_config.check_activation(self)
     if self.head_dim % 2:
       raise ValueError(f"expected an even head_dim, got {self.head_dim}.")
     if self.windowed and len(self.windowed) != self.num_hidden_layers:
@@ -177,12 +172,9 @@ class DecoderConfig:
     family = _FAMILIES[kind]
     given.default(family.defaults)
     values: dict[str, Any] = {"model_type": kind, **family.fixed}
-    for name, written in family.renamed.items():
-      if (value := given.pop(written)) is not None:
-        values[name] = value
     values["hidden_act"] = _pop_act(given, kind)
     values |= _pop_layers(given, kind) | _pop_rope(given, kind)
-    values |= given.take(_SHARED)
+    values |= given.take(family.names)
     given.finish(kind)
     if heads := values.get("num_attention_heads"):
       values.setdefault("num_key_value_heads", heads)
@@ -201,12 +193,11 @@ class DecoderConfig:
       ValueError: if transformers has no head with this pooling.
     """
     family = _FAMILIES[self.model_type]
-    fields = {name: getattr(self, name) for name in _SHARED}
-    if self.query_pre_attn_scalar is None:
-      fields.pop("query_pre_attn_scalar")
-    fields |= {
-      written: getattr(self, name) for name, written in family.renamed.items()
+    fields = {
+      written: getattr(self, name) for name, written in family.names.items()
     }
+    if self.query_pre_attn_scalar is None:
+      del fields["query_pre_attn_scalar"]
     rope = self.rope.to_hugging_face()
     if self.local_rope is not None:
       rope = {_FULL: rope, _WINDOW: self.local_rope.to_hugging_face()}
@@ -227,10 +218,7 @@ class DecoderConfig:
       **hub_config.label_fields(head),
       "model_type": self.model_type,
       act: self.hidden_act,
-      # Otherwise transformers would use its default ids and stop at them.
-      "bos_token_id": None,
-      "eos_token_id": None,
-      "pad_token_id": None,
+      **hub_config.NO_TOKEN_IDS,
       **fields,
       "rope_parameters": rope,
     }
@@ -240,13 +228,9 @@ def _pop_act(given: hub_config.Fields, kind: str) -> str:
   """Takes out the activation of the gate."""
   older = given.pop("hidden_act") or "silu"
   act = given.pop("hidden_activation") or older
-  if kind == "gemma" and act == "gelu":
-    act = "gelu_pytorch_tanh"  # The first configs of Gemma call it "gelu".
-  if act not in ACTIVATIONS:
-    raise ValueError(
-      f"expected hidden_act in {', '.join(ACTIVATIONS)}, got {act!r}."
-    )
-  return act
+  # The first configs of Gemma call the tanh approximation "gelu".
+  is_older = kind == "gemma" and act == "gelu"
+  return "gelu_pytorch_tanh" if is_older else act
 
 
 def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The parts that encoders share: dense layers, norms, two-sided attention.
+"""The parts that encoders share: configs, norms and two-sided attention.
 
 Modules have the names of transformers, so the parameter tree shows the tensor
 names of a checkpoint and the names of LoRA targets.
@@ -11,16 +11,8 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
-from fedjax_llm.models import attention, hub_config, lora, stack
+from fedjax_llm.models import attention, hub_config, stack
 
-_tanh_gelu = lambda x: nn.gelu(x, approximate=True)
-ACTIVATIONS = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_new": _tanh_gelu,
-  "gelu_pytorch_tanh": _tanh_gelu,
-  "relu": nn.relu,
-  "silu": nn.silu,
-}
 # Fields of a config.json that only the training of the base model used.
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -40,89 +32,47 @@ def read(
   """
   given = hub_config.Fields(fields)
   given.choose("model_type", (kind.model_type,))
-  values = given.take(x.name for x in dataclasses.fields(kind))
+  values = given.take({x.name: x.name for x in dataclasses.fields(kind)})
   given.finish(kind.model_type, (*_DROPOUTS, *ignored))
   return hub_config.build(kind, values)
 
 
-def check(config: Any) -> None:
-  """Checks the number of heads and the activation of a config.
+def norm(module: Any, name: str) -> nn.LayerNorm:
+  """Returns a layer norm that computes its moments in float32.
 
-  Raises:
-    ValueError: if the heads do not divide the hidden size, or the activation is
-      unknown.
+  Args:
+    module: the module that has the norm, with a `config` and a `dtype`.
+    name: the name of the norm.
   """
-  if config.hidden_size % config.num_attention_heads:
-    raise ValueError(
-      "expected num_attention_heads to divide hidden_size, got"
-      f" {config.num_attention_heads} and {config.hidden_size}."
-    )
-  if config.hidden_act not in ACTIVATIONS:
-    raise ValueError(
-      f"expected hidden_act in {', '.join(ACTIVATIONS)}, got"
-      f" {config.hidden_act!r}."
-    )
-
-
-def norm(config: Any, dtype: Any, name: str) -> nn.LayerNorm:
-  """Returns a layer norm that computes its moments in float32."""
   return nn.LayerNorm(
-    config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name
+    module.config.layer_norm_eps,
+    dtype=module.dtype,
+    use_fast_variance=False,
+    name=name,
   )
 
 
-class Layer(nn.Module):
-  """A part of an encoder, with the config, adapter and dtype of the model."""
-
-  config: Any
-  adapter: lora.LoRA | None
-  dtype: Any
-
-  def norm(self, name: str) -> nn.LayerNorm:
-    """Returns a layer norm with the epsilon and dtype of the model."""
-    return norm(self.config, self.dtype, name)
-
-  def dense(
-    self, name: str, features: int, use_bias: bool = True
-  ) -> lora.Dense:
-    """Returns a dense layer, with LoRA factors if it is a target."""
-    return lora.Dense(features, self.adapter, use_bias, self.dtype, name=name)
-
-  def attend(
-    self,
-    names: Sequence[str],
-    x: Float[Array, "batch time d"],
-    mask: Bool[Array, "rows 1 time time"] | None,
-    deterministic: bool,
-    use_bias: bool = True,
-  ) -> Float[Array, "batch time d"]:
-    """Computes self-attention without the output projection.
-
-    Args:
-      names: the names of the query, key and value projections.
-      x: the states.
-      mask: True where a query sees a key; None if every query sees every key.
-      deterministic: whether dropout is off.
-      use_bias: whether the projections have biases.
-    """
-    batch, time, width = x.shape
-    heads = self.config.num_attention_heads
-    query, key, value = (
-      self.dense(name, width, use_bias)(x, deterministic=deterministic).reshape(
-        batch, time, heads, width // heads
-      )
-      for name in names
-    )
-    y = attention.attend(query, key, value, mask, causal=False)
-    return y.reshape(x.shape)
-
-
-def layers(block: type[Layer], model: Any) -> Any:
-  """Returns a module that applies the layers of an encoder.
+def attend(
+  layer: stack.Layer,
+  names: Sequence[str],
+  x: Float[Array, "batch time d"],
+  mask: Bool[Array, "rows 1 time time"] | None,
+  use_bias: bool = True,
+) -> Float[Array, "batch time d"]:
+  """Computes self-attention without the output projection.
 
   Args:
-    block: the module class of a layer. It is called as
-      `block(x, mask, deterministic)` and returns `(x, None)`.
-    model: the encoder that has the layers.
+    layer: the layer that has the projections.
+    names: the names of the query, key and value projections.
+    x: the states.
+    mask: True where a query sees a key; None if every query sees every key.
+    use_bias: whether the projections have biases.
   """
-  return stack.layers(block, model, (nn.broadcast, nn.broadcast))
+  batch, time, width = x.shape
+  heads = layer.config.num_attention_heads
+  query, key, value = (
+    layer.dense(name, x, width, use_bias).reshape(batch, time, heads, -1)
+    for name in names
+  )
+  y = attention.attend(query, key, value, mask, causal=False)
+  return y.reshape(x.shape)

@@ -15,9 +15,8 @@ class Family(NamedTuple):
 
   Attributes:
     config: the class of the config, which reads and writes config.json.
-    model: the module class: `model(config, adapter, head, dtype, remat)`.
+    model: the class of the model, a `stack.Model`.
     layout: the names of its parameters in a checkpoint.
-    layers: the dotted paths of the dense layers that LoRA can target.
     predicts: whether the model without a head is a language model. Otherwise
       it is an encoder and returns its last hidden states.
     reads_text: whether the input is tokens.
@@ -26,27 +25,17 @@ class Family(NamedTuple):
   config: Any
   model: Any
   layout: layout.Layout
-  layers: tuple[str, ...]
   predicts: bool = True
   reads_text: bool = True
 
 
-_DECODER = Family(
-  decoder.DecoderConfig, decoder.Decoder, decoder.LAYOUT, decoder.LAYERS
-)
+_DECODER = Family(decoder.DecoderConfig, decoder.Decoder, decoder.LAYOUT)
 _FAMILIES = {
   **dict.fromkeys(decoder.decoder_config.MODEL_TYPES, _DECODER),
-  "gpt2": Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.LAYOUT, gpt2.LAYERS),
-  "bert": Family(
-    bert.BertConfig, bert.Bert, bert.LAYOUT, bert.LAYERS, predicts=False
-  ),
+  "gpt2": Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.LAYOUT),
+  "bert": Family(bert.BertConfig, bert.Bert, bert.LAYOUT, predicts=False),
   "vit": Family(
-    vit.ViTConfig,
-    vit.ViT,
-    vit.LAYOUT,
-    vit.LAYERS,
-    predicts=False,
-    reads_text=False,
+    vit.ViTConfig, vit.ViT, vit.LAYOUT, predicts=False, reads_text=False
   ),
 }
 

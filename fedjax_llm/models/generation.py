@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fedjax_llm.models import lora
 
 # Prompts are padded to a power of two of at least this, so that prompts of many
 # lengths share a compiled program.
@@ -62,10 +64,8 @@ def generate(
     time = longest
   # Raises before compilation if the model has too few learned positions.
   jax.eval_shape(lambda: model.empty_cache(1, time + max_new_tokens))
-  rows = _pad(prompts, time)
-  variables = {"params": params}
-  if factors is not None:
-    variables["lora"] = factors
+  rows = pad(prompts, time)
+  variables = lora.variables(params, factors)
   settings = (max_new_tokens, float(temperature), float(top_p), tuple(eos_ids))
   new = np.asarray(_run(model, settings, variables, *rows, key))
   return [_until_end(row, eos_ids) for row in new.tolist()]
@@ -111,8 +111,10 @@ def _check_settings(max_new_tokens, temperature, top_p, key):
     )
 
 
-def _pad(prompts, time):
-  """Returns tokens and segments [batch, time], padded on the left."""
+def pad(
+  prompts: Sequence[Sequence[int]], time: int
+) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch time"]]:
+  """Returns the tokens and segments of prompts, padded on the left."""
   tokens = np.zeros((len(prompts), time), np.int32)
   segments = np.zeros_like(tokens)
   for row, prompt in enumerate(prompts):

@@ -6,14 +6,6 @@ from typing import Any
 
 from fedjax_llm.models import heads, hub_config
 
-ACTIVATIONS = (
-  "gelu",
-  "gelu_new",
-  "gelu_pytorch_tanh",
-  "relu",
-  "silu",
-  "swish",
-)
 # The fields of `GPT2Config`, each with its name in config.json.
 _NAMES = {
   "vocab_size": "vocab_size",
@@ -52,7 +44,8 @@ class GPT2Config:
     num_attention_heads: number of heads; divides `hidden_size`.
     max_position_embeddings: number of learned positions, the longest context.
     layer_norm_epsilon: constant that is added to the variance before its root.
-    hidden_act: activation of the feed-forward block, one of `ACTIVATIONS`.
+    hidden_act: activation of the feed-forward block, a key of
+      `hub_config.ACTIVATIONS`.
     scale_attn_weights: whether attention logits are divided by sqrt(head_dim).
     scale_attn_by_inverse_layer_idx: whether the attention logits of layer i,
       counted from 0, are divided by i + 1.
@@ -72,16 +65,8 @@ class GPT2Config:
   tie_word_embeddings: bool = True
 
   def __post_init__(self):
-    if self.hidden_size % self.num_attention_heads:
-      raise ValueError(
-        "expected num_attention_heads to divide hidden_size, got"
-        f" {self.num_attention_heads} and {self.hidden_size}."
-      )
-    if self.hidden_act not in ACTIVATIONS:
-      raise ValueError(
-        f"expected activation_function in {', '.join(ACTIVATIONS)}, got"
-        f" {self.hidden_act!r}."
-      )
+    hub_config.check_heads(self)
+    hub_config.check_activation(self)
 
   @property
   def model_type(self) -> str:
@@ -102,9 +87,9 @@ class GPT2Config:
     """
     given = hub_config.Fields(fields)
     given.choose("model_type", ("gpt2",))
-    values = given.take(_NAMES.values())
+    values = given.take(_NAMES)
     given.finish("gpt2", _IGNORED)
-    return cls(**{x: values[y] for x, y in _NAMES.items() if y in values})
+    return cls(**values)
 
   def to_hugging_face(
     self, head: heads.Classifier | None = None
@@ -124,9 +109,6 @@ class GPT2Config:
       "architectures": [f"GPT2{kind}"],
       **hub_config.label_fields(head),
       "model_type": self.model_type,
-      # Otherwise transformers would use its default ids and stop at them.
-      "bos_token_id": None,
-      "eos_token_id": None,
-      "pad_token_id": None,
+      **hub_config.NO_TOKEN_IDS,
       **{written: getattr(self, name) for name, written in _NAMES.items()},
     }

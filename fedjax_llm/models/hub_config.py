@@ -1,10 +1,13 @@
 """Reads a config.json and refuses every field that would be overlooked."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import flax.linen as nn
 
 from fedjax_llm.models import heads
 
@@ -21,6 +24,18 @@ _IGNORED = frozenset(
   torch_dtype torchscript transformers.js_config transformers_version typical_p
   unsloth_fixed unsloth_version use_cache""".split()
 )
+_tanh_gelu = functools.partial(nn.gelu, approximate=True)
+# The activations, by their names in a config.json.
+ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_new": _tanh_gelu,
+  "gelu_pytorch_tanh": _tanh_gelu,
+  "relu": nn.relu,
+  "silu": nn.silu,
+  "swish": nn.silu,
+}
+# Without these, transformers would use its default ids and stop at them.
+NO_TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 class Fields:
@@ -44,10 +59,14 @@ class Fields:
     """Sets fields that are absent to `values`; a null stays null."""
     self._left = {**values, **self._left}
 
-  def take(self, names: Iterable[str]) -> dict[str, Any]:
-    """Takes out the fields `names` and returns those that are not null."""
-    taken = {x: self._left.pop(x, None) for x in names}
-    return {x: value for x, value in taken.items() if value is not None}
+  def take(self, names: Mapping[str, str]) -> dict[str, Any]:
+    """Takes fields out and returns those that are not null.
+
+    Args:
+      names: the name of each field in the result, with its name in config.json.
+    """
+    taken = {name: self.pop(written) for name, written in names.items()}
+    return {name: x for name, x in taken.items() if x is not None}
 
   def choose(self, name: str, choices: Sequence[str]) -> str:
     """Takes out a field and returns it.
@@ -83,6 +102,24 @@ class Fields:
         f" which this {kind} does not support and could compute wrongly. Take"
         " another model, or remove a field that changes nothing."
       )
+
+
+def check_activation(config: Any) -> None:
+  """Raises a `ValueError` if the activation of a config is unknown."""
+  if config.hidden_act not in ACTIVATIONS:
+    raise ValueError(
+      f"expected hidden_act in {', '.join(ACTIVATIONS)}, got"
+      f" {config.hidden_act!r}."
+    )
+
+
+def check_heads(config: Any) -> None:
+  """Raises a `ValueError` if the heads do not divide the hidden size."""
+  if config.hidden_size % config.num_attention_heads:
+    raise ValueError(
+      "expected num_attention_heads to divide hidden_size, got"
+      f" {config.num_attention_heads} and {config.hidden_size}."
+    )
 
 
 def build(kind: Any, values: Mapping[str, Any]) -> Any:

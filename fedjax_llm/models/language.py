@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fedjax_llm.models import lora
+
 
 def token_losses(
   logits: Float[Array, "batch time vocab"],
@@ -63,12 +65,11 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
   """
 
   def fn(factors, params, examples):
-    variables = {"params": params}
-    if factors is not None:
-      variables["lora"] = factors
     targets = examples.tokens[:, 1:]
     logits: Any = model.apply(
-      variables, examples.tokens[:, :-1], _inputs(examples.segments)
+      lora.variables(params, factors),
+      examples.tokens[:, :-1],
+      _inputs(examples.segments),
     )
     losses = token_losses(logits, targets)
     right = (logits.argmax(-1) == targets) & examples.mask

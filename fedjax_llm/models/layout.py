@@ -7,10 +7,19 @@ stacked under the name "layers". For example, the parameter
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 _WEIGHTS = {"kernel", "scale", "embedding"}
+
+
+def unstack(path: Path, leaf: Any) -> Iterable[tuple[int | None, Any]]:
+  """Returns pairs of a layer and its part of the parameter `leaf`.
+
+  A parameter outside the stack of layers is one part, whose layer is None.
+  """
+  return enumerate(leaf) if path[0] == "layers" else [(None, leaf)]
 
 
 class Layout(NamedTuple):

@@ -224,6 +224,16 @@ def abstract_variables(model: nn.Module) -> dict[str, Any]:
   return shapes
 
 
+def variables(params: Any, factors: Any | None) -> dict[str, Any]:
+  """Returns what `model.apply` takes.
+
+  Args:
+    params: the parameters of the base model.
+    factors: the trained parameters; None for a model without an adapter.
+  """
+  return {"params": params} | ({} if factors is None else {"lora": factors})
+
+
 def merge(params: Any, factors: Any, scale: float) -> Any:
   """Merges trained parameters into a base model.
 

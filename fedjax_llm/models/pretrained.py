@@ -37,19 +37,9 @@ _PATTERNS = [*_TEXTS, "*.safetensors"]
 _META = "consolidated*"  # Weights under Meta's tensor names.
 _IGNORED = ["*/*", _META]  # The folders hold intermediate checkpoints.
 # The files that decide what a model or an adapter computes.
-_IDENTITY = (
-  "config.json",
-  "adapter_config.json",
-  "classifier.json",
-  "*.safetensors",
-  "*.safetensors.index.json",
-  "tokenizer*",
-  "*vocab*",
-  "merges.txt",
-  "added_tokens.json",
-  "special_tokens_map.json",
-  "chat_template*",
-)
+_IDENTITY = """config.json adapter_config.json classifier.json *.safetensors
+*.safetensors.index.json tokenizer* *vocab* merges.txt added_tokens.json
+special_tokens_map.json chat_template*""".split()
 
 
 def resolve(name_or_folder: str | os.PathLike) -> pathlib.Path:
@@ -112,7 +102,10 @@ def load(
   folder = resolve(name_or_folder)
   config = families.read_config(folder)
   names = families.of(config).layout
-  shapes = _parameter_shapes(config, head)
+  model = families.model(config, head=head)
+  shapes: Any = flax.traverse_util.flatten_dict(
+    lora.abstract_variables(model)["params"]
+  )
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with contextlib.ExitStack() as stack:
@@ -124,8 +117,8 @@ def load(
       _check_tied(folder, names, shapes, stored)
     params = {}
     for path, leaf in shapes.items():
-      within = [name for name, _ in _tensors(names, path, leaf.shape)]
-      if within[0] not in stored:
+      within = _tensors(names, path, leaf.shape)
+      if not stored.keys() >= within.keys():
         continue  # A new head: the checkpoint has none that fits.
       tensors = [stored[name] for name in within]
       array: Any = tensor_files.Parameter(
@@ -204,30 +197,24 @@ def _named(config, params, dtype) -> Iterator[tuple[str, np.ndarray]]:
   )
   for path, leaf in flat.items():
     leaf = np.asarray(quantized.dequantize(leaf, dtype))
-    layers = leaf if path[0] == "layers" else leaf[None]
-    tensors = _tensors(names, path, leaf.shape)
-    for (name, _), array in zip(tensors, layers, strict=True):
+    for layer, array in layout.unstack(path, leaf):
       if names.is_transposed(path):
         array = array.swapaxes(-1, -2)
-      yield names.stored_name(name), np.ascontiguousarray(array)
-
-
-def _parameter_shapes(config, head) -> dict[layout.Path, Any]:
-  shapes = lora.abstract_variables(families.model(config, head=head))
-  flat: Any = flax.traverse_util.flatten_dict(shapes["params"])
-  return flat
+      name = names.stored_name(names.tensor_name(path, layer))
+      yield name, np.ascontiguousarray(array)
 
 
 def _tensors(
   names: layout.Layout, path: layout.Path, shape: tuple[int, ...]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """Yields the name and shape of each tensor that holds a parameter."""
-  is_stacked = path[0] == "layers"
-  inner = shape[1:] if is_stacked else shape
-  if names.is_transposed(path):
-    inner = (*inner[:-2], inner[-1], inner[-2])
-  for layer in range(shape[0]) if is_stacked else (None,):
-    yield names.tensor_name(path, layer), inner
+) -> dict[str, tuple[int, ...]]:
+  """Returns the names and shapes of the tensors that hold a parameter."""
+  # A view of one number has the shape and takes no memory.
+  whole = np.broadcast_to(0, shape)
+  whole = whole.swapaxes(-1, -2) if names.is_transposed(path) else whole
+  return {
+    names.tensor_name(path, layer): part.shape
+    for layer, part in layout.unstack(path, whole)
+  }
 
 
 def _quantized(kernel: Any, format: quantized.Format) -> Any:
@@ -242,16 +229,14 @@ def _quantized(kernel: Any, format: quantized.Format) -> Any:
 
 def _leave_heads(names, shapes, stored):
   """Drops a stored head that has another number of labels."""
-  tensors = [
-    tensor
-    for path, leaf in shapes.items()
-    if path[0] in names.heads
-    for tensor in _tensors(names, path, leaf.shape)
-  ]
-  fits = lambda name, shape: tuple(stored[name].get_shape()) == shape
-  if not all(fits(*tensor) for tensor in tensors if tensor[0] in stored):
-    for name, _ in tensors:
-      stored.pop(name, None)
+  tensors = {}
+  for path, leaf in shapes.items():
+    if path[0] in names.heads:
+      tensors |= _tensors(names, path, leaf.shape)
+  found = stored.keys() & tensors.keys()
+  if any(tuple(stored[x].get_shape()) != tensors[x] for x in found):
+    for name in found:
+      del stored[name]
 
 
 def _check_tied(folder, names, shapes, stored):
@@ -279,7 +264,7 @@ def _check(folder, names, shapes, stored, head):
   """Raises one error that lists every tensor that does not fit."""
   problems, expected = [], {}
   for path, leaf in shapes.items():
-    tensors = dict(_tensors(names, path, leaf.shape))
+    tensors = _tensors(names, path, leaf.shape)
     expected |= tensors
     if head is None or path[0] not in names.heads:
       problems += [f"missing {name}" for name in tensors if name not in stored]

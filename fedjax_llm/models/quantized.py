@@ -13,11 +13,8 @@ of stories260k, which is 64 channels wide, rises from 1.6496 nats per token to
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -48,11 +45,7 @@ LEVELS = (
 )
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["codes", "absmax"],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
   """A kernel whose weights are `codes / 127 * absmax`.
@@ -71,11 +64,7 @@ class Int8:
     return self.codes.shape
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["codes", "absmax"],
-  meta_fields=["inputs"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4:
   """A kernel whose weights are `LEVELS[code] * absmax`, two codes per byte.
@@ -90,7 +79,7 @@ class NF4:
 
   codes: Any
   absmax: Any
-  inputs: int
+  inputs: int = dataclasses.field(metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -119,7 +108,8 @@ def quantize(
     ValueError: if the format is unknown, or `kernel` is not an array of two or
       more dimensions.
   """
-  _check(format)
+  if format not in ("int8", "nf4"):
+    raise ValueError(f"expected the format 'int8' or 'nf4', got {format!r}.")
   if isinstance(kernel, Int8 | NF4) or kernel.ndim < 2:
     raise ValueError(
       "quantize expected an array [*layers, inputs, outputs], got"
@@ -157,56 +147,6 @@ def matmul(
   """
   product = lambda x, kernel: x @ dequantize(kernel, x.dtype)
   return jax.checkpoint(product, prevent_cse=False)(x, kernel)
-
-
-def quantize_params(params: Mapping[str, Any], format: Format) -> Any:
-  """Quantises the kernels in the stacked layers of a model.
-
-  Embeddings, norms, biases and heads are not quantised, as in QLoRA.
-
-  Args:
-    params: the parameters of a base model, with its layers under "layers".
-    format: "int8" or "nf4"; see `quantize`.
-
-  Returns:
-    `params` with quantised kernels.
-
-  Raises:
-    ValueError: if there are no kernels to quantise, or the format is unknown.
-  """
-  _check(format)
-  flat: Any = flax.traverse_util.flatten_dict(dict(params))
-  kernels = [
-    path for path in flat if path[0] == "layers" and path[-1] == "kernel"
-  ]
-  if not kernels:
-    raise ValueError(
-      "quantize_params expected kernels under 'layers', found none in"
-      f" {sorted(params)}."
-    )
-  for path in kernels:
-    flat[path] = quantize(flat[path], format)
-  return flax.traverse_util.unflatten_dict(flat)
-
-
-def dequantize_params(params: Any, dtype: Any = jnp.float32) -> Any:
-  """Converts every quantised kernel to an array of `dtype`."""
-  is_quantized = lambda leaf: isinstance(leaf, Int8 | NF4)
-  return jax.tree.map(
-    lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
-    params,
-    is_leaf=is_quantized,
-  )
-
-
-def nbytes(params: Any) -> int:
-  """Returns the number of bytes of the leaves of `params`."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
-def _check(format):
-  if format not in ("int8", "nf4"):
-    raise ValueError(f"expected the format 'int8' or 'nf4', got {format!r}.")
 
 
 def _absmax(kernel, axis):

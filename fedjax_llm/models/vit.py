@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fedjax_llm.models import encoder, heads, hub_config, layout, lora
+from fedjax_llm.models import encoder, heads, hub_config, layout, stack
 
 # The names of the dense layers of a block, each with its name in files.
 _OLDER = {
@@ -69,7 +69,7 @@ class ViTConfig:
     num_channels: number of channels of a pixel.
     qkv_bias: whether query, key and value projections have biases.
     layer_norm_eps: constant that is added to the variance before its root.
-    hidden_act: activation, a key of `encoder.ACTIVATIONS`.
+    hidden_act: activation, a key of `hub_config.ACTIVATIONS`.
   """
 
   hidden_size: int = 768
@@ -88,7 +88,8 @@ class ViTConfig:
     for name in ("image_size", "patch_size"):
       if isinstance(size := getattr(self, name), list):
         object.__setattr__(self, name, tuple(size))  # Makes it hashable.
-    encoder.check(self)
+    hub_config.check_heads(self)
+    hub_config.check_activation(self)
     if 0 in self.grid:
       raise ValueError(
         f"expected image_size >= patch_size, got {self.image_size} and"
@@ -139,11 +140,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else size
 
 
-class Patches(nn.Module):
+class Patches(stack.Layer):
   """A linear map of each patch; checkpoints store it as a convolution."""
-
-  config: ViTConfig
-  dtype: Any
 
   @nn.compact
   def __call__(self, pixels):
@@ -161,23 +159,17 @@ class Patches(nn.Module):
     return x + bias.astype(self.dtype)[None, None]
 
 
-class PatchEmbeddings(nn.Module):
+class PatchEmbeddings(stack.Layer):
   """Wraps `Patches`, because transformers has a module of this name."""
-
-  config: ViTConfig
-  dtype: Any
 
   @nn.compact
   def __call__(self, pixels):
     """Embeds the patches of `pixels`."""
-    return Patches(self.config, self.dtype, name="projection")(pixels)
+    return self.part(Patches, "projection")(pixels)
 
 
-class Embeddings(nn.Module):
+class Embeddings(stack.Layer):
   """Embeds the image as a class token and one state for each patch."""
-
-  config: ViTConfig
-  dtype: Any
 
   @nn.compact
   def __call__(self, pixels):
@@ -188,77 +180,55 @@ class Embeddings(nn.Module):
     places = self.param(
       "position_embeddings", draw, (1, 1 + rows * columns, width)
     )
-    patches = PatchEmbeddings(config, self.dtype, name="patch_embeddings")
+    patches = self.part(PatchEmbeddings, "patch_embeddings")(pixels)
     first = jnp.broadcast_to(first, (len(pixels), 1, width))
-    x = jnp.concatenate([first.astype(self.dtype), patches(pixels)], axis=1)
+    x = jnp.concatenate([first.astype(self.dtype), patches], axis=1)
     return x + places.astype(self.dtype)
 
 
-class Attention(encoder.Layer):
+class Attention(stack.Layer):
   """Attention of every patch to every patch."""
 
   @nn.compact
-  def __call__(self, x, mask, deterministic):
+  def __call__(self, x):
     """Attends from `x` [batch, time, hidden] to itself."""
-    names, use_bias = ("q_proj", "k_proj", "v_proj"), self.config.qkv_bias
-    y = self.attend(names, x, mask, deterministic, use_bias)
-    output = self.dense("o_proj", self.config.hidden_size)
-    return output(y, deterministic=deterministic)
+    names = ("q_proj", "k_proj", "v_proj")
+    y = encoder.attend(self, names, x, None, self.config.qkv_bias)
+    return self.dense("o_proj", y, self.config.hidden_size)
 
 
-class FeedForward(encoder.Layer):
+class FeedForward(stack.Layer):
   """Two dense layers with an activation between them."""
 
   @nn.compact
-  def __call__(self, x, deterministic):
+  def __call__(self, x):
     """Applies the block to `x` [batch, time, hidden]."""
     config = self.config
-    dense = self.dense("fc1", config.intermediate_size)
-    y = dense(x, deterministic=deterministic)
-    y = encoder.ACTIVATIONS[config.hidden_act](y)
-    return self.dense("fc2", config.hidden_size)(y, deterministic=deterministic)
+    y = self.dense("fc1", x, config.intermediate_size)
+    y = hub_config.ACTIVATIONS[config.hidden_act](y)
+    return self.dense("fc2", y, config.hidden_size)
 
 
-class Block(encoder.Layer):
+class Block(stack.Layer):
   """One layer: pre-norm attention and feed-forward with residuals."""
 
   @nn.compact
-  def __call__(self, x, mask, deterministic):
-    """Applies the layer; one step of the scan in `encoder.layers`."""
-    shape = (self.config, self.adapter, self.dtype)
-    attend = Attention(*shape, name="attention")
-    feed_forward = FeedForward(*shape, name="mlp")
-    x = x + attend(self.norm("layernorm_before")(x), mask, deterministic)
-    y = self.norm("layernorm_after")(x)
-    return x + feed_forward(y, deterministic), None
+  def __call__(self, x):
+    """Applies the layer; one step of the scan over layers."""
+    y = encoder.norm(self, "layernorm_before")(x)
+    x = x + self.part(Attention, "attention")(y)
+    y = encoder.norm(self, "layernorm_after")(x)
+    return x + self.part(FeedForward, "mlp")(y), None
 
 
-class ViT(nn.Module):
+class ViT(stack.Model):
   """An image encoder: `apply({"params": frozen, "lora": trainable}, pixels)`.
 
-  Attributes:
-    config: the shape of the model.
-    adapter: the LoRA adapter; None for the base model alone.
-    head: the classification head, or None. It scores the class token (pooling
-      "first" or None), as transformers does.
-    dtype: the type of activations; scores are always float32.
-    remat: whether the backward pass recomputes activations. This takes much
-      less memory and somewhat more time.
+  A head scores the class token (pooling "first" or None), as transformers does.
   """
 
-  config: ViTConfig
-  adapter: lora.LoRA | None = None
-  head: heads.Classifier | None = None
-  dtype: Any = jnp.float32
-  remat: bool = False
-
-  def __post_init__(self):
-    """Refuses an adapter or a pooling that does not fit this model."""
-    if self.adapter is not None:
-      self.adapter.check(LAYERS)
-    if self.head is not None:
-      self.head.check("first")
-    super().__post_init__()
+  LAYERS = LAYERS
+  POOLINGS = ("first",)
 
   @property
   def example(self) -> jax.ShapeDtypeStruct:
@@ -289,9 +259,10 @@ class ViT(nn.Module):
         f"expected images of (height, width, channels) {config.image}, got"
         f" {pixels.shape[1:]}. Resize the images, or move channels last."
       )
-    x = Embeddings(config, self.dtype, name="embeddings")(pixels)
-    x, _ = encoder.layers(Block, self)(x, None, deterministic)
-    x = encoder.norm(config, self.dtype, "layernorm")(x)
+    own = (config, self.adapter, self.dtype, deterministic)
+    x = Embeddings(*own, name="embeddings")(pixels)
+    x, _ = stack.layers(Block, self, deterministic, [])(x)
+    x = encoder.norm(self, "layernorm")(x)
     if self.head is None:
       return x
     trained = self.adapter is not None

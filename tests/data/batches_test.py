@@ -6,17 +6,9 @@ import pytest
 import transformers
 from hypothesis import strategies
 
-from fedjax_llm.data import batches, corpora, tokenised
+from fedjax_llm.data import batches, tokenised
 
 TEXTS = strategies.lists(strategies.text(max_size=30), max_size=6)
-
-
-def corpus(**texts) -> corpora.Corpus:
-  clients = [
-    corpora.Client(name, tuple(train), tuple(held_out))
-    for name, (train, held_out) in texts.items()
-  ]
-  return corpora.Corpus("toy", tuple(clients), "")
 
 
 @hypothesis.given(texts=TEXTS, sequence_length=strategies.integers(1, 9))
@@ -69,31 +61,26 @@ def test_texts_longer_than_the_context_are_whole_and_silent(
 
 
 def test_client_owns_its_rows_and_no_others(tokenizer):
-  toy = corpus(
-    ann=(["the cat", "sat"], ["on the mat"]),
-    bob=(["the server asks what the client sends"], ["the mat sat"]),
-  )
-  for name, result in {
-    "train": batches.population(toy, tokenizer, 3),
-    "held_out": batches.held_out(toy, tokenizer, 3),
-  }.items():
-    assert result.names == ("ann", "bob")
-    assert result.starts.dtype == np.int64
-    assert result.starts[0] == 0
-    assert result.starts[-1] == len(result.examples.tokens)
-    for i, client in enumerate(toy.clients):
-      own = slice(*result.starts[i : i + 2])
-      rows = batches.rows_of_text(getattr(client, name), tokenizer, 3)
-      for part, whole in zip(rows[:2], result.examples[:2], strict=True):
-        np.testing.assert_array_equal(part, whole[own])
+  texts = {
+    "ann": ["the cat", "sat"],
+    "bob": ["the server asks what the client sends"],
+  }
+  result = batches.population(texts, tokenizer, 3)
+  assert result.names == ("ann", "bob")
+  assert result.starts.dtype == np.int64
+  assert result.starts[0] == 0
+  assert result.starts[-1] == len(result.examples.tokens)
+  for i, own_texts in enumerate(texts.values()):
+    own = slice(*result.starts[i : i + 2])
+    rows = batches.rows_of_text(own_texts, tokenizer, 3)
+    for part, whole in zip(rows[:2], result.examples[:2], strict=True):
+      np.testing.assert_array_equal(part, whole[own])
 
 
-def test_held_out_keeps_the_first_rows_of_each_client(tokenizer):
-  toy = corpus(
-    ann=(["sat"], ["the client sends"]), bob=(["sat"], ["on the mat, the cat"])
-  )
-  whole = batches.held_out(toy, tokenizer, 2)
-  some = batches.held_out(toy, tokenizer, 2, rows_per_client=1)
+def test_the_first_rows_of_each_client_are_kept(tokenizer):
+  texts = {"ann": ["the client sends"], "bob": ["on the mat, the cat"]}
+  whole = batches.population(texts, tokenizer, 2)
+  some = batches.population(texts, tokenizer, 2, rows_per_client=1)
   np.testing.assert_array_equal(some.starts, [0, 1, 2])
   for part, leaf in zip(some.examples[:2], whole.examples[:2], strict=True):
     np.testing.assert_array_equal(part, leaf[whole.starts[:-1]])
@@ -101,13 +88,8 @@ def test_held_out_keeps_the_first_rows_of_each_client(tokenizer):
 
 def test_bad_values_are_named(data):
   llama = transformers.AutoTokenizer.from_pretrained(data / "stories260k")
-  toy = corpus(ann=(["the cat"], []), bob=([], ["the mat"]))
   with pytest.raises(ValueError, match="'bob'.*Leave"):
-    batches.population(toy, llama, 4)
-  with pytest.raises(ValueError, match="'ann'.*Leave"):
-    batches.held_out(toy, llama, 4)
-  with pytest.raises(ValueError, match="rows_per_client=0"):
-    batches.held_out(toy, llama, 4, rows_per_client=0)
+    batches.population({"ann": ["the cat"], "bob": []}, llama, 4)
   with pytest.raises(ValueError, match="sequence_length=0"):
     batches.rows_of_text(["the cat"], llama, 0)
 

@@ -62,11 +62,16 @@ def test_streams_are_the_rows_of_a_corpus(llama):
     "print",
   )
   train, held_out, identity = records.streams(corpus)(llama, 16)
-  assert_equal(train, batches.population(corpus, llama, 16))
-  assert_equal(held_out, batches.held_out(corpus, llama, 16))
+  ann, bob = corpus.clients
+  texts = {"ann": ann.train, "bob": bob.train}
+  assert_equal(train, batches.population(texts, llama, 16))
+  texts = {"ann": ann.held_out, "bob": bob.held_out}
+  assert_equal(held_out, batches.population(texts, llama, 16))
   assert identity == {"name": "toy", "fingerprint": "print"}
   some = records.streams(corpus, held_out_rows=2)(llama, 16)
-  assert_equal(some.held_out, batches.held_out(corpus, llama, 16, 2))
+  assert_equal(some.held_out, batches.population(texts, llama, 16, 2))
+  with pytest.raises(ValueError, match="held_out_rows=0"):
+    records.streams(corpus, held_out_rows=0)
 
 
 def test_clients_train_on_some_of_their_records_and_hold_out_the_rest(gpt2):

@@ -49,7 +49,7 @@ def test_plain_rows_need_no_mask():
 
 
 def test_a_cache_counts_the_tokens_of_each_row():
-  cache = attention.empty_cache(1, 2, 8, 1, 2, jnp.float32)
+  cache = attention.empty_cache((1, 2, 8, 1, 2), jnp.float32)
   prompt = jnp.array([[0, 0, 1], [1, 1, 1]])
   scope, cache = attention.scope((2, 3), prompt, cache)
   np.testing.assert_array_equal(scope.positions, [[0, 0, 0], [0, 1, 2]])

@@ -300,13 +300,17 @@ def check_quantized(case, format, *, bits, error):
   folder = case.folder / "base"
   _, params = pretrained.load(folder, head=case.head, quantize=format)
   got, gradients = case.step(params, case.factors)
-  plain = quantized.dequantize_params(params)
+  plain = jax.tree.map(
+    lambda x: quantized.dequantize(x, jnp.float32),
+    params,
+    is_leaf=lambda x: not isinstance(x, dict),
+  )
   expected, expected_gradients = case.step(plain, case.factors)
   case.same(got, expected)
   same_gradients(gradients, expected_gradients)
   kernels, near, exact = map(kernels_of, (params, plain, case.params))
   weights = sum(math.prod(kernel.shape) for kernel in kernels)
-  assert 8 * quantized.nbytes(kernels) / weights <= bits
+  assert 8 * sum(x.nbytes for x in jax.tree.leaves(kernels)) / weights <= bits
   for x, y in zip(near, exact, strict=True):
     assert 0 < np.linalg.norm(x - y) < error * np.linalg.norm(y)
 
@@ -339,7 +343,7 @@ def test_export(case, draw, tmp_path):
 
 def test_import(case):
   assert (case.settings.rank, case.settings.alpha) == (RANK, ALPHA)
-  layers = families.of(case.config).layers
+  layers = families.of(case.config).model.LAYERS
   assert all(case.settings.matches(layer) for layer in layers)
   lora.check(case.model(case.settings), case.factors)
   got, _ = case.step(case.params, case.factors)

@@ -166,7 +166,7 @@ class Stub(nn.Module):
   config = gpt2.GPT2Config(vocab_size=10, max_position_embeddings=10**6)
 
   def empty_cache(self, batch, length):
-    return attention.empty_cache(1, batch, length, 1, 1, jnp.float32)
+    return attention.empty_cache((1, batch, length, 1, 1), jnp.float32)
 
   def __call__(self, tokens, segments=None, *, cache):
     if self.calls is not None:

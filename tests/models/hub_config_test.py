@@ -19,7 +19,8 @@ def test_every_field_that_is_left_and_switched_on_is_named():
 def test_defaults_fill_what_is_absent_and_not_what_is_null():
   fields = hub_config.Fields({"null": None, "given": 1})
   fields.default({"null": 5, "given": 5, "absent": 5})
-  assert fields.take(["null", "given", "absent"]) == {"given": 1, "absent": 5}
+  names = {"a": "null", "b": "given", "c": "absent"}
+  assert fields.take(names) == {"b": 1, "c": 5}
 
 
 def test_a_choice_is_one_of_those_there_are():

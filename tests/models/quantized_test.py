@@ -94,7 +94,6 @@ def test_a_weight_takes_the_documented_bits_of_device_memory(format, bits):
   leaves = jax.tree.leaves(quantized.quantize(kernel, format))
   on_device = sum(x.on_device_size_in_bytes() for x in leaves)
   assert 8 * on_device / kernel.size == bits
-  assert quantized.nbytes(leaves) == on_device
 
 
 def test_layers_are_quantised_each_for_itself(kernel, format):
@@ -166,48 +165,3 @@ def test_arrays_are_only_cast(kernel):
 def test_bad_arguments_are_refused(kernel, format, named):
   with pytest.raises(ValueError, match=named):
     quantized.quantize(kernel, format)
-
-
-@pytest.fixture
-def params(kernel):
-  return {
-    "embed_tokens": {"embedding": kernel[0]},
-    "layers": {
-      "mlp": {"down_proj": {"kernel": kernel, "bias": kernel[:, 0]}},
-      "norm": {"scale": kernel[:, 1]},
-    },
-    "lm_head": {"kernel": kernel[0]},
-  }
-
-
-def test_only_linear_layers_are_quantised(params, kernel, format):
-  converted = quantized.quantize_params(params, format)
-  linear = converted["layers"]["mlp"]["down_proj"]
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    linear["kernel"],
-    quantized.quantize(kernel, format),
-  )
-  linear["kernel"] = kernel
-  jax.tree.map(np.testing.assert_array_equal, converted, params)
-
-
-def test_params_can_be_dequantised(params, kernel, format):
-  converted = quantized.quantize_params(params, format)
-  plain = quantized.dequantize_params(converted, jnp.bfloat16)
-  assert jax.tree.structure(plain) == jax.tree.structure(params)
-  weights = plain["layers"]["mlp"]["down_proj"].pop("kernel")
-  assert weights.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(
-    weights, roundtrip(kernel, format).astype(jnp.bfloat16)
-  )
-  del params["layers"]["mlp"]["down_proj"]["kernel"]
-  jax.tree.map(np.testing.assert_array_equal, plain, params)
-
-
-def test_params_without_layers_are_refused(params, format):
-  del params["layers"]
-  with pytest.raises(ValueError, match="embed_tokens', 'lm_head"):
-    quantized.quantize_params(params, format)
-  with pytest.raises(ValueError, match="got 'fp4'"):
-    quantized.quantize_params(params, "fp4")

@@ -21,15 +21,11 @@ class Config:
   tie_word_embeddings: bool = False
 
 
-class Block(nn.Module):
+class Block(stack.Layer):
   """Adds tanh(x W) and a number of the layer's own; sees the past if any."""
 
-  config: Config
-  adapter: lora.LoRA | None
-  dtype: jnp.dtype
-
   @nn.compact
-  def __call__(self, x, own_and_past, factor, deterministic):
+  def __call__(self, x, own_and_past, factor):
     own, past = own_and_past
     y = nn.Dense(WIDTH, use_bias=False, name="dense")(x)
     x = x + factor * jnp.tanh(y)
@@ -51,8 +47,8 @@ class Model(nn.Module):
   @nn.compact
   def __call__(self, x, factor=0.5, cache=None):
     own = jnp.arange(LAYERS, dtype=jnp.float32) if self.own else None
-    shared = (jnp.float32(factor), True)
-    return stack.cached_layers(Block, self, x, own, shared, cache)
+    shared = (jnp.float32(factor),)
+    return stack.cached_layers(Block, self, True, x, own, shared, cache)
 
 
 @pytest.fixture
@@ -98,7 +94,7 @@ def test_remat_computes_the_same_gradient(x):
 
 
 def test_each_layer_reads_and_writes_its_own_cache(x):
-  cache = attention.empty_cache(LAYERS, 2, 5, 1, WIDTH, jnp.float32)
+  cache = attention.empty_cache((LAYERS, 2, 5, 1, WIDTH), jnp.float32)
   keys = jnp.arange(LAYERS, dtype=jnp.float32).reshape(LAYERS, 1, 1, 1, 1)
   cache = cache._replace(keys=cache.keys + keys)
   model = Model()
