@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     FederatedAlgorithm as FederatedAlgorithm,
   )
   from fedjax_llm.federated.rounds import ServerState as ServerState
+  from fedjax_llm.federated.rounds import end_round as end_round
   from fedjax_llm.federated.rounds import federated_round as federated_round
   from fedjax_llm.federated.rounds import first_state as first_state
   from fedjax_llm.federated.rounds import server_step as server_step
@@ -97,8 +98,8 @@ _NAMES = {
   "federated.network": ("Link", "Network"),
   "federated.privacy.guarantees": ("ClientLevel", "ExampleLevel"),
   "federated.rounds": (
-    *("FederatedAlgorithm", "ServerState", "federated_round", "first_state"),
-    "server_step",
+    *("FederatedAlgorithm", "ServerState", "end_round", "federated_round"),
+    *("first_state", "server_step"),
   ),
   "models.generation": ("generate",),
   "models.heads": ("Classifier",),
