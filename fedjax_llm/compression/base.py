@@ -93,10 +93,19 @@ def transmit(
   Returns:
     The vector that arrives, in the type of `vector`; the sender's new state;
     and the payload.
+
+  Raises:
+    ValueError: if `decode` returns a vector of another length.
   """
   payload, state = compressor.encode(vector, state, key)
-  received = compressor.decode(payload).astype(vector.dtype)
-  return Transmission(received, state, payload)
+  received = compressor.decode(payload)
+  if received.shape != vector.shape:
+    raise ValueError(
+      f"expected decode to return a vector of {vector.size} entries, as many as"
+      f" encode got, got shape {received.shape} from a"
+      f" {type(payload).__name__}."
+    )
+  return Transmission(received.astype(vector.dtype), state, payload)
 
 
 def require_size(name: str, vector: Vector, size: int, hint: str) -> None:

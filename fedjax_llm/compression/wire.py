@@ -142,7 +142,7 @@ def _node_parts(node: Any) -> Iterator[Any]:
     raise ValueError(
       "A payload is an array, or an object of a class that `message` made; got"
       f" a {type(node).__name__}. Declare a class of its own:"
-      f" @wire.message(tag={payloads.USER_TAGS.start})."
+      f" @fl.message(tag={payloads.USER_TAGS.start})."
     )
   if len(node.shape) != 1 or node.dtype not in _DTYPES:
     raise ValueError(

@@ -31,9 +31,12 @@ def population(
   leaves = jax.tree.leaves_with_path(examples)
   rows = {jax.tree_util.keystr(path): np.shape(x)[:1] for path, x in leaves}
   if len(set(rows.values())) != 1 or () in rows.values():
+    got = ", ".join(f"{path} {list(rows[path])}" for path in list(rows)[:4])
     raise ValueError(
       "expected examples to be a tree of arrays [rows, ...] with one number of"
-      f" rows, got {rows}."
+      f" rows, got {len(rows)} leaves: {got or 'none'}"
+      f"{', ...' if len(rows) > 4 else ''}. A list is a tree, not an array: use"
+      " np.array."
     )
   ((count,),) = set(rows.values())
   starts = np.asarray(starts)

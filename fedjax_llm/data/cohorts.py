@@ -93,9 +93,11 @@ def cohort_sampler(
     rows = rows.reshape(-1, steps, batch_size)
     weights = owned[chosen].astype(np.float32)
     weights[count:] = 0
+    # A free place has the client's own first row: nobody else's is touched.
+    first = population.starts[chosen][:, None, None]
     return clients.Cohort(
       clients=chosen.astype(np.int32),
-      indices=np.maximum(rows, 0),
+      indices=np.where(rows < 0, first, rows).astype(np.int32),
       mask=rows >= 0,
       weights=weights,
     )

@@ -37,8 +37,8 @@ class Gate:
       self._write(
         f"warning: the innovation cosine of the last {_WINDOW} rounds is"
         f" {mean:.3f}, below {distortion.LEAST_INNOVATION}: nothing that"
-        " distinguishes the clients arrives, whatever the error of the codec"
-        " is. If updates are not zero: send and record the delta, not the"
-        " state; fit the input scale; use a linear head, not tanh; record more"
-        " updates; or use a transform code (codecs.transforms) or a trellis."
+        " distinguishes the clients arrives. If updates are not zero, send more"
+        " of them: a larger density or more bits. With a learned codec: record"
+        " the delta, not the state, and more updates; fit the input scale; use"
+        " a linear head, not tanh; or use a transform code."
       )

@@ -8,15 +8,23 @@ experiment = finetuning.fine_tuning(task, algorithm, schedule)
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from fedjax_llm.data import cohorts
-from fedjax_llm.experiments import codec_gate, programs, runner, tasks
+from fedjax_llm.experiments import (
+  codec_gate,
+  compatibility,
+  programs,
+  runner,
+  tasks,
+)
 from fedjax_llm.federated import draws, rounds
 from fedjax_llm.federated import network as networks
 from fedjax_llm.federated.privacy import guarantees
@@ -38,7 +46,7 @@ class Schedule:
     checkpoint_every: rounds between checkpoints.
 
   Raises:
-    ValueError: if a number is below 1.
+    ValueError: if a number is no whole number or below 1.
   """
 
   rounds: int
@@ -52,8 +60,12 @@ class Schedule:
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if isinstance(value, int) and value < 1:
-        raise ValueError(f"Schedule expected {name} >= 1, got {value}.")
+      if name == "sampling" or (name == "local_steps" and value is None):
+        continue
+      if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+          f"Schedule expected {name} >= 1, a whole number, got {value!r}."
+        )
 
 
 def fine_tuning(
@@ -102,7 +114,7 @@ def fine_tuning(
       `privacy` promises, or `algorithm` has another placement than `task`.
   """
   links = network or networks.IDEAL
-  _check(task, algorithm, links, privacy, schedule)
+  compatibility.check(task, algorithm, schedule, links, privacy)
   sample = cohorts.cohort_sampler(
     task.population,
     clients_per_round=links.selected(schedule.clients_per_round),
@@ -148,7 +160,7 @@ def fine_tuning(
       advance, state, cohort, round_number=number, wanted=wanted
     )
     diverged = outcome.answered & ~metrics["finite"]
-    _check_finite(task, number, cohort.clients[diverged])
+    _check_finite(task, number, cohort.clients[diverged], state)
     line: dict[str, Any] = outcome.sent(metrics, _trained_entries(state))
     line["tokens"] = metrics["tokens"]
     if outcome.answered.any():
@@ -178,70 +190,27 @@ def fine_tuning(
   )
 
 
-def _check(task, algorithm, links, privacy, schedule):
-  """Refuses what cannot be run on the task, or breaks a promise of privacy."""
-  if algorithm.placement not in (None, task.placement):
-    raise ValueError(
-      f"expected an algorithm for the task's {task.placement}, got one for"
-      f" {algorithm.placement}. Make it with placement=task.placement."
-    )
-  population = len(task.population.names)
-  wanted, sampling = schedule.clients_per_round, schedule.sampling
-  if links.over_selection > 1:
-    # Whose answer counts would depend on who else is there.
-    if sampling == "poisson" or isinstance(privacy, guarantees.ClientLevel):
-      raise ValueError(
-        "expected over_selection=1 with Poisson sampling or privacy of clients,"
-        f" got {links.over_selection}."
-      )
-    if (selected := links.selected(wanted)) > population:
-      raise ValueError(
-        f"expected to select at most {population} clients, all there are, got"
-        f" {selected}: clients_per_round={wanted} over-selected"
-        f" {links.over_selection} times."
-      )
-  if privacy:
-    privacy.check(sampling, wanted, population, schedule.local_epochs)
-    _check_noise(algorithm, privacy)
-
-
-# The field of an algorithm that must have a guarantee's noise, and the remedy.
-_NOISE = {
-  guarantees.ClientLevel: (
-    "noise_multiplier",
-    "give it a privacy.mechanisms.private_mean as its `aggregate`",
-  ),
-  guarantees.ExampleLevel: (
-    "example_noise_multiplier",
-    "compose it by rounds.federated_round of a privacy.dp_sgd.local_update",
-  ),
-}
-
-
-def _check_noise(algorithm, privacy):
-  """Refuses a guarantee that the algorithm does not keep."""
-  if type(privacy) not in _NOISE:
-    raise ValueError(
-      "expected privacy to be a ClientLevel or an ExampleLevel, whose noise can"
-      f" be checked, got a {type(privacy).__name__}."
-    )
-  name, remedy = _NOISE[type(privacy)]
-  got, expected = getattr(algorithm, name), privacy.noise_multiplier
-  if got is None or got < expected:
-    raise ValueError(
-      f"{type(privacy).__name__} is accounted for noise_multiplier={expected},"
-      f" but the algorithm's {name} is {got}: expected an algorithm with that"
-      f" much noise. To make one, {remedy}."
-    )
-
-
-def _check_finite(task, number, diverged):
+def _check_finite(task, number, diverged, state):
+  """Stops a run before what is not finite is saved."""
   if diverged.size:
     names = ", ".join(task.population.names[client] for client in diverged)
-    raise FloatingPointError(
-      f"round {number + 1}: the update of {names} is not finite and was not"
-      " sent. Lower client_learning_rate; the last checkpoint is kept."
-    )
+    problem = f"the update of {names} is not finite and was not sent"
+    rate = "the clients' learning rate"
+  elif not _is_finite(state.trainable):
+    problem = "the server's parameters are not finite after its step"
+    rate = "the server's learning rate, or look at the aggregator"
+  else:
+    return
+  raise FloatingPointError(
+    f"round {number + 1}: {problem}. The round is not saved. Start again in"
+    f" another folder (--out), and lower {rate}."
+  )
+
+
+@jax.jit
+def _is_finite(tree):
+  leaves = jax.tree.leaves(tree)
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _means(metrics, answered):

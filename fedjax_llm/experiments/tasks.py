@@ -79,7 +79,8 @@ def custom(
     examples: tree of arrays [rows, ...], the rows of one client after those of
       another.
     starts: the first row of each client, and the number of rows at the end.
-    evaluate: (trainable, frozen) -> metrics on held-out data, with a `loss`.
+    evaluate: (trainable, frozen) -> metrics on held-out data, with a `loss`. A
+      run does not notice if it changes: give another folder then.
     seed: seed of the cohorts and of what clients and compressors draw.
     names: the names of the clients; numbers if not given.
     save: (trainable, folder) -> None, writes the trained parameters. With a

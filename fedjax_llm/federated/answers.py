@@ -4,7 +4,8 @@ A method says in a function `answer` what one client receives, trains and sends.
 `at_clients` maps it over a cohort and adds what every method needs. A client is
 left out if its weight is not positive and finite, or if its update, what
 arrives of it, or what it would remember is not finite: such a client adds
-nothing to the server's sum, and its memory stays as it was.
+nothing to the server's sum, and its memory stays as it was. (A run by
+`experiments.finetuning` stops if an answer is not finite.)
 """
 
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class Answer(NamedTuple):
 
   Attributes:
     training: the result of its local training.
-    update: [n], received minus trained, before compression.
+    update: [n], what the client means to send: as a rule received minus
+      trained, before compression.
     message: what arrives, what the client would remember, and sizes.
     arrived: [n], the update as the server decodes it, to compare with
       `update`; None if the method has no such vector.

@@ -34,7 +34,8 @@ class Channel:
       entries that it trains, such as `sparse.support`; None for all entries.
 
   Raises:
-    ValueError: if the download is for updates, such as `error_feedback`.
+    ValueError: if the download is for updates, such as `error_feedback`, or a
+      direction has something else than a compressor.
   """
 
   download: base.Compressor = base.identity()
@@ -48,12 +49,19 @@ class Channel:
         "Channel expected a Compressor as download, such as top_k(1 / 4), got"
         f" {self.download!r}."
       )
+    if not callable(self.upload) and not isinstance(
+      self.upload, base.Compressor
+    ):
+      raise ValueError(
+        "Channel expected a Compressor as upload, such as top_k(1 / 16), or a"
+        f" function from the download's payload to one, got {self.upload!r}."
+      )
     if self.download.for_updates:
       raise ValueError(
         "Channel expected a download for parameters, got one for updates, such"
         " as error_feedback: what it lost in one round would be added to the"
         " parameters of the next. To send what changed since a client's last"
-        " download, use algorithms.delta_downloads."
+        " download, use fl.algorithms.delta_downloads."
       )
 
   def uplink(self, payload: Any) -> base.Compressor:
@@ -190,7 +198,7 @@ def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
     return shapes
   if population is None:
     raise ValueError(
-      "federated_round needs `population`, the number of clients, because"
-      " the upload compressor keeps a state for each."
+      "expected population=, the number of clients: the upload compressor keeps"
+      " a state for each client."
     )
   return clients.copies(jax.jit(lambda x: start(x)[0])(vector), population)

@@ -110,8 +110,9 @@ class Cohort(NamedTuple):
   Attributes:
     clients: int32 [cohort], numbers of the clients in the population.
     indices: int32 [cohort, steps, batch], rows of the examples.
-    mask: bool [cohort, steps, batch]; False where there is no example. A step
-      without any leaves the client as it was.
+    mask: bool [cohort, steps, batch]; False where there is no example, and
+      `indices` has the client's first row. A step without any example leaves
+      the client as it was.
     weights: float32 [cohort], each client's number of examples; zero for a
       client that does not take part. The aggregator decides how to weight.
   """
@@ -152,7 +153,8 @@ def local_update(
   Args:
     loss_fn: `(trainable, frozen, examples, mask, key) -> (total, count)`: the
       summed loss of a batch and what to divide it by. Padded examples, where
-      `mask` [batch] is False, must add to neither.
+      `mask` [batch] is False, must add to neither. They repeat the client's
+      first example.
     optimizer: steps on the gradient of total / count. Its state starts afresh
       in every round.
 

@@ -5,6 +5,7 @@ before it: a resumed run draws what the uninterrupted one would have drawn.
 """
 
 import enum
+import numbers
 from typing import Any
 
 import jax
@@ -38,11 +39,13 @@ def check_seed(seed: int) -> int:
   """Returns `seed`.
 
   Raises:
-    ValueError: if it is not in [0, 2**32). JAX would take a larger seed for a
-      smaller one.
+    ValueError: if it is not a whole number in [0, 2**32). JAX would take a
+      larger seed for a smaller one.
   """
-  if not 0 <= seed < _SEEDS:
-    raise ValueError(f"expected a seed in [0, 2**32), got {seed=}.")
+  if not (isinstance(seed, numbers.Integral) and 0 <= seed < _SEEDS):
+    raise ValueError(
+      f"expected a seed in [0, 2**32), a whole number, got {seed=}."
+    )
   return seed
 
 
@@ -55,29 +58,27 @@ def key(seed: int) -> Any:
   return jax.random.key(check_seed(seed))
 
 
-def stream(key: Any, *numbers: Any) -> Any:
+def stream(key: Any, *names: Any) -> Any:
   """The key of one draw.
 
   Args:
     key: the experiment's key.
-    *numbers: the purpose, the round and the client; all may be traced.
+    *names: the purpose, the round and the client; all may be traced.
   """
-  for number in numbers:
+  for number in names:
     key = jax.random.fold_in(key, number)
   return key
 
 
-def generator(
-  seed: int, purpose: Purpose, *numbers: int
-) -> np.random.Generator:
+def generator(seed: int, purpose: Purpose, *names: int) -> np.random.Generator:
   """NumPy's generator of one draw on the host.
 
   Args:
     seed: the experiment's seed.
     purpose: what is drawn.
-    *numbers: the round and the client, for instance.
+    *names: the round and the client, for instance.
 
   Raises:
     ValueError: if `seed` is not in [0, 2**32).
   """
-  return np.random.default_rng([check_seed(seed), int(purpose), *numbers])
+  return np.random.default_rng([check_seed(seed), int(purpose), *names])

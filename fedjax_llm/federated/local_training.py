@@ -49,13 +49,28 @@ class LocalUpdate:
     return self.train(*arguments, **options)
 
 
+def check_optimizer(name: str, optimizer: Any) -> None:
+  """Raises a `ValueError` if `optimizer` is not one of optax's kind."""
+  if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    raise ValueError(
+      f"expected {name} to be an optimizer, such as optax.sgd(0.1), got"
+      f" {optimizer!r}."
+    )
+
+
 def batch_gradient(
   loss_fn: Callable[..., tuple[Array, Array]],
 ) -> BatchGradient:
   """Makes the gradient of a batch's mean loss, see `clients.local_update`."""
 
   def mean_loss(trainable, frozen, examples, mask, key):
-    total, count = loss_fn(trainable, frozen, examples, mask, key)
+    sums = loss_fn(trainable, frozen, examples, mask, key)
+    if not (isinstance(sums, tuple) and len(sums) == 2):
+      raise ValueError(
+        "expected loss_fn to return (total, count), the summed loss of a batch"
+        f" and what to divide it by, got a {type(sums).__name__}."
+      )
+    total, count = sums
     return total / jnp.maximum(count, 1), (total, count)
 
   def gradient_fn(*batch, trains):
@@ -75,7 +90,11 @@ def local_steps(
       (gradient, (total, count))`, of a batch; see `clients.local_update`. The
       gradient is zero where `trains` is False.
     optimizer: steps on the gradient.
+
+  Raises:
+    ValueError: if `optimizer` is not one of optax's kind.
   """
+  check_optimizer("the client's optimizer", optimizer)
 
   def fn(trainable, frozen, examples, indices, mask, key, trains=None):
     def gradients(trainable, number):

@@ -172,6 +172,7 @@ def product_round(
     downloads.received_by(tiers_of),
     residual,
     placement=placement,
+    population=population,
   )
 
 

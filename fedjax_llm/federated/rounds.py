@@ -4,6 +4,7 @@ Everything that is sent passes through a compressor whose payload is the
 message. Parameters are trees at the clients and one flat vector on the way.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,6 +84,8 @@ class FederatedAlgorithm(NamedTuple):
     example_noise_multiplier: the noise of private local training, see
       `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.
+    population: how many clients the state has room for; None if it remembers
+      nothing of single clients.
   """
 
   init: Callable[[Any], Any]
@@ -92,6 +95,7 @@ class FederatedAlgorithm(NamedTuple):
   noise_multiplier: float | None = None
   example_noise_multiplier: float | None = None
   placement: clients.Placement | None = None
+  population: int | None = None
 
 
 def federated_round(
@@ -122,8 +126,17 @@ def federated_round(
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
     `received` is what the last tier receives, which should be the best one.
+
+  Raises:
+    ValueError: if `server_optimizer` or `aggregate` is something else.
   """
+  local_training.check_optimizer("server_optimizer", server_optimizer)
   aggregate = aggregate or aggregators.weighted_mean()
+  if not isinstance(aggregate, aggregators.Aggregator):
+    raise ValueError(
+      "expected aggregate to be an Aggregator, such as uniform_mean(), got"
+      f" {aggregate!r}."
+    )
   placement = placement or clients.Placement()
   tiers_of = by_trainable(channel)
   at_clients = answers.at_clients(
@@ -172,6 +185,7 @@ def federated_round(
       local_update, "example_noise_multiplier", None
     ),
     placement=placement,
+    population=population,
   )
 
 
@@ -197,7 +211,18 @@ def first_state(
     placement: see `clients.Placement`; all devices if not given.
     **fresh: fields of the state that nobody else holds, and that are too large
       to be copied.
+
+  Raises:
+    ValueError: if parameters that are trained are not floating-point numbers.
   """
+  trained = getattr(state, "trainable", ())
+  for path, x in jax.tree.leaves_with_path(trained):
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      raise ValueError(
+        "expected trainable parameters of a floating-point type, got"
+        f" {jnp.result_type(x)} at {jax.tree_util.keystr(path)}. What is not"
+        " trained belongs to `frozen`."
+      )
   copied = jax.tree.map(jnp.array, state)
   return clients.replicate(
     copied._replace(**fresh) if fresh else copied, placement
@@ -219,13 +244,24 @@ def server_step(
     state: has the first four fields of a `ServerState`, which change.
     shares: their sum over the clients.
     key: the experiment's.
+
+  Raises:
+    ValueError: if `aggregate` does not return an update and its next state.
   """
-  update, memory = aggregate.finish(
+  finished = aggregate.finish(
     shares,
     state.aggregate,
     draws.stream(key, draws.Purpose.AGGREGATE, state.round),
   )
-  _, unravel = ravel_pytree(state.trainable)
+  vector, unravel = ravel_pytree(state.trainable)
+  shapes = functools.partial(jax.tree.map, jnp.shape)
+  expected = (vector.shape, shapes(state.aggregate))
+  if shapes(finished) != expected:
+    raise ValueError(
+      "Aggregator.finish expected to return (update, state) of shapes"
+      f" {expected}, got {shapes(finished)}."
+    )
+  update, memory = finished
   after = optimizer_step(server_optimizer, state, unravel(update))
   return after._replace(aggregate=memory)
 

@@ -23,6 +23,12 @@ def test_clients_own_consecutive_rows():
     ({"x": np.zeros(5), "y": np.zeros(4)}, [0, 5], None, "one number of rows"),
     ({"x": np.float32(1)}, [0, 1], None, "arrays .rows, ...."),
     ({}, [0, 1], None, "tree of arrays"),
+    (
+      [1.0] * 9,
+      [0, 9],
+      None,
+      "got 9 leaves: .* A list is a tree",
+    ),
     (EXAMPLES, [0, 2], None, "from 0 to 5, got .0 2."),
     (EXAMPLES, [2, 5], None, "from 0 to 5"),
     (EXAMPLES, [0, 2, 2, 5], None, "integers that increase"),

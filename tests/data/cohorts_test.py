@@ -226,3 +226,21 @@ def test_bad_values_are_named(options, message):
   options = dict(clients_per_round=2, batch_size=2, seed=0) | options
   with pytest.raises(ValueError, match=message):
     cohorts.cohort_sampler(population([1, 2, 3]), **options)
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_a_free_place_holds_a_row_of_the_client_itself(sampling):
+  # What a client computes is of its own rows alone, the padded ones too.
+  people = population([1, 2, 7, 3])
+  sample = cohorts.cohort_sampler(
+    people, clients_per_round=3, batch_size=4, sampling=sampling, seed=0
+  )
+  padded = 0
+  for number in range(20):
+    cohort = sample(number)
+    first = people.starts[cohort.clients][:, None, None]
+    end = people.starts[cohort.clients + 1][:, None, None]
+    assert (first <= cohort.indices).all() and (cohort.indices < end).all()
+    assert cohort.indices.dtype == np.int32
+    padded += (~cohort.mask).sum()
+  assert padded

@@ -1,7 +1,6 @@
 """Federated experiments over a network and under privacy, at no cost."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,80 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.compression import base, sparse
-from fedjax_llm.data import batches, cohorts
-from fedjax_llm.experiments import finetuning, run_folder, runner, tasks
-from fedjax_llm.federated import channels, clients, network, parameters, rounds
-from fedjax_llm.federated.algorithms import delta_downloads, fed_avg, flasc
-from fedjax_llm.federated.privacy import dp_sgd, guarantees, mechanisms
-from tests import placements
-
-
-class Toy(NamedTuple):
-  """Linear regression at 6 clients of 1 to 6 examples, as a task."""
-
-  task: tasks.Task
-  algorithm: rounds.FederatedAlgorithm
-
-  def experiment(self, *, network=None, privacy=None, **options):
-    schedule = finetuning.Schedule(**SETTINGS | {"rounds": 4} | options)
-    return finetuning.fine_tuning(
-      self.task, self.algorithm, schedule, network=network, privacy=privacy
-    )
-
-  def sampler(self, **options):
-    options = {**SETTINGS, "seed": self.task.seed} | options
-    return cohorts.cohort_sampler(self.task.population, **options)
-
-
-SETTINGS = {"clients_per_round": 4, "batch_size": 2}
+from fedjax_llm.experiments import finetuning, run_folder, runner
+from fedjax_llm.federated import network, parameters
+from fedjax_llm.federated.algorithms import fed_avg
+from fedjax_llm.federated.privacy import guarantees
+from tests import toy_regression
 
 
 @pytest.fixture(scope="module")
 def toy():
-  rng = np.random.default_rng(0)
-  examples = {"x": rng.normal(size=(21, 8)), "y": rng.normal(size=21)}
-  examples = jax.tree.map(np.float32, examples)
-  starts = np.cumsum([0, 1, 2, 3, 4, 5, 6])
-
-  def loss_fn(trainable, frozen, examples, mask, key):
-    del key  # Deterministic.
-    errors = (
-      examples["x"] @ (trainable["w"] + frozen["w"]["kernel"]) - examples["y"]
-    )
-    return jnp.where(mask, errors**2, 0).sum(), mask.sum()
-
-  def evaluate(trainable, frozen):
-    everyone = np.ones(21, bool)
-    total, count = loss_fn(trainable, frozen, examples, everyone, None)
-    return {"loss": float(total / count)}
-
-  def save_adapter(trainable, folder, residual=None):
-    folder.mkdir(exist_ok=True)
-    moved = 0 if residual is None else residual["w"]["delta"]
-    np.save(folder / "w.npy", trainable["w"] + moved)
-
-  task = tasks.Task(
-    loss_fn=loss_fn,
-    trainable={"w": jnp.zeros(8)},
-    frozen={"w": {"kernel": jnp.ones(8)}},
-    population=batches.Population(tuple("abcdef"), examples, starts),
-    evaluate=evaluate,
-    save_adapter=save_adapter,
-    placement=clients.Placement(),
-    seed=0,
-    data={},
-  )
-  half = base.error_feedback(sparse.top_k(0.5))
-  algorithm = fed_avg.fed_avg(
-    loss_fn,
-    optax.sgd(0.1),
-    optax.sgd(1.0),
-    channel=channels.Channel(upload=half),
-    population=6,
-    placement=task.placement,
-  )
-  return Toy(task, algorithm)
+  return toy_regression.made()
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +226,7 @@ def test_messages_of_all_that_a_method_trains_are_not_sparse(toy):
     is_trained=lambda path: path == "w",
   )
   task = dataclasses.replace(toy.task, trainable=trainable)
-  made = Toy(task, algorithm).experiment()
+  made = toy_regression.Toy(task, algorithm).experiment()
   _, line = made.round(made.init(), 0)
   assert (line["trainable"], line["sparse_messages"]) == (8, 0)
   assert line["download_entries"] == line["upload_entries"] == 4 * 8
@@ -319,21 +254,11 @@ def test_what_a_method_adds_to_the_base_model_is_evaluated_and_exported(
   )
 
 
-def private(toy, make, noise_multiplier, **knobs):
-  """The toy, of an algorithm with a private mean."""
-  aggregate = mechanisms.private_mean(
-    clip_norm=1.0, noise_multiplier=noise_multiplier, clients=4
-  )
-  optimizers = optax.sgd(0.1), optax.sgd(1.0)
-  algorithm = make(toy.task.loss_fn, *optimizers, aggregate=aggregate, **knobs)
-  return toy._replace(algorithm=algorithm)
-
-
 def test_privacy_is_in_the_metrics_and_described_at_the_end(
   toy, tmp_path, capsys
 ):
   guarantee = guarantees.ClientLevel(2.0, 1e-3, "fixed", 6, 4)
-  made = private(toy, fed_avg.fed_avg, 2.0).experiment(
+  made = toy.private(fed_avg.fed_avg, 2.0).experiment(
     privacy=guarantee, evaluate_every=2
   )
   runner.run(made, tmp_path)
@@ -348,114 +273,48 @@ def test_privacy_is_in_the_metrics_and_described_at_the_end(
 
 def test_an_infinite_epsilon_is_no_metric(toy):
   guarantee = guarantees.ClientLevel(0.0, 1e-3, "fixed", 6, 4)
-  made = private(toy, fed_avg.fed_avg, 0.0).experiment(privacy=guarantee)
+  made = toy.private(fed_avg.fed_avg, 0.0).experiment(privacy=guarantee)
   state, _ = made.round(made.init(), 0)
   assert "epsilon" not in made.evaluate(state)
 
 
-def test_sampling_that_privacy_is_not_accounted_for_is_refused(toy):
-  guarantee = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 3)
-  with pytest.raises(ValueError, match="accounted for"):
-    private(toy, fed_avg.fed_avg, 1.0).experiment(privacy=guarantee)
-
-
-def fed_avg_of_w(loss_fn, *optimizers, aggregate):
-  return parameters.partial(
-    lambda of_w: fed_avg.fed_avg(of_w, *optimizers, aggregate=aggregate),
-    loss_fn,
-    is_trained=lambda path: path == "w",
-  )
-
-
-PRIVATE = (
-  (fed_avg.fed_avg, {}),
-  (flasc.flasc, {"download_density": {0: 0.5, 2: 1}, "upload_density": 0.5}),
-  (fed_avg_of_w, {}),
-  (delta_downloads.delta_downloads, {"population": 6}),
-)
-
-
-@pytest.mark.parametrize(("make", "knobs"), PRIVATE)
-def test_privacy_needs_an_algorithm_with_its_noise(toy, make, knobs):
-  guarantee = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
-  private(toy, make, 1.0, **knobs).experiment(privacy=guarantee)
-  for other in (private(toy, make, 0.5, **knobs), toy):
-    message = "noise_multiplier=1.0, but .* noise_multiplier is (0.5|None)"
-    with pytest.raises(ValueError, match=message):
-      other.experiment(privacy=guarantee)
-
-
-def test_an_algorithm_for_other_devices_is_refused(toy):
-  algorithm = fed_avg.fed_avg(
-    toy.task.loss_fn,
-    optax.sgd(0.1),
-    optax.sgd(1.0),
-    placement=placements.on(1, 1),
-  )
-  with pytest.raises(ValueError, match="Make it with placement=task.placement"):
-    toy._replace(algorithm=algorithm).experiment()
-
-
-def by_example(toy, noise_multiplier):
-  """The toy, trained by DP-SGD."""
-  local_update = dp_sgd.local_update(
-    toy.task.loss_fn,
-    optax.sgd(0.1),
-    clip_norm=1.0,
-    noise_multiplier=noise_multiplier,
-  )
-  algorithm = rounds.federated_round(
-    local_update, optax.sgd(1.0), placement=toy.task.placement
-  )
-  return toy._replace(algorithm=algorithm)
-
-
-def test_privacy_of_examples_needs_noise_in_what_trains(toy):
-  guarantee = guarantees.ExampleLevel(1.0, 1e-3)
-  by_example(toy, 1.0).experiment(privacy=guarantee)
-  # The noise of a mean is no noise in training, and too little is refused too.
-  others = (
-    toy,
-    by_example(toy, 0.5),
-    private(toy, fed_avg.fed_avg, 1.0),
-  )
-  for other in others:
-    with pytest.raises(ValueError, match="ExampleLevel .*noise_multiplier=1.0"):
-      other.experiment(privacy=guarantee)
-  clients_level = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
-  with pytest.raises(
-    ValueError, match="ClientLevel .*noise_multiplier is None"
-  ):
-    by_example(toy, 1.0).experiment(privacy=clients_level)
-
-
-def test_a_promise_that_cannot_be_checked_is_refused(toy):
-  class Promise:
-    """Says that it is private."""
-
-    def check(self, *sampled):
-      pass
-
-  with pytest.raises(
-    ValueError, match="whose noise can be checked, got a Prom"
-  ):
-    toy.experiment(privacy=Promise())
-
-
 def test_a_private_round_of_nobody_is_said_to_be_noise(toy, capsys):
   links = network.Network(tiers=LINKS, dropout_before=1.0, seed=0)
-  made = private(toy, fed_avg.fed_avg, 1.0).experiment(network=links)
+  made = toy.private(fed_avg.fed_avg, 1.0).experiment(network=links)
   state, _ = made.round(made.init(), 0)
   shown = capsys.readouterr()
   assert "answered; there is only noise." in shown.out + shown.err
   assert np.any(state.trainable["w"])
 
 
-def test_over_selection_is_refused_where_it_has_no_meaning(toy):
-  twice = network.Network(tiers=LINKS, over_selection=1.5, seed=0)
-  private = guarantees.ClientLevel(1.0, 1e-3, "fixed", 6, 4)
-  for options in ({"sampling": "poisson"}, {"privacy": private}):
-    with pytest.raises(ValueError, match="expected over_selection=1 with"):
-      toy.experiment(network=twice, **options)
-  with pytest.raises(ValueError, match="at most 6 clients, .* got 8"):
-    toy.experiment(network=twice, clients_per_round=5)
+def test_a_server_that_diverges_is_not_saved_and_clients_not_blamed(
+  toy, tmp_path
+):
+  algorithm = fed_avg.fed_avg(
+    toy.task.loss_fn,
+    optax.sgd(0.1),
+    optax.sgd(float("inf")),
+    placement=toy.task.placement,
+  )
+  made = toy._replace(algorithm=algorithm).experiment(checkpoint_every=1)
+  message = "round 1: the server's parameters are not .* lower the server"
+  with pytest.raises(FloatingPointError, match=message):
+    runner.run(made, tmp_path)
+  assert not list((tmp_path / "checkpoints").iterdir())
+  lines = run_folder.read_metrics(tmp_path / "metrics.jsonl")
+  assert [line["round"] for line in lines] == [0]
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"rounds": 2.5}, "rounds >= 1, a whole number, got 2.5"),
+    ({"batch_size": 0}, "batch_size >= 1, a whole number, got 0"),
+    ({"local_steps": 0}, "local_steps >= 1"),
+    ({"clients_per_round": None}, "clients_per_round >= 1, .* got None"),
+  ],
+)
+def test_a_schedule_counts_in_whole_numbers(changes, message):
+  settings = {"rounds": 1} | toy_regression.SETTINGS | changes
+  with pytest.raises(ValueError, match=message):
+    finetuning.Schedule(**settings)

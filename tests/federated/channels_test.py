@@ -202,6 +202,11 @@ def test_a_factory_that_was_not_called_is_refused():
     channels.Channel(sparse.top_k)
 
 
+def test_an_upload_is_a_compressor_or_makes_one():
+  with pytest.raises(ValueError, match="a Compressor as upload.*, got 0.25"):
+    channels.Channel(upload=0.25)
+
+
 def test_messages_are_counted_exactly_up_to_what_int32_holds():
   entries = (2**31 - 1) // 4 - 4
   payload = base.Dense(jax.ShapeDtypeStruct((entries,), jnp.float32))

@@ -33,12 +33,13 @@ def test_dropouts_and_the_gaussian_prior_are_of_streams_of_their_own():
   assert not np.isin(dropout, prior).any()
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.5])
 @pytest.mark.parametrize(
   "make", [draws.key, lambda seed: draws.generator(seed, draws.Purpose.COHORT)]
 )
 def test_seeds_that_would_alias_or_fail_are_refused(seed, make):
-  with pytest.raises(ValueError, match=rf"\[0, 2\*\*32\), got seed={seed}"):
+  message = rf"\[0, 2\*\*32\), a whole number, got seed={seed}"
+  with pytest.raises(ValueError, match=message):
     make(seed)
 
 

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_llm import compression
 from fedjax_llm.compression import base, sparse, wire
-from fedjax_llm.federated import channels, clients
+from fedjax_llm.federated import aggregators, channels, clients
 from fedjax_llm.federated.algorithms import fed_avg
 from tests import placements
 
@@ -245,7 +245,7 @@ def test_an_answer_contains_what_error_feedback_kept_back(problem, recorder):
 
 def test_a_memory_for_each_client_needs_the_population(problem):
   algorithm, _ = compose(problem.loss_fn, channel=FEEDBACK)
-  with pytest.raises(ValueError, match="needs `population`"):
+  with pytest.raises(ValueError, match="expected population=, the number"):
     algorithm.init(problem.trainable)
 
 
@@ -403,3 +403,77 @@ def test_the_server_optimizer_gets_the_mean_update_and_the_state(problem):
   state = algorithm.init(trainable)
   state, _ = advance(step, state, problem, *problem.cohorts(2))
   np.testing.assert_array_equal(flat(state.trainable), flat(trainable))
+
+
+def one_round(problem, **changes):
+  """Traces a round of this composition, with nothing compiled or computed."""
+  parts = {
+    "loss_fn": problem.loss_fn,
+    "client_optimizer": SGD,
+    "server_optimizer": REPLACE,
+    "trainable": problem.trainable,
+  } | changes
+  trainable = parts.pop("trainable")
+  algorithm = fed_avg.fed_avg(**parts, placement=placements.ALONE)
+  jax.eval_shape(
+    algorithm.round,
+    algorithm.init(trainable),
+    problem.frozen,
+    problem.examples,
+    problem.cohort(2, 5),
+    KEY,
+  )
+
+
+def halved(decode):
+  """A channel whose upload is decoded to another length."""
+  return channels.Channel(
+    upload=base.stateless(lambda vector, key: base.Dense(vector), decode)
+  )
+
+
+def finishing(finish):
+  return aggregators.uniform_mean()._replace(finish=finish)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"server_optimizer": 0.1},
+      r"server_optimizer to be an optimizer, .* optax.sgd.*, got 0.1",
+    ),
+    ({"client_optimizer": 0.1}, "the client's optimizer to be an optimizer"),
+    (
+      {"aggregate": aggregators.uniform_mean},
+      r"an Aggregator, such as uniform_mean\(\), got <function",
+    ),
+    (
+      {"aggregate": finishing(lambda total, state, key: total[0])},
+      r"finish .* shapes \(\(\d+,\), \(\)\), got \(\d+,\)",
+    ),
+    (
+      {"aggregate": finishing(lambda total, state, key: (jnp.ones(3), ()))},
+      r"finish expected to return .*, got \(\(3,\), \(\)\)",
+    ),
+    (
+      {"loss_fn": lambda trainable, *_: jax.tree.leaves(trainable)[0].sum()},
+      "loss_fn to return .total, count., .* divide it by, got a",
+    ),
+    (
+      {"channel": halved(lambda payload: payload.values[:5])},
+      "decode to return a vector of .* got shape .5,. from a Dense",
+    ),
+    (
+      {"trainable": {"a": jnp.zeros(3), "b": jnp.arange(3)}},
+      r"floating-point type, got int32 at \['b'\]",
+    ),
+  ],
+)
+def test_parts_of_another_kind_are_refused_in_words(problem, changes, message):
+  with pytest.raises(ValueError, match=message):
+    one_round(problem, **changes)
+
+
+def test_parts_that_fit_are_not_refused(problem):
+  one_round(problem, server_optimizer=optax.adam(0.1))

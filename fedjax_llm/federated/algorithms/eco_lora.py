@@ -162,6 +162,7 @@ def eco_lora(
     round_fn,
     downloads.received_by(lambda trainable: tiers),
     placement=placement,
+    population=population,
   )
 
 

@@ -150,6 +150,7 @@ def fed_srd(
     # Every client is brought up to date.
     received=lambda state, key: state.trainable,
     placement=placement,
+    population=population,
   )
 
 

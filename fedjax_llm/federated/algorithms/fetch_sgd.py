@@ -167,6 +167,7 @@ def fetch_sgd(
     round_fn,
     received=lambda state, key: state.trainable,
     placement=placement,
+    population=population,
   )
 
 

@@ -200,6 +200,7 @@ def het_lora(
     round_fn,
     received=lambda state, key: state.trainable,
     placement=placement,
+    population=population,
   )
 
 

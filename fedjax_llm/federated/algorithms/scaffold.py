@@ -148,7 +148,7 @@ def scaffold(
     return ravel_pytree(state.trainable)[1](parameters.received)
 
   return rounds.FederatedAlgorithm(
-    init, round_fn, received_fn, placement=placement
+    init, round_fn, received_fn, placement=placement, population=population
   )
 
 

@@ -155,4 +155,5 @@ def local_pretraining(
     round_fn,
     received=lambda state, key: state.trainable,
     placement=placement,
+    population=population,
   )
