@@ -19,6 +19,8 @@ ALLOWED = {
   "evaluation": {"models", "federated", "compression", "data"},
   "codecs": {"compression", "federated.draws", "federated.parameters"},
 }
+ALLOWED["experiments"] = {*ALLOWED}
+ALLOWED["reporting"] = {*ALLOWED}
 # What the parts that a reader starts with do without.
 PURE = ("models", "compression", "federated", "codecs")
 HEAVY = {"datasets", "tyro", "tqdm", "matplotlib"}
@@ -90,6 +92,7 @@ def test_help_comes_without_jax_and_that_of_configs_without_slow_libraries():
 
 
 def within(name, allowed):
+  """Whether a module or a name of it is in one of the allowed folders."""
   return any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
 
 

@@ -49,6 +49,15 @@ def test_what_is_trained_is_learnt(name, tmp_path, monkeypatch):
   assert last < (86 if name == "smoothed" else 0.8 * first)
 
 
+def test_what_is_promised_is_accounted_for(tmp_path, monkeypatch):
+  names_of("runs/private", tmp_path, monkeypatch)
+  folder = tmp_path / "runs" / "private"
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  promise = fl.ClientLevel(1.0, 1e-3, "poisson", 40, 10)
+  assert json.loads(lines[-1])["epsilon"] == promise.epsilon(5)
+  assert (folder / "privacy.txt").is_file()
+
+
 @pytest.fixture
 def task():
   """Four clients look for one vector of 32 numbers, 0 and 1 in turn."""
