@@ -23,4 +23,4 @@ def test_the_gate_speaks_once_if_nothing_arrives(cosines, spoken):
     gate.see(cosine)
   assert len(said) == spoken
   for text in said:
-    assert "delta" in text and "scale" in text and "trellis" in text
+    assert "delta" in text and "scale" in text and "transform" in text
