@@ -239,11 +239,11 @@ def shepherd(*, clients: int, seed: int) -> Partitioner:
     fewer, or none of a thousand draws gives every client 40.
   """
 
-  def draw(members, _):
+  def draw(values, _):
     rng = np.random.RandomState(seed)  # The generator of the reference.
-    return partition_draws.shepherd(members, rng, clients=clients)
+    return partition_draws.shepherd(values, rng, clients=clients)
 
-  return _by_class(draw, clients, seed, each=partition_draws.SHEPHERD_MINIMUM)
+  return _seeded(draw, clients, seed, each=partition_draws.SHEPHERD_MINIMUM)
 
 
 def _by_class(draw, clients, seed, each=1) -> Partitioner:
