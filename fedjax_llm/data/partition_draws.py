@@ -1,7 +1,7 @@
 """The type `Partition`, and the random draws of `data.partition`.
 
-Most draws take `members`, the examples of each class, and `rng`, a random
-generator, and return the examples of each client.
+Most functions here take `members`, the examples of each class, and `rng`, a
+random generator. They return the examples of each client.
 """
 
 from collections.abc import Iterable, Sequence
