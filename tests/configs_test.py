@@ -94,7 +94,7 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
   commands.run(config.experiment, tmp_path, name="toy", knobs=arguments)
   if name == "tgap":
     for knobs, message in (
-      (dict(codec="transform", bits=0.0), "bits=0.0 of .* do not pay"),
+      (dict(codec="transform", bits=0.0), "bits=0.0 for each of .* not enough"),
       (dict(latent_bits=9), "lloyd_max expected bits"),
       (dict(fit_steps=0), "steps=0"),
       (dict(normalise="column"), "normalise='column'"),

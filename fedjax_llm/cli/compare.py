@@ -24,17 +24,18 @@ def compare(
       lines, whose runs are summed up by mean and deviation over seeds.
     out: where to draw the plot. A study gets a second one, with `_ratios` after
       the name: how many times fewer bytes than dense LoRA each method needed.
-    target_loss: held-out loss for columns with the bytes and simulated seconds
-      until the first evaluation that is as low; not for a study.
-    target_accuracy: the same for an accuracy, in [0, 1].
-    conventions: adds bytes as papers count them: values only, + bitmap, + COO.
+    target_loss: the held-out loss to reach. Adds columns with the bytes and the
+      simulated seconds until an evaluation first reaches it. Not for a study.
+    target_accuracy: the accuracy to reach, in [0, 1], likewise.
+    conventions: add columns with the bytes as papers count them: values alone,
+      values and a bitmap, values and COO indices.
   """
   if not runs:
     raise ValueError("compare expected one or more run folders, got none.")
   if all(map(studies.is_study, runs)):
     if target_loss is not None or target_accuracy is not None:
       raise ValueError(
-        "a study has the utility of its dense runs for a target, got"
+        "the target of a study is the utility of its dense runs, got"
         f" {target_loss=}, {target_accuracy=}. Leave them out."
       )
     entries = [entry for path in runs for entry in studies.load(path)]
@@ -45,7 +46,7 @@ def compare(
       drawn.append(out.with_stem(f"{out.stem}_ratios"))
       study_plots.ratios(entries, drawn[-1])
       of = " of uploads" if studies.is_of_uploads(entries) else ""
-      print(f"\nTimes fewer bytes{of} than dense until there:\n")
+      print(f"\nHow many times fewer bytes{of} than dense, at equal utility:\n")
       print(study_tables.ratio_table(entries))
     print(f"\nPlot: {', '.join(map(str, drawn))}")
     return

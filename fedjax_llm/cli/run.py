@@ -1,4 +1,4 @@
-"""`fedjax-llm run`, `data` and `export`: what is done with a config."""
+"""The commands `run`, `data` and `export`, which take a config."""
 
 import inspect
 import pathlib
@@ -16,20 +16,20 @@ def run(
   knobs: Mapping[str, Any],
   **allowances: bool,
 ) -> None:
-  """Runs or resumes the experiments of a config, and reports.
+  """Runs or resumes the experiments of a config, then prints and plots them.
 
   Args:
     make: the config's `experiment` function; returns an `Experiment`, or a
-      dictionary of several, each of which gets a subfolder.
+      dictionary of several. Each of several gets a subfolder.
     out: folder of the run.
     name: name of the config.
     knobs: arguments of `make`; the others have their defaults.
-    **allowances: what may differ in a run that goes on, as in `runner.run`.
+    **allowances: what may differ in a resumed run, as in `runner.run`.
 
   Raises:
-    KeyboardInterrupt: after Ctrl-C, telling how to go on.
+    KeyboardInterrupt: after Ctrl-C; the message says how to resume.
   """
-  # Slow to import; errors of the config come first.
+  # Imported here because it is slow: errors of the config come first.
   from fedjax_llm.reporting import runs as report
 
   knobs = _resolved(make, knobs)
@@ -37,8 +37,8 @@ def run(
     people = experiment.population
     if people is not None and people.dropped:
       print(
-        f"{label}: {people.dropped:,} records have no token to predict within a"
-        " row and are left out."
+        f"{label}: {people.dropped:,} records are left out: within a row they"
+        " have no token to predict."
       )
     try:
       runner.run(experiment, folder, name=label, knobs=knobs, **allowances)
@@ -109,7 +109,7 @@ def export(
 def _resolved(
   make: Callable[..., Any], knobs: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The knobs with the defaults of the others."""
+  """Returns the knobs, with defaults for those that are not given."""
   arguments = inspect.signature(make).bind(**knobs)
   arguments.apply_defaults()
   return arguments.arguments
@@ -121,7 +121,7 @@ def _experiments(
   name: str,
   knobs: Mapping[str, Any],
 ) -> list[tuple[str, runner.Experiment, pathlib.Path]]:
-  """Name, experiment and folder of each experiment of a config."""
+  """Returns name, experiment and folder of each experiment of a config."""
   made = make(**knobs)
   if not isinstance(made, Mapping):
     return [(name, made, out)]

@@ -1,17 +1,17 @@
-"""Allocates bits to entries of known variance, more where it is larger.
+"""Allocates bits to entries of known variance: more bits to larger variances.
 
-For a given number of bits the squared error of independent Gaussians is least
-by reverse water-filling: every entry has the same error, except entries whose
-variance is smaller than that, which are not sent (Cover and Thomas, "Elements
-of Information Theory", 2006, section 10.3.3). At rate R such a code shrinks an
-entry to 1 - 4**-R of its value, on average, and a mean over clients is shrunk
-as much.
+For independent Gaussians and a given number of bits, reverse water-filling has
+the least squared error (Cover and Thomas, "Elements of Information Theory",
+2006, section 10.3.3). All entries that are sent have the same error. Entries
+whose variance is smaller than this error are not sent. At rate R the decoded
+entry is on average 1 - 4**-R times the entry. A mean over clients is too small
+by the same factor.
 
-The unbiased code sends every entry and divides what arrives by 1 - 4**-R. Its
-error is the variance over 4**R - 1; it is larger, but averages out in a mean.
+The unbiased code sends every entry and divides the decoded entry by 1 - 4**-R.
+Its error, the variance over 4**R - 1, is larger, but averages out in a mean.
 
-Entries of the same rate form a class. A trellis that knows the standard
-deviations of its entries sends each class.
+Entries with the same rate form a class. Each class is coded by a trellis whose
+profile is the standard deviations of the entries.
 """
 
 import functools
@@ -30,13 +30,13 @@ RATES = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6)
 _RATES_OF_ALL = (1 / 8, *RATES[1:])
 # Number of entries that share a bfloat16 scale.
 _BLOCK = 2048
-# An upper bound on the bytes of a class's header and of one more scale.
+# Upper bound on the bytes of a class's header and of its last block's scale.
 _HEADER = 24
 
 
 @wire.message(tag=21)
 class Classes:
-  """The payload of one class, and those of the other classes."""
+  """The payload of one class, and the payloads of the other classes."""
 
   first: Any
   rest: Any
@@ -55,17 +55,18 @@ def rates(
   extra: float = 0.0,
   unbiased: bool = False,
 ) -> Float[np.ndarray, " n"]:
-  """Returns the rate of each entry that gives the least squared error.
+  """Returns a rate for each entry: those with the least squared error.
 
   Each entry takes the rate with the least `error + price * bits`. The price is
-  the lowest one at which the mean number of bits stays within `bits`.
+  the lowest one at which the mean number of bits is at most `bits`.
 
   Args:
     variances: variance of each entry, positive.
     bits: mean number of bits per entry, positive.
-    choices: available rates in bits per entry, ascending. The first must be 0,
-      or, if unbiased, positive and affordable for all entries.
-    extra: bits that an entry costs in addition to its rate, unless that is 0.
+    choices: available rates in bits per entry, ascending. The first must be 0.
+      If unbiased, it must be positive, and low enough for all entries to have
+      it.
+    extra: bits that an entry costs in addition to its rate; none at rate 0.
     unbiased: whether the error of an entry is `variance / (4**rate - 1)`
       instead of `variance / 4**rate`.
   """
@@ -78,7 +79,7 @@ def rates(
   def chosen(price):
     return np.argmin(variances[:, None] * error + price * taken, axis=1)
 
-  # At the highest price no entry buys: no bit reduces the error by so much.
+  # At the highest price every entry takes the first rate: no bit is worth it.
   low, high = 1e-30, 2 * np.max(-np.diff(error) / np.diff(taken))
   for _ in range(100):
     price = np.sqrt(low * high)
@@ -96,18 +97,18 @@ def allocated(
   memory: int = 12,
   unbiased: bool = False,
 ) -> base.Compressor:
-  """Sends entries whose variances both ends know, at rates that suit them.
+  """Sends entries whose variances both ends know: more bits to larger ones.
 
-  Only ratios of variances matter. The size of a message's entries is sent as
-  the scales of its blocks, and each block has entries from all over its class.
+  Only ratios of variances matter: each block is sent with a scale. A block has
+  entries from all over its class.
 
   Args:
     variances: variance of each entry, positive; concrete, not traced.
     bits: upper bound on the length of a message in bits per entry, headers and
       scales included.
     memory: memory of the trellises, 6 or more, see `trellis`.
-    unbiased: whether the code is unbiased, see `trellis`. Every entry is then
-      sent, at an eighth of a bit or more.
+    unbiased: whether the code is unbiased, see `trellis`. If so, every entry is
+      sent, with at least an eighth of a bit.
 
   Returns:
     A `Compressor` whose payload is nested `Classes`, or the payload of one
@@ -120,8 +121,9 @@ def allocated(
   variances = np.asarray(variances, np.float64)
   if not (variances > 0).all() or not np.isfinite(variances).all():
     raise ValueError(
-      "allocated expected finite variances above zero. Add a small number to"
-      " those that are zero."
+      "allocated expected finite variances above zero, got values in"
+      f" [{variances.min()}, {variances.max()}]. Add a small number to those"
+      " that are zero."
     )
   size = variances.size
   choices = _RATES_OF_ALL if unbiased else RATES
@@ -134,9 +136,9 @@ def allocated(
     )
   if not rate.any():
     raise ValueError(
-      f"allocated expected more bits: {bits=} of {size} entries do not pay for"
-      " headers and scales. Give more bits, or send so short a vector by one"
-      " trellis."
+      f"allocated expected more bits: {bits=} for each of {size} entries is not"
+      " enough for headers and scales. Give more bits, or use `trellis` for so"
+      " short a vector."
     )
   # Shuffled, so that neighbours in a trellis are independent.
   order = np.random.RandomState(0).permutation(size)

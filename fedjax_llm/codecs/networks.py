@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Channels of the ResNet's layers of stride two, and its residual blocks.
+# Channels of the ResNet's stride-2 layers, and its number of residual blocks.
 CHANNELS = (2, 4, 8, 16, 32, 64)
 BLOCKS = 3
 # Channels of the one-dimensional network, and the size of its kernels.
@@ -40,8 +40,8 @@ def resnet(
   """Makes CG-FedLLM's ResNet; the defaults are the paper's.
 
   Args:
-    stem: channels at full resolution. The paper has one, and a ReLU drops half
-      of its values.
+    stem: channels at full resolution. The paper has one; its ReLU sets about
+      half of the values to zero.
     linear: whether to leave out the decoder's tanh.
     bits: bits per latent entry, see `Network`.
   """
@@ -54,7 +54,7 @@ def convolutional(*, bits: int | None = None) -> Network:
 
 
 class ResidualBlock(nn.Module):
-  """Adds two convolutions of x to x."""
+  """Adds to its input x what two convolutions make of x."""
 
   train: bool = False
 
@@ -77,7 +77,8 @@ class ResNetEncoder(nn.Module):
 
   Attributes:
     stem: channels at full resolution; 1 in the paper.
-    train: whether batches are normalised by their own moments.
+    train: whether to normalise by the mean and variance of the batch; if not,
+      by the running ones.
   """
 
   stem: int = 1
@@ -94,7 +95,7 @@ class ResNetEncoder(nn.Module):
     """
     if any(side % 64 or side < 128 for side in images.shape[1:]):
       raise ValueError(
-        "expected images whose sides are multiples of 64, 128 or more, got"
+        "expected images with sides of at least 128, all multiples of 64, got"
         f" {images.shape[1:]}. layouts.flat makes such images."
       )
     x = _convolution(self.stem, 3)(_reflect(images[..., None], 1))
@@ -116,7 +117,8 @@ class ResNetDecoder(nn.Module):
   Attributes:
     stem: channels at full resolution; 1 in the paper.
     linear: whether to leave out the tanh.
-    train: whether batches are normalised by their own moments.
+    train: whether to normalise by the mean and variance of the batch; if not,
+      by the running ones.
   """
 
   stem: int = 1
@@ -144,13 +146,14 @@ class ResNetDecoder(nn.Module):
 class ConvolutionalEncoder(nn.Module):
   """CG-FedLLM's one-dimensional CNN, whose latent has 1/32 of the entries.
 
-  The paper says that it is a CNN over the entries as one sequence, with shapes
-  that give a ratio of 3.125 % (the text has 3.21 %). The rest is our choice:
-  five convolutions of kernel 5, stride 2 and `CHANNELS_1D` channels, all but
-  the last with batch normalisation and a ReLU.
+  From the paper: the input is one sequence of all entries, and the shapes give
+  a latent of 3.125 % of the entries (its text says 3.21 %). Our choice, where
+  the paper is silent: five convolutions of kernel 5, stride 2 and `CHANNELS_1D`
+  channels, all but the last with batch normalisation and a ReLU.
 
   Attributes:
-    train: whether batches are normalised by their own moments.
+    train: whether to normalise by the mean and variance of the batch; if not,
+      by the running ones.
   """
 
   train: bool = False
@@ -179,7 +182,8 @@ class ConvolutionalDecoder(nn.Module):
   """The mirror of `ConvolutionalEncoder`, with tanh at the end.
 
   Attributes:
-    train: whether batches are normalised by their own moments.
+    train: whether to normalise by the mean and variance of the batch; if not,
+      by the running ones.
   """
 
   train: bool = False

@@ -1,7 +1,7 @@
-"""Which recorded updates a codec is fitted to, and which ones judge it.
+"""Splits recorded updates: some fit a codec, the others evaluate it.
 
-The last rounds judge, because a codec is used on later rounds than it is fitted
-to.
+The last rounds evaluate it, because a codec is used in later rounds than those
+it is fitted to.
 """
 
 import math
@@ -11,14 +11,14 @@ import numpy as np
 
 
 class Split(NamedTuple):
-  """The snapshots to fit to and to judge by, and moments of the former.
+  """The snapshots to fit to, their moments, and the held-out snapshots.
 
   Attributes:
     train: numbers of the snapshots to fit to, int [count].
     held_out: for each held-out round, the numbers of its snapshots, two or
       more.
     mean: mean of the snapshots to fit to, float32 [n].
-    energy: mean square of their entries, float64 [n].
+    energy: mean square of each entry over these snapshots, float64 [n].
   """
 
   train: np.ndarray
@@ -43,13 +43,13 @@ def split(
   Args:
     snapshots: recorded vectors in the order of time, float32 [count, n]; may be
       memory-mapped.
-    rounds: round of each snapshot, int [count]; None if unknown, which counts
-      each snapshot as a round.
+    rounds: round of each snapshot, int [count]. If None, each snapshot counts
+      as a round.
     held_out: share of the rounds to hold out, in (0, 1).
 
   Returns:
-    The split. If a held-out round has fewer than two snapshots, those of all
-    held-out rounds are one group.
+    The split. If a held-out round has fewer than two snapshots, `held_out` has
+    one group with the snapshots of all held-out rounds.
 
   Raises:
     ValueError: if `held_out` is not in (0, 1), or there are too few snapshots.
@@ -66,8 +66,8 @@ def split(
     groups = [np.flatnonzero(is_last)]
   if len(train) < 1 or len(groups[0]) < 2:
     raise ValueError(
-      f"fit expected one snapshot or more to fit to and two or more to hold"
-      f" out, got {len(snapshots)} of {len(each)} rounds. Record more rounds."
+      "fit expected at least one snapshot to fit to and two to hold out, got"
+      f" {len(snapshots)} snapshots of {len(each)} rounds. Record more rounds."
     )
   total, energy = np.zeros((2, snapshots.shape[1]))
   for number in train:

@@ -1,9 +1,10 @@
 """The length that a message would have if it could depend on its data.
 
-Under `jit` the length of a message is static. Some papers code further: STC
-codes the gaps between positions (Golomb, 1966), and QSGD codes the levels, most
-of which are zero. `nbytes` measures on the host how short a real payload would
-become. It is for a metric of its own; nothing here travels.
+Under `jit` the length of a message is static. Some papers also use codes whose
+length depends on the data: STC codes the gaps between positions (Golomb, 1966),
+and QSGD codes the levels, most of which are zero. `nbytes` measures on the host
+how short a real payload would become. It is only a metric: no message is sent
+in this form.
 """
 
 import dataclasses
@@ -55,15 +56,15 @@ def golomb_parameter(density: float) -> int:
 def golomb_nbytes(indices: Int[np.ndarray, " count"], size: int) -> int:
   """The length in bytes of the Golomb code of some positions of a vector.
 
-  Each gap is its quotient by 2**b in unary, ones before a zero, and then the b
-  bits of its remainder.
+  A gap is coded as its quotient by 2**b in unary (ones, then a zero), followed
+  by its remainder in b bits.
 
   Args:
     indices: at least one index, in increasing order.
     size: the length of the vector.
 
   Returns:
-    The number of bytes; 0 if `indices` are all entries.
+    The number of bytes; 0 if every entry is sent.
   """
   count = len(indices)
   if count == size:
@@ -90,7 +91,7 @@ def adaptive_bits(codes: Int[np.ndarray, " n"], count: int) -> float:
 
 
 def _coded(node: Any) -> Any:
-  """The payload, with shapes of the coded length in place of coded parts."""
+  """Returns the payload; coded parts become shapes of their coded length."""
   parts: dict[str, Any] = {}
   if isinstance(node, sparse.Sparse):
     indices = supports.unpack(node.support, node.size, node.values.size)
@@ -106,7 +107,7 @@ def _coded(node: Any) -> Any:
   return dataclasses.replace(node, **parts) if parts else node
 
 
-# For each payload that has codes: the unpacked codes, and how many there are.
+# For each class with codes: payload -> its codes, and how many codes exist.
 _CODES = {
   levels.Levels: lambda x: (
     packing.unpack_digits(x.codes, x.size, x.levels),

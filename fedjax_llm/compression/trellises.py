@@ -19,15 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from fedjax_llm.compression import base, packing, quantize, wire
 
-# The choices that a search remembers, one for each state and step: about 32 MB.
+# Back-pointers that one search may keep, a byte each: 32 MB.
 _CHOICES = 2**25
 
 
 @wire.message(tag=20)
 class Trellis:
-  """A stream of `bits` bits for each `entries` entries, and scales of blocks.
+  """A bit stream with `bits` bits for every `entries` entries, and the scales.
 
-  Every `block` entries share a bfloat16 scale and start from a memory of zeros.
+  Each block of `block` entries has a bfloat16 scale. Its decoder starts with a
+  memory of zeros.
   """
 
   codes: Any
@@ -65,7 +66,7 @@ def trellis(
   profile: Float[Array, " n"] | None = None,
   unbiased: bool = False,
 ) -> base.Compressor:
-  """Rounds each block to the nearest one that a stream of bits can code.
+  """Codes each block by the bit stream that decodes nearest to it.
 
   Trellis-coded quantisation (Marcellin and Fischer, "Trellis coded quantization
   of memoryless and Gauss-Markov sources", 1990) on the bitshift trellis of QTIP
@@ -76,9 +77,9 @@ def trellis(
   error is not zero on average: send updates under `error_feedback`, or set
   `unbiased` and chain it after `rotate`.
 
-  A profile says how large each entry is expected to be. The search minimises
-  the squared error of the whole, so that large entries become more exact and
-  small ones less. The profile costs no bytes.
+  A profile is the expected magnitude of each entry. The search minimises the
+  total squared error: large entries become more exact, small entries less
+  exact. The profile costs no bytes, because both ends know it.
 
   Args:
     bits: the number of bits for each entry, a fraction k / m with k and m from
@@ -90,9 +91,10 @@ def trellis(
       m.
     profile: the expected magnitude of each entry, positive, in any unit; both
       ends know it. None if nothing is known.
-    unbiased: whether to scale each block so that its inner product with what
-      arrives is its squared norm, for means over many clients; see `lloyd_max`.
-      The error is larger, near 1 / (4**bits - 1).
+    unbiased: whether to scale each decoded block so that its inner product with
+      the block is the squared norm of the block, see `lloyd_max`. It is better
+      for means over many clients. The error of one message is larger, near
+      1 / (4**bits - 1).
 
   Returns:
     A `Compressor` whose payload is a `Trellis`.
@@ -116,9 +118,10 @@ def trellis(
   if profile is not None and not isinstance(profile, jax.core.Tracer):
     known = np.asarray(profile)
     if known.ndim != 1 or not (np.isfinite(known) & (known > 0)).all():
+      values = f"[{known.min()}, {known.max()}]" if known.size else "[]"
       raise ValueError(
-        "trellis expected a profile of finite positive numbers, one for each"
-        f" entry, got {known.dtype}{list(known.shape)} with others. Replace"
+        "trellis expected a 1-D profile of finite positive numbers, got"
+        f" {known.dtype}{list(known.shape)} with values in {values}. Replace"
         " zeros by a small number."
       )
 
@@ -165,10 +168,10 @@ def trellis(
 def table(memory: int, entries: int) -> np.ndarray:
   """The entries that each state of `memory` bits codes: [2**memory, entries].
 
-  Each column has the quantiles of a standard normal variable, in the order of a
-  hash of whole numbers, which is the same everywhere. Two states that differ in
-  the newest bit have opposite entries, so that each entry has a choice of
-  signs. The error is less than with independent numbers.
+  Each column holds the quantiles of a standard normal variable, in an order
+  given by a hash, so that it is the same on every machine. Two states that
+  differ only in the newest bit have entries of opposite sign: every step can
+  choose the sign. The error is then smaller than with independent numbers.
   """
   pairs = np.arange(2**memory // 2)
   quantile = statistics.NormalDist().inv_cdf
@@ -191,7 +194,7 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def _search(blocks, known, codebook, shift):
-  """The states whose entries are nearest to each block: Viterbi's algorithm."""
+  """Returns the states of the best stream of each block, by Viterbi."""
   states, width = codebook.shape
   steps = blocks.shape[1] // width
   nearest = functools.partial(_nearest, codebook=codebook, shift=shift)
@@ -209,7 +212,7 @@ def _nearest(
   codebook: Float[Array, "states width"],
   shift: int,
 ) -> Int[Array, " steps"]:
-  """The states of the stream of least squared error for one block."""
+  """Returns the states of the stream with the least squared error."""
   states = len(codebook)
   kept = states >> shift
   multiply = functools.partial(jnp.matmul, precision="highest")
@@ -219,7 +222,7 @@ def _nearest(
     # States that differ only in the bits shifted out lead to the same state.
     error = error.reshape(-1, kept)
     choice = jnp.argmin(error, axis=0).astype(jnp.uint8)
-    # Without the squared target, which is the same for all states.
+    # The squared target is left out: it is the same for all states.
     added = multiply(codebook**2, known**2)
     added -= 2 * multiply(codebook, target * known)
     error = error.min(axis=0)[:, None] + added.reshape(kept, -1)
@@ -238,7 +241,7 @@ def _nearest(
 
 
 def _windows(symbols, memory, shift):
-  """The states that rows of symbols lead through."""
+  """Returns the state after each symbol of each row."""
   steps = symbols.shape[1]
   states = jnp.zeros_like(symbols)
   for age in range(-(-memory // shift)):

@@ -1,8 +1,9 @@
 """Partitioners: functions that divide a centralised data set among clients.
 
-A partitioner maps one value per example (a label, a category or a natural id)
-to a `Partition`. Partitioners that skew labels use only the order of the
-values; those that skew sizes ignore the values.
+A partitioner is a function from an array with one value per example (a label, a
+category or a natural id) to a `Partition`. Partitioners that skew labels use
+values only to group and order the examples. Partitioners that skew sizes ignore
+the values.
 """
 
 import functools
@@ -21,8 +22,8 @@ def natural(*, minimum_examples: int = 1) -> Partitioner:
   """Makes one client for each distinct value, such as a user or a speaker.
 
   Args:
-    minimum_examples: smallest number of examples of a client. Others are left
-      out, as in LEAF (Caldas et al., 2018, arXiv 1812.01097).
+    minimum_examples: smallest number of examples of a client. Clients with
+      fewer are left out, as in LEAF (Caldas et al., 2018, arXiv 1812.01097).
 
   Returns:
     A partitioner. It raises a `ValueError` if no client is left.
@@ -31,15 +32,16 @@ def natural(*, minimum_examples: int = 1) -> Partitioner:
 
   def partition(values):
     values = partition_draws.checked(values)
+    groups = partition_draws.members_of(values)
     clients = {
       str(values[examples[0]]): examples
-      for examples in partition_draws.members_of(values)
+      for examples in groups
       if examples.size >= minimum_examples
     }
     if not clients:
       raise ValueError(
-        f"expected a client with {minimum_examples=} or more, got none among"
-        f" {values.size} examples. Lower the minimum."
+        f"expected a client with {minimum_examples=} or more, but none of the"
+        f" {len(groups)} clients has so many. Lower the minimum."
       )
     names = sorted(clients)
     return partition_draws.gather(
@@ -50,17 +52,17 @@ def natural(*, minimum_examples: int = 1) -> Partitioner:
 
 
 def iid(*, clients: int, seed: int) -> Partitioner:
-  """Shuffles and deals the examples; sizes differ by at most one.
+  """Shuffles the examples and deals them; sizes differ by at most one.
 
   The IID partition of McMahan et al. (2017, arXiv 1602.05629).
 
   Args:
     clients: number of clients.
-    seed: seed of the draws, in [0, 2**32) as in all factories here.
+    seed: seed of the draws, in [0, 2**32), as in all functions of this module.
 
   Returns:
-    A partitioner. Like all partitioners with a number of clients, it raises a
-    `ValueError` if there are fewer examples than clients.
+    A partitioner. It raises a `ValueError` if there are fewer examples than
+    clients. All partitioners with an argument `clients` do.
   """
 
   def draw(values, rng):
@@ -133,13 +135,13 @@ def dirichlet_by_client(
 def shards(*, clients: int, shards_per_client: int, seed: int) -> Partitioner:
   """Sorts by label, cuts into equal shards and deals the shards to clients.
 
-  The pathological partition of McMahan et al. (2017, arXiv 1602.05629). There a
-  client has two shards, so most clients have two labels.
+  This is the pathological partition of McMahan et al. (2017, arXiv 1602.05629).
+  In the paper each client has two shards, so most clients have two labels.
 
   Args:
     clients: number of clients.
     shards_per_client: number of shards that each client gets.
-    seed: seed of the order within a label and of the dealing.
+    seed: seed of the order of examples within a label, and of the dealing.
   """
   _expect(shards_per_client >= 1, ">= 1", shards_per_client=shards_per_client)
 
@@ -151,9 +153,9 @@ def shards(*, clients: int, shards_per_client: int, seed: int) -> Partitioner:
 def log_normal_sizes(*, clients: int, sigma: float, seed: int) -> Partitioner:
   """Draws sizes from a log-normal distribution; labels are IID.
 
-  The unbalanced partition of FedDyn (Acar et al., 2021, arXiv 2111.04263).
-  Every client gets one example, and a share of the others that is proportional
-  to exp(sigma * z) with z standard normal.
+  This is the unbalanced partition of FedDyn (Acar et al., 2021, arXiv
+  2111.04263). Every client gets one example. The other examples are divided in
+  shares proportional to exp(sigma * z), with z standard normal.
 
   Args:
     clients: number of clients.
@@ -173,8 +175,8 @@ def zipf_sizes(*, clients: int, exponent: float, seed: int) -> Partitioner:
   """Makes sizes that follow a power law; labels are IID.
 
   As in FedProx (Li et al., 2020, arXiv 1812.06127). Every client gets one
-  example. The k-th client, k from 1, gets a share of the others that is
-  proportional to k**-exponent.
+  example. The other examples are divided in shares: client k, from 1, has a
+  share proportional to k**-exponent.
 
   Args:
     clients: number of clients.
@@ -193,14 +195,14 @@ def zipf_sizes(*, clients: int, exponent: float, seed: int) -> Partitioner:
 def iid_mix(partitioner: Partitioner, *, p: float, seed: int) -> Partitioner:
   """Pools a fraction of every client's examples and deals the pool again.
 
-  FLASC's `iid-alpha` (Kuo et al., 2024, arXiv 2406.05233). Clients keep their
-  sizes, and left-out examples stay left out. The pooled examples of a client
-  are random; FLASC pools its last ones.
+  This is FLASC's `iid-alpha` (Kuo et al., 2024, arXiv 2406.05233). Clients keep
+  their sizes, and left-out examples stay left out. The examples that a client
+  gives to the pool are random; in FLASC they are its last ones.
 
   Args:
     partitioner: the partitioner to mix.
-    p: pooled fraction of each client's examples, in [0, 1]. 0 changes nothing;
-      1 makes the clients IID with the same sizes.
+    p: fraction of each client's examples that is pooled, in [0, 1]. 0 changes
+      nothing. 1 makes the clients IID; they keep their sizes.
     seed: seed of the draws.
   """
   _expect(0 <= p <= 1, "in [0, 1]", p=p)
@@ -221,14 +223,13 @@ def shepherd(*, clients: int, seed: int) -> Partitioner:
 
   Ten examples of every category are left out for testing. Each category is
   split over the clients in shares from Dir(0.5). A client that already has its
-  part of all examples gets no further ones. The draw is repeated until every
-  client has 40 (Zhang et al., 2023, arXiv 2305.05644;
-  `client_data_allocation.py`).
+  equal part of all examples gets none of the further categories. The draw is
+  repeated until every client has 40 examples (Zhang et al., 2023, arXiv
+  2305.05644; `client_data_allocation.py`).
 
-  With the reference's seed, 42, a client gets the same number of examples of
-  each category as in the reference, but not the same examples. The reference
-  sorts by category with an unstable sort; this function keeps the order of the
-  data.
+  With the reference's seed, 42, a client gets as many examples of each category
+  as in the reference, but not the same examples. The reference sorts by
+  category with an unstable sort; this function keeps the order of the data.
 
   Args:
     clients: number of clients.
@@ -239,11 +240,11 @@ def shepherd(*, clients: int, seed: int) -> Partitioner:
     fewer, or none of a thousand draws gives every client 40.
   """
 
-  def draw(members, _):
+  def draw(values, _):
     rng = np.random.RandomState(seed)  # The generator of the reference.
-    return partition_draws.shepherd(members, rng, clients=clients)
+    return partition_draws.shepherd(values, rng, clients=clients)
 
-  return _by_class(draw, clients, seed, each=partition_draws.SHEPHERD_MINIMUM)
+  return _seeded(draw, clients, seed, each=partition_draws.SHEPHERD_MINIMUM)
 
 
 def _by_class(draw, clients, seed, each=1) -> Partitioner:

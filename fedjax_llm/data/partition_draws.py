@@ -1,7 +1,7 @@
 """The type `Partition`, and the random draws of `data.partition`.
 
-Most draws take `members`, the examples of each class, and `rng`, a random
-generator, and return the examples of each client.
+Most functions here take `members`, the examples of each class, and `rng`, a
+random generator. They return the examples of each client.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The number of draws that may give a client too little, before it is an error.
+# After so many draws that each gave some client too little, an error is raised.
 _DRAWS = 1000
 # The constants of Shepherd's `client_data_allocation.py`.
 SHEPHERD_ALPHA, SHEPHERD_HELD_OUT, SHEPHERD_MINIMUM = 0.5, 10, 40
@@ -36,14 +36,14 @@ def checked(values: np.ndarray, clients: int = 1, each: int = 1) -> np.ndarray:
   """Returns `values` as an array.
 
   Raises:
-    ValueError: if there is not one value for each of `clients * each` examples.
+    ValueError: if `values` is not a vector of `clients * each` entries or more.
   """
   values = np.asarray(values)
   if values.ndim != 1 or values.size < clients * each:
+    share = f", {each} for each of {clients} clients" if clients > 1 else ""
     raise ValueError(
-      f"expected one value for each of {clients * each} or more examples,"
-      f" {each} per client, got an array of shape {values.shape}. Take fewer"
-      " clients, or more data."
+      f"expected a 1-D array of at least {clients * each} values{share}, got"
+      f" shape {values.shape}. Take fewer clients, or more data."
     )
   return values
 
@@ -163,7 +163,7 @@ def dirichlet_by_class(
     clients: the number of clients.
     alpha: the concentration of the shares.
     minimum_examples: the smallest number of examples of a client.
-    limit: the number of examples at which a client gets no further classes.
+    limit: a client with so many examples or more gets no further classes.
 
   Raises:
     ValueError: if none of a thousand draws gave every client the minimum.
@@ -179,9 +179,9 @@ def dirichlet_by_class(
     if owned.min() >= minimum_examples:
       return join(classes)
   raise ValueError(
-    f"expected a draw that gives each of {clients} clients {minimum_examples}"
-    f" examples or more of {sum(map(len, members))}, got none in {_DRAWS} draws"
-    f" with {alpha=}. Take fewer clients, or raise alpha."
+    f"none of {_DRAWS} draws with {alpha=} gave each of {clients} clients"
+    f" {minimum_examples} or more of the {sum(map(len, members))} examples."
+    " Take fewer clients, or raise alpha."
   )
 
 
@@ -208,8 +208,8 @@ def dirichlet_by_client(
   wanted = shares.sum(axis=0)
   if not (wanted > 0).all():  # Draws that underflow are NaN.
     raise ValueError(
-      f"expected an alpha that gives each of {len(members)} classes to some"
-      f" client, got {alpha=}, which is too small. Raise it."
+      f"with {alpha=} one of the {len(members)} classes has a share of zero at"
+      " every client. Raise alpha."
     )
   counts = np.array([examples.size for examples in members])
   ends = np.rint(shares / wanted * counts).astype(np.int64).cumsum(axis=0)
@@ -217,19 +217,24 @@ def dirichlet_by_client(
   return join(map(np.split, members, ends.T))[:clients]
 
 
-def shepherd(
-  members: Sequence[np.ndarray], rng: Rng, *, clients: int
-) -> list[np.ndarray]:
-  """Holds out examples of each class, and divides the rest among clients.
+def shepherd(values: np.ndarray, rng: Rng, *, clients: int) -> list[np.ndarray]:
+  """Holds out examples of each category, and divides the rest among clients.
+
+  Args:
+    values: the category of each example.
+    rng: the random generator.
+    clients: the number of clients.
 
   Raises:
-    ValueError: if a class has too few examples, or a client gets too few.
+    ValueError: if a category has too few examples, or a client gets too few.
   """
-  least = min(map(len, members))
-  if least <= SHEPHERD_HELD_OUT:
+  members = members_of(values)
+  smallest = min(members, key=len)
+  if len(smallest) <= SHEPHERD_HELD_OUT:
     raise ValueError(
       f"expected more than {SHEPHERD_HELD_OUT} examples of every category, got"
-      f" {least} of one. Leave this category out."
+      f" {len(smallest)} of {str(values[smallest[0]])!r}. Leave this category"
+      " out."
     )
   held_out = [rng.permutation(x)[:SHEPHERD_HELD_OUT] for x in members]
   rest = list(map(np.setdiff1d, members, held_out))
@@ -244,5 +249,5 @@ def shepherd(
 
 
 def join(pieces: Iterable[Iterable[np.ndarray]]) -> list[np.ndarray]:
-  """Joins the pieces of each client, one of every class, into one array."""
+  """Joins each client's pieces, one from every class, into one array."""
   return [np.concatenate(own) for own in zip(*pieces, strict=True)]

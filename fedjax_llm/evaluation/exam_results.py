@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
   @property
   def right(self) -> Bool[np.ndarray, " questions"]:
-    """Whether each answer is correct; a missing answer is not."""
+    """Whether each answer is correct; a missing answer counts as wrong."""
     return np.array(self.chosen) == np.array(self.answers)
 
 
@@ -40,7 +40,7 @@ def result(
   groups: Sequence[multiple_choice.Group],
   scores: Mapping[int, np.ndarray],
 ) -> Result:
-  """Returns the answers with the highest scores.
+  """Chooses the letter with the highest score for each question.
 
   Args:
     paper: the questions of a subject.
@@ -67,10 +67,10 @@ def accuracy(
 
   Args:
     right: whether each answer is correct, one array for each subject.
-    averaged_over: "questions" or "subjects", which all have the same weight.
+    averaged_over: what has equal weight, "questions" or "subjects".
 
   Returns:
-    `accuracy`; its `standard_error`, for independent binomial answers; and the
+    `accuracy`; its `standard_error`, as if answers were independent; and the
     number of `questions`.
   """
   sizes = np.array([len(x) for x in right])
@@ -92,18 +92,18 @@ def summary(exam: exams.Exam, results: Sequence[Result]) -> dict[str, Any]:
   """Returns the accuracies of the exam, its categories and its subjects.
 
   Returns:
-    The values of `accuracy` for the whole exam; the other mean, as
-    `subject_mean` or `question_mean`; the number of questions that were
-    `unanswered` because the prompt was too long; and the values of `accuracy`
-    by name, for `categories` and for `subjects`.
+    What `accuracy` returns for the whole exam. Also the mean that the exam does
+    not use, as `subject_mean` or `question_mean`; and the number of questions
+    that were `unanswered` because the prompt was too long. `categories` and
+    `subjects` map a name to what `accuracy` returns for it.
 
   Raises:
     ValueError: if correct answers are unknown.
   """
   if unknown := [x.subject for x in results if not all(x.answers)]:
     raise ValueError(
-      f"expected questions with their answers, got {unknown[0]} without. Take"
-      " the split val, or write predictions only."
+      "expected questions with known answers, got none for some questions of"
+      f" {unknown[0]}. Take the split val, or write predictions only."
     )
   right = {x.subject: x.right for x in results}
   over = exam.averaged_over
@@ -136,8 +136,8 @@ def mcnemar(
 
   Returns:
     `only_first` and `only_second`, the numbers of questions that only one model
-    answered correctly; and `p_value`, the two-sided p-value under the
-    hypothesis that both numbers have the same mean.
+    answered correctly; and `p_value`, two-sided, for the hypothesis that the
+    expected values of both numbers are equal.
   """
   only_first = int((first & ~second).sum())
   only_second = int((second & ~first).sum())
@@ -174,7 +174,7 @@ def predictions(results: Sequence[Result]) -> dict[str, dict[str, str]]:
 def table(exam: exams.Exam, shown: Mapping[str, Any]) -> str:
   """Returns a `summary` as a Markdown table, in per cent.
 
-  The subjects of a category follow it.
+  Below each category are its subjects.
   """
   lines, left = [("all", "", shown)], set(shown["subjects"])
   for name, category in shown["categories"].items():

@@ -44,8 +44,8 @@ class Exam(NamedTuple):
     hub: the name on the hub, where every subject is a config.
     groups: the subjects of each category. The category of a subject is the
       first group that has it.
-    split: the split of published scores.
-    averaged_over: the unit that has the same weight in an accuracy.
+    split: the split that published scores use.
+    averaged_over: what has equal weight in an accuracy.
     read: function from the number and the fields of a row to a question.
     header: function from a subject to the start of its prompts.
     ask: function from a question to its prompt, up to the answer.
@@ -54,7 +54,7 @@ class Exam(NamedTuple):
       no limit.
     columns: the column names of files without a header line; None if files have
       one.
-    hub_splits: the splits that the hub names differently, with their names.
+    hub_splits: from a split to its name on the hub, where the names differ.
   """
 
   name: str
@@ -124,8 +124,9 @@ def papers(
     asked = questions(subject, split or exam.split)[:limit]
     if len(solved) < shots or not asked:
       raise ValueError(
-        f"expected {shots} solved questions of {subject} and others to ask, got"
-        f" {len(solved)} and {len(asked)}. Take fewer shots."
+        f"expected {shots} solved questions of {subject} and one or more to"
+        f" ask, got {len(solved)} and {len(asked)}. Take fewer shots or another"
+        " split."
       )
     result.append(_paper(exam, subject, solved, asked))
   return result

@@ -1,4 +1,4 @@
-"""Reads a config.json and refuses every field that would be overlooked."""
+"""Reads a config.json; a field that is not supported is an error."""
 
 import dataclasses
 import functools
@@ -34,14 +34,14 @@ ACTIVATIONS = {
   "silu": nn.silu,
   "swish": nn.silu,
 }
-# Without these, transformers would use its default ids and stop at them.
+# Without these, transformers would stop at the token ids of its defaults.
 NO_TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 class Fields:
   """The fields of a config.json, to be taken out one by one.
 
-  `finish` refuses the fields that nobody has taken out.
+  `finish` raises an error for the fields that are left.
   """
 
   def __init__(self, fields: Mapping[str, Any]):
@@ -56,14 +56,14 @@ class Fields:
     return self._left.get(name)
 
   def default(self, values: Mapping[str, Any]) -> None:
-    """Sets fields that are absent to `values`; a null stays null."""
+    """Adds the `values` of absent fields; a field that is null stays null."""
     self._left = {**values, **self._left}
 
   def take(self, names: Mapping[str, str]) -> dict[str, Any]:
     """Takes fields out and returns those that are not null.
 
     Args:
-      names: the name of each field in the result, with its name in config.json.
+      names: from a field's name in the result to its name in config.json.
     """
     taken = {name: self.pop(written) for name, written in names.items()}
     return {name: x for name, x in taken.items() if x is not None}
@@ -81,25 +81,25 @@ class Fields:
     return value
 
   def finish(self, kind: str, ignored: Iterable[str] = ()) -> None:
-    """Refuses the fields that were not taken out and may change the result.
+    """Checks that no field is left that may change what the model computes.
 
     Args:
       kind: the kind of the model, for the message.
       ignored: the names of fields that do not change this kind of model.
 
     Raises:
-      ValueError: if there are such fields. The message names them.
+      ValueError: if such a field is left. The message names it.
     """
     known = _IGNORED | set(ignored)
-    # An unknown field that is switched off changes nothing.
+    # An unknown field that is false, null, zero or empty changes nothing.
     if unknown := sorted(
       name
       for name, value in self._left.items()
       if value and name not in known and not name.startswith("_")
     ):
       raise ValueError(
-        f"expected a config.json with supported fields only, got {unknown},"
-        f" which this {kind} does not support and could compute wrongly. Take"
+        f"expected a config.json with supported fields only, got {unknown}."
+        f" This {kind} does not support them, so results could be wrong. Take"
         " another model, or remove a field that changes nothing."
       )
 
@@ -133,7 +133,7 @@ def build(kind: Any, values: Mapping[str, Any]) -> Any:
   ]
   if missing := [name for name in required if name not in values]:
     raise ValueError(
-      f"expected a config.json with every required field, missing {missing}."
+      f"expected a config.json with every required field, {missing} is missing."
       " Complete it."
     )
   return kind(**values)
@@ -165,9 +165,10 @@ def stored_dtype(folder: pathlib.Path) -> str:
 
 
 def end_tokens(folder: pathlib.Path) -> tuple[int, ...]:
-  """Returns the ids of the tokens that end a text.
+  """Returns the ids of the tokens that end a text; empty if there are none.
 
-  They are read from generation_config.json, or else from config.json.
+  They are read from generation_config.json. If it has none, they are read from
+  config.json.
   """
   for name in ("generation_config.json", "config.json"):
     path = folder / name

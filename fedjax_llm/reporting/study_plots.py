@@ -1,8 +1,7 @@
-"""Plots of studies: a panel for each method, the others in gray behind it.
+"""Plots of studies: a panel for each method, the other methods in gray behind.
 
-So methods are compared without a legend of methods. `ends` draws utility
-against bytes; `ratios` draws how many times fewer bytes than dense LoRA a
-method needed.
+No legend of methods is needed. `ends` draws utility against bytes. `ratios`
+draws how many times fewer bytes than dense LoRA a method needed.
 """
 
 import pathlib
@@ -14,31 +13,31 @@ import numpy as np
 
 from fedjax_llm.reporting import panels, studies
 
-# What a study may vary in place of the density, with the label of its axis.
+# What a study may vary instead of the density: its name -> label of the axis.
 _AXES = {
   "epsilon": "epsilon (privacy of whole clients; less is more private)",
   "dirichlet_alpha": "Dirichlet alpha (less is more skewed labels)",
 }
 _BYTES = "megabytes sent, both directions, all clients"
 _UPLOADS = "megabytes of uploads, all clients"
-# Settings that say how long messages are, which the axis of bytes shows.
+# Settings that change the length of messages. The axis of bytes shows them.
 _LENGTHS = {"density", "bits"}
 _RATES = {"server_rate", "client_rate"}
 _WORDS = {"server_decay": "falling server rate", "place": "noise added"}
 _MARKERS = "osD^vP*Xhd<>"
 _GRAY = "0.8"
-# The fewest entries of which some can be told to be outliers.
+# Outliers are looked for if there are at least so many entries.
 _SEVERAL = 8
 
 
 def ends(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   """Draws the utility at the end of each run.
 
-  The horizontal axis has megabytes; of uploads only, if downloads are alike. In
-  a study of privacy or label skew it has epsilon or alpha. Points are means
-  over seeds, bars are one standard deviation, and the band is the dense
-  reference. Points of one setting are joined. An outlier is an arrow at the
-  edge, with its value beside it.
+  The horizontal axis shows megabytes of all messages, or of uploads only if all
+  methods download the same. In a study of privacy or label skew it shows
+  epsilon or alpha. Points are means over seeds, bars are one standard
+  deviation, and the band is the dense reference. Points of one setting are
+  joined. An outlier is an arrow at the edge, with its value beside it.
   """
   axis = _axis(entries)
   drawn = [x for x in entries if axis is None or axis in x.cell]
@@ -90,12 +89,12 @@ def ends(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
 
 
 def _draw_line(axes, points, at, metric, limits, style):
-  """The points of one method and setting, from left to right."""
+  """Draws the points of one method and setting, from left to right."""
   finals = [x.final(metric) for x in points]
   means = np.array([x.mean() for x in finals])
   places = np.array([at(x) for x in points])
   is_inside = (limits[0] <= means) & (means <= limits[1])
-  # Rates that were tried at one length are not a line.
+  # Points at one place, such as runs with several rates, are not joined.
   is_line = is_inside.all() and len(set(places.round(1))) == len(places)
   axes.errorbar(
     places[is_inside],
@@ -133,10 +132,10 @@ def _tell_off_scale(axes, entries, metric, limits):
 
 
 def _limits(drawn, metric, higher, band):
-  """The range of utilities that is drawn to scale, (low, high).
+  """Returns the range of the vertical axis, (low, high).
 
-  It leaves out outliers and what is worse than the untrained model, if that
-  shortens the range by a quarter or more.
+  Outliers, and entries that are worse than the untrained model, are outside of
+  it, if this shortens the range by a quarter or more.
   """
   sign = 1 if higher else -1
   finals = [entry.final(metric) for entry in drawn]
@@ -159,7 +158,7 @@ def _limits(drawn, metric, higher, band):
 
 
 def _setting(entry, drawn, axis):
-  """The settings, in words, that distinguish an entry within its method."""
+  """Returns, in words, the settings that distinguish entries of one method."""
   hidden = {axis, "task", *_RATES} if axis else {"task", *_LENGTHS, *_RATES}
   names = [x for x in studies.shown(drawn) if x not in hidden]
   said = []
@@ -174,7 +173,7 @@ def _setting(entry, drawn, axis):
 
 
 def _styles(drawn, axis):
-  """A colour and a marker for each setting, in the order of their names."""
+  """Returns a colour and a marker for each setting, in order of their names."""
   settings = sorted({_setting(x, drawn, axis) for x in drawn})
   colours = matplotlib.colormaps["tab10"]
   # Blue is the reference.
@@ -188,7 +187,7 @@ def _styles(drawn, axis):
 
 
 def _add_legend(figure, styles, has_band):
-  """Tells settings apart above the panels; the first ones if there are many."""
+  """Draws a legend of the settings; if there are many, of the first ones."""
   made: list[tuple[Any, str]] = []
   if has_band:
     patch = matplotlib.patches.Patch(color="tab:blue", alpha=0.3, linewidth=0)
@@ -219,13 +218,13 @@ def _add_legend(figure, styles, has_band):
 
 
 def has_ratios(entries: Sequence[studies.Entry]) -> bool:
-  """Whether there are dense runs, and messages are what the study varies."""
+  """Whether `ratios` can be drawn: dense runs, and messages that vary."""
   are_dense = any(entry.method == studies.REFERENCE for entry in entries)
   return are_dense and _axis(entries) is None
 
 
 def _axis(entries):
-  """What is varied in place of the length of messages, or None."""
+  """Returns what the study varies instead of messages; None if nothing."""
   varied = studies.shown(entries)
   return next((name for name in _AXES if name in varied), None)
 
@@ -233,10 +232,10 @@ def _axis(entries):
 def ratios(entries: Sequence[studies.Entry], path: pathlib.Path) -> None:
   """Draws how many times fewer bytes than dense LoRA a method needed.
 
-  The ratio is drawn at each utility that dense LoRA passed, for the best of the
-  method's settings. A study with links compares simulated seconds instead of
-  bytes. If downloads are alike, only uploads count. The title names the methods
-  that never were as good.
+  There is a point for each utility that dense LoRA reached during training. It
+  shows the best of the method's settings. A study with links compares simulated
+  seconds instead of bytes. If all methods download the same, only uploads
+  count. The title names the methods that reached none of these utilities.
 
   Raises:
     ValueError: if there is no dense run.
@@ -273,7 +272,7 @@ def _is_some(ratio):
 
 
 def _cost(entries):
-  """What is compared: seconds if there are links, or bytes."""
+  """Returns what is compared (seconds if there are links), and its label."""
   if entries[0].seconds():
     return studies.Entry.seconds, "times fewer simulated seconds"
   if studies.is_of_uploads(entries):

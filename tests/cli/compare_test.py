@@ -54,5 +54,5 @@ def test_compare_of_a_study_draws_ends_and_ratios(tmp_path, capsys):
 
 
 def test_compare_of_a_study_has_a_target_of_its_own(tmp_path):
-  with pytest.raises(ValueError, match="target, got target_loss=0.5, targ"):
+  with pytest.raises(ValueError, match="dense runs, got target_loss=0.5, targ"):
     commands.compare((tmp_path / "study.jsonl",), target_loss=0.5)

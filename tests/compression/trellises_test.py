@@ -194,9 +194,9 @@ def test_fields_that_do_not_fit_are_refused(forged):
     (lambda: compression.trellis(1, memory=17), "memory=17"),
     (lambda: compression.trellis(2, memory=1), "memory=1"),
     (lambda: compression.trellis(1, block=0), "block=0"),
-    (lambda: compression.trellis(1, profile=np.zeros(4)), "positive"),
+    (lambda: compression.trellis(1, profile=np.zeros(4)), r"in \[0.0, 0.0\]"),
     (lambda: compression.trellis(1, profile=np.full(4, np.nan)), "finite"),
-    (lambda: compression.trellis(1, profile=np.ones((2, 2))), "each entry"),
+    (lambda: compression.trellis(1, profile=np.ones((2, 2))), "1-D profile"),
     (
       lambda: sent(compression.trellis(1, profile=jnp.ones(4)), gaussian(5)),
       "vector of 4 entries.*got 5",

@@ -268,13 +268,17 @@ def test_bad_options_are_named_before_there_is_data(name):
 
 
 IMPOSSIBLE = {
-  "more clients than examples": ("iid", 10, r"11 or more .* shape \(10,\)"),
+  "more clients than examples": ("iid", 10, r"at least 11 .* shape \(10,\)"),
   "more shards than examples": (
     "shards",
     7,
-    "8 or more examples, 2 per client",
+    "at least 8 values, 2 for each of 4 clients",
   ),
-  "fewer than 40 a client": ("shepherd", 79, "80 or more examples, 40 per"),
+  "fewer than 40 a client": (
+    "shepherd",
+    79,
+    "at least 80 values, 40 for each of 2 clients",
+  ),
   "no natural client": ("natural, 40 or more", 39, "minimum_examples=40"),
 }
 

@@ -76,7 +76,7 @@ def test_the_error_is_the_deviation_of_many_exams():
 
 
 def test_answers_that_are_not_told_have_no_accuracy():
-  with pytest.raises(ValueError, match="got law without"):
+  with pytest.raises(ValueError, match="some questions of law"):
     exam_results.summary(ceval.EXAM, [result("law", "AB", ("", ""))])
 
 

@@ -8,9 +8,7 @@ def test_every_field_that_is_left_and_switched_on_is_named():
     {"a": 1, "b": None, "c": False, "d": 2, "e": 3, "use_cache": True}
   )
   assert fields.pop("a") == 1
-  with pytest.raises(
-    ValueError, match=r"\['d', 'e'\], which this llama does not"
-  ):
+  with pytest.raises(ValueError, match=r"\['d', 'e'\]. This llama does not"):
     fields.finish("llama")
   fields.pop("d")
   fields.finish("llama", ignored=["e"])

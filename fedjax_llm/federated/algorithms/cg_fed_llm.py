@@ -47,8 +47,8 @@ def cg_fed_llm(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: optimizer that starts afresh at every client in every
-      round; Shepherd uses AdamW.
+    client_optimizer: the clients' optimizer; its state is new in every round.
+      Shepherd uses AdamW.
     server_optimizer: optimizer of the server. The paper's step of eta is
       `optax.sgd(eta)`; with 1 the mean replaces the adapter.
     coding: the codec.

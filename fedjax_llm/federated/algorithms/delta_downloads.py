@@ -1,11 +1,12 @@
 """Delta downloads: clients keep what they received, and receive changes.
 
-The server knows each client's copy of the model, because it sent all that made
-it, and sends the compressed difference between the model and this copy. What a
-message loses is part of the next difference, so nothing is lost for good, and
-the sooner a client comes back, the smaller its difference is. This is EF21-P
-(Gruntkowska, Tyurin, Richtárik, "EF21-P and Friends", 2023, arXiv 2209.15218)
-with a copy for every client, because only some take part in a round.
+The server knows each client's copy of the model: it sent every change to it. It
+sends a client the compressed difference between the model and the client's
+copy. What one message loses is part of the next difference, so nothing is lost
+for good. A client that comes back sooner has a smaller difference. This is
+EF21-P (Gruntkowska, Tyurin, Richtárik, "EF21-P and Friends", 2023, arXiv
+2209.15218) with a copy for every client, because only some take part in a
+round.
 """
 
 import functools
@@ -46,22 +47,22 @@ def delta_downloads(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the aggregated update.
     population: the number of clients.
-    download: compresses the difference to a client's copy. It has no memory and
-      is a contraction, such as `top_k` or `lloyd_max`. The more seldom a client
-      comes back, the more bits it needs. None for no compression.
+    download: compresses the difference to a client's copy. A contraction
+      without memory, such as `top_k` or `lloyd_max`. The less often clients
+      take part, the more bits it needs. None for no compression.
     upload: compresses a client's update; None for no compression.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
-    The algorithm. Its state is a `rounds.ServerState` with `upload` (copies
-    [population, n], the upload compressor's states). Each client has its own
-    parameters, so `received` returns the server's, which no client has exactly.
-    A client that is left out of a round keeps its copy: it counts as not having
-    received.
+    The algorithm. Its state is a `rounds.ServerState` whose `upload` is a pair:
+    the copies [population, n], and the upload compressor's states. `received`
+    returns the server's parameters; no client has exactly these. A client that
+    is left out of a round keeps its old copy, as if nothing had been sent.
 
   Raises:
     ValueError: from `init`, if `download` has a memory.
@@ -82,8 +83,8 @@ def delta_downloads(
     vector, _ = ravel_pytree(trainable)
     if jax.tree.leaves(jax.eval_shape(download.init, vector)):
       raise ValueError(
-        "delta_downloads expected a download without memory: a client's"
-        " copy is the memory. Take it out of error_feedback."
+        "delta_downloads expected a download without memory: a client's copy is"
+        " the memory. Give the compressor itself, not error_feedback of it."
       )
     state = algorithm.init(trainable)
     copies = clients.copies(vector, population)
@@ -103,7 +104,7 @@ def delta_downloads(
 
 
 def _answer(download, tiers, shared, client):
-  """A client receives how the model differs from its copy."""
+  """A client receives the difference between the model and its copy."""
   copy, memory = client.memory
   vector, unravel = ravel_pytree(shared.trainable)
   down = base.transmit(

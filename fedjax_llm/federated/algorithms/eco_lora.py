@@ -80,7 +80,7 @@ def eco_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; `optax.sgd(1.0)` replaces each
       segment by its mean.
     population: the number of clients.

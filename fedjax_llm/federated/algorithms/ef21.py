@@ -36,7 +36,7 @@ def ef21(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean of all g_i; the paper's is `optax.sgd`.
     population: the number of clients.
     upload: the paper's C, a contraction such as `top_k`. With a compressor that

@@ -1,11 +1,11 @@
-"""Federated averaging and its adaptive kin.
+"""Federated averaging, and its variants with an adaptive server.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", 2017; Reddi et al., "Adaptive Federated Optimization",
 2021 (arXiv 2003.00295). The method is the choice of the two optimizers:
 
   FedAvg      server `optax.sgd(1.0)`
-  FedIT       FedAvg of LoRA's factors, `a` and `b` each averaged by itself
+  FedIT       FedAvg of LoRA's factors; `a` and `b` are averaged separately
               (Zhang et al., 2023, the code "Shepherd")
   FedAvgM     server `fed_avg_m(rate)`
   FedAdam     server `fed_adam(rate)`
@@ -16,7 +16,7 @@ Decentralized Data", 2017; Reddi et al., "Adaptive Federated Optimization",
 Any other optax optimizer serves as well. The adaptive ones here are the second
 paper's Algorithm 2. They differ from optax's: no moment is corrected for its
 bias, tau is added to the root and not under it, and the second moment starts at
-tau squared.
+tau**2.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,18 +39,20 @@ def fed_avg(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Local training, a mean of the updates, a server step on it.
+  """Local training, a mean of the updates, and a server step on the mean.
 
   The mean is weighted by the clients' numbers of examples, as in the first
   paper, unless `aggregate` says otherwise.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update.
-    channel: how messages are compressed, see `rounds.federated_round`; or such
-      channels by the round they begin with, from 0 on; None for nothing.
-    aggregate: from updates to one; the mean weighted by examples if not given.
+    channel: how messages are compressed, see `rounds.federated_round`; or a
+      mapping from a round to the channel from that round on, with a channel for
+      round 0. None for no compression.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      weighted by numbers of examples.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
   """
@@ -122,7 +124,7 @@ def fed_yogi(
   b2: float = 0.99,
   tau: float = 1e-3,
 ) -> optax.GradientTransformation:
-  """The server of FedYogi: v follows the squared update by steps of its size.
+  """The server of FedYogi: v moves towards u**2, by (1 - b2) u**2 a round.
 
   Args:
     learning_rate: the server's rate, or a schedule of it.

@@ -96,7 +96,7 @@ def fed_sa_lora(
       `optax.sgd(1.0)`.
     population: the number of clients.
     is_shared: which parameters travel, by their path, see `parameters.split`.
-    channel: how the shared part is compressed; None for nothing.
+    channel: how the shared part is compressed; None for no compression.
     aggregate: from updates of the shared part to one; the mean weighted by
       examples if not given.
     placement: see `clients.Placement`; all devices if not given.

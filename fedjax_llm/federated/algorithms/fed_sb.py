@@ -54,7 +54,8 @@ def fed_sb(
       `random_bases(key)`: from LoRA factors, whose shapes count, to a tree that
       has a `core` beside `a` and `b`.
     make: the algorithm that trains the cores, see `freezing.ffa_lora`.
-    aggregate: from updates to one; the default of `make` if not given.
+    aggregate: turns the clients' updates into one; the default of `make` if not
+      given.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 

@@ -79,7 +79,7 @@ def fed_srd(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     population: the number of clients.
     upload_density: the share of each matrix's update that is sent, in (0, 1].
     download_density: the share of a factor's move that is sent, in (0, 1].

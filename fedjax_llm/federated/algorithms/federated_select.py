@@ -51,14 +51,15 @@ def federated_select(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     density: the share of the parameters that is sent, in (0, 1]; or such
       shares by the round they begin with, from 0 on, without the warm-up.
     warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
     top_k: from a density to the compressor that sends the largest parameters.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -130,7 +131,7 @@ def federated_select_ranks(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     ranks: how many ranks of a pair each tier receives, the best last; one

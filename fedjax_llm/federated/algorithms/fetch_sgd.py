@@ -2,9 +2,9 @@
 
 Rothchild et al., "FetchSGD: Communication-Efficient Federated Learning with
 Sketching", 2020 (arXiv 2007.07682), algorithm 1, and its code
-(kiddyboots216/CommEfficient). As a count sketch is linear, the mean of the
-clients' sketches is that of their mean update, and momentum and error feedback
-can be carried out on sketches, at the server: clients keep no memory. In each
+(kiddyboots216/CommEfficient). A count sketch is linear: the mean of the
+clients' sketches is the sketch of their mean update. So the server applies
+momentum and error feedback to sketches, and clients keep no memory. In each
 round the server looks up the k entries that are largest in the accumulated
 sketch. It moves the parameters by these, and subtracts their sketch.
 
@@ -43,7 +43,7 @@ class FetchSGDState(NamedTuple):
     round: int32, how many rounds are done.
     trainable: the parameters, the same at every client that is up to date.
     momentum: S_u, a sketch.
-    error: S_e, a sketch of what has not moved the parameters yet.
+    error: S_e, the sketch of what is not yet in the parameters.
     missed: int32 [population], how many moves each client must still fetch.
   """
 
@@ -62,9 +62,9 @@ def subtract(momentum: Table, error: Table, move: Table) -> tuple[Table, Table]:
 def clear(momentum: Table, error: Table, move: Table) -> tuple[Table, Table]:
   """Empties the cells that a move has touched, as in the authors' code.
 
-  It empties the momentum as well: the factor masking of DGC. So the error of a
-  move, which is never subtracted exactly, does not come back, but everything
-  else in these cells is lost.
+  It clears these cells of the momentum as well (the momentum factor masking of
+  DGC). `subtract` leaves the error of the estimate in the sketch; `clear` does
+  not, but loses everything else in these cells.
   """
   empty = lambda table: jnp.where(move != 0, 0, table)
   return empty(momentum), empty(error)
@@ -86,21 +86,21 @@ def fetch_sgd(
 ) -> rounds.FederatedAlgorithm:
   """FetchSGD (algorithm 1), with a client's update in the place of a gradient.
 
-  One local step of `optax.sgd(1.0)` sends the paper's gradient. Every client
-  counts once, as in the paper.
+  With one local step of `optax.sgd(1.0)` the update is the paper's gradient.
+  Every client has the same weight, as in the paper.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     population: the number of clients.
     rows: the rows of a sketch, see `sketch.count_sketch`.
     columns: the columns of a sketch.
     density: k over the number of entries, in (0, 1].
     learning_rate: the server's eta, positive.
     momentum: the server's rho, in [0, 1).
-    settle: `(momentum, error, sketch of the move) -> (momentum, error)`, what
-      remains of both once the parameters have moved: `subtract` or `clear`.
-    seed: the seed of the hashes, which everybody knows.
+    settle: `(momentum, error, sketch of the move) -> (momentum, error)`, called
+      after the parameters have moved: `subtract` or `clear`.
+    seed: the seed of the hash functions, known to server and clients.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
@@ -188,7 +188,7 @@ def _answer(to_server):
 
 
 def _fetch(missed, payload, trainable):
-  """Sizes of the missed moves, or of the parameters if these are smaller.
+  """Sizes of the missed moves, or of the parameters if these are shorter.
 
   Args:
     missed: int32 [cohort], how many moves each client missed.
@@ -196,8 +196,8 @@ def _fetch(missed, payload, trainable):
     trainable: the parameters.
 
   Returns:
-    Bytes and entries, int32 [cohort, 2]; and the number of moves from which on
-    the parameters are smaller.
+    Bytes and entries, int32 [cohort, 2]; and the smallest number of moves that
+    are not shorter than the parameters.
   """
   vector, _ = ravel_pytree(trainable)
   move, whole = (channels.sizes(x) for x in (payload, base.Dense(vector)))

@@ -47,7 +47,8 @@ def flasc(
       parameters. The paper's is one Top-K of all, which leaves out `b` while it
       is smaller than `a`; see `grouped.top_k_per_group`, and
       `compression.relative_to` for the Top-K of what has moved.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 

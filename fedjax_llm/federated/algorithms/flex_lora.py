@@ -44,7 +44,7 @@ def flex_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     ranks: the rank of each tier, see `factors.tiers`; the best last.
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.

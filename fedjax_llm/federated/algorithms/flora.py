@@ -34,16 +34,17 @@ def flora(
   population: int,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FLoRA: `sum_k p_k a_k b_k` goes to the kernels, and the factors start anew.
+  """FLoRA: adds `sum_k p_k a_k b_k` to the kernels, and redraws the factors.
 
-  The merged product is exact for clients of any ranks, if their uploads are.
-  `p_k` are the clients' numbers of examples over their sum; heads are averaged
-  by them. There is no server optimizer: products are merged at rate 1.
+  If uploads are exact, the merged product is exact, whatever the clients' ranks
+  are. `p_k` is client k's share of the cohort's examples, and its weight in the
+  mean of the heads. There is no server optimizer: products are merged at rate
+  1.
 
-  A client uploads the update of its factors. It downloads the factors of all
-  clients of every round that it missed, side by side as the method stacks them,
-  or the dense sum if that is smaller. The new factors, `a` random and `b` zero,
-  cost nothing: both ends draw them from the experiment's seed and the round. A
+  A client uploads the update of its factors. It downloads the stacked factors
+  of all clients of each round that it missed, or the dense sum of their
+  products if that is shorter. The new factors, `a` random and `b` zero, cost
+  nothing: both ends draw them from the experiment's seed and the round. A
   client keeps the merged model between its rounds. The paper's clients take
   part in every round.
 

@@ -48,7 +48,8 @@ def ffa_lora(
     make: the algorithm that trains `b`. For FLASC of `b`, for instance,
       `functools.partial(flasc.flasc, download_density=0.25,
       upload_density=0.25)`.
-    aggregate: from updates to one; the default of `make` if not given.
+    aggregate: turns the clients' updates into one; the default of `make` if not
+      given.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -89,7 +90,8 @@ def linear_probe(
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's optimizer.
     make: the algorithm that trains the head, see `ffa_lora`.
-    aggregate: from updates to one; the default of `make` if not given.
+    aggregate: turns the clients' updates into one; the default of `make` if not
+      given.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -148,13 +150,14 @@ def ro_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: keeps one state for each factor and one for the head,
       which wait while theirs are not trained. The paper averages:
       `optax.sgd(1.0)`.
     channel: how downloads are compressed, and the entries that are uploaded.
       Its upload has no memory, because other entries are sent every round.
-    aggregate: from updates to one; the mean weighted by examples if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      weighted by numbers of examples.
     population: the number of clients, which this method does not need.
     placement: see `clients.Placement`; all devices if not given.
 

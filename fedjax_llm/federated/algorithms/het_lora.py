@@ -45,14 +45,15 @@ def zero_padded_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     ranks: the rank of each tier, see `factors.tiers`; the best last. The
       default is that of FLASC's authors.
     of_client: numbers of clients -> numbers of their tiers.
     upload: compresses the updates; None for no compression.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -118,7 +119,7 @@ def het_lora(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the server's parameters minus the mean; the paper
       replaces: `optax.sgd(1.0)`.
     ranks: the rank of each tier before any pruning, see `factors.tiers`.

@@ -42,12 +42,13 @@ def sparse_adapter(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     density: the share of the parameters that is kept, in (0, 1].
     top_k: see `federated_select`.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
 
@@ -95,13 +96,14 @@ def adapter_lth(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
     density: the share of the parameters that is sent, in (0, 1]; or such
       shares by the round they begin with.
     top_k: see `federated_select`.
-    aggregate: from updates to one; the uniform mean if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      with equal weights.
     population: as in `flasc`.
     placement: as in `flasc`.
 

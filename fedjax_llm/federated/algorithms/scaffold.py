@@ -74,7 +74,7 @@ def scaffold(
     server_optimizer: steps on the mean update; the paper's is
       `optax.sgd(eta_g)`.
     population: the number of clients.
-    channel: how messages of both kinds are compressed; None for nothing.
+    channel: how messages of both kinds are compressed; None for no compression.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -43,11 +43,12 @@ def federated_pretraining(
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh at every client in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update.
     population: the number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
-    aggregate: from updates to one; the mean weighted by examples if not given.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      weighted by numbers of examples.
     placement: see `clients.Placement`; all devices if not given.
   """
   upload = codec_state.remembered(base.identity())

@@ -1,4 +1,4 @@
-"""Privacy: guarantees, their accounting, and mechanisms that add noise."""
+"""Privacy: mechanisms that add noise, their guarantees and accounting."""
 
 from fedjax_llm.federated.privacy import dp_sgd as dp_sgd
 from fedjax_llm.federated.privacy.mechanisms import (
