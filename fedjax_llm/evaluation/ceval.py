@@ -1,9 +1,9 @@
 """C-Eval (Huang et al., 2023): 52 subjects in Chinese.
 
-Prompts and averages are those of `llama.py` in github.com/hkust-nlp/ceval at
-cba65ae: five shots without explanations, the letter right after the colon, and
-the same weight for every subject. The split is "val", because the zip does not
-have the answers of "test".
+Prompts and averages follow `llama.py` in github.com/hkust-nlp/ceval at cba65ae:
+five shots without explanations, the letter right after the colon, and the same
+weight for every subject. The split is "val", because the zip has no answers for
+"test".
 """
 
 from collections.abc import Mapping
@@ -97,7 +97,7 @@ def _read(number: int, row: Mapping[str, Any]) -> exams.Question:
 
 
 def exam(*, chinese_names: bool = False) -> exams.Exam:
-  """Returns the exam C-Eval.
+  """Returns the C-Eval exam.
 
   Args:
     chinese_names: whether prompts have the Chinese name of the subject, as in

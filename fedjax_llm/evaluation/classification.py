@@ -28,8 +28,8 @@ def evaluator(
 
   Returns:
     A function `evaluate(factors, params)`. It returns `loss`, the mean over
-    rows in nats, and the values of `summary`. It raises a `ValueError` if the
-    model does not have one of the labels.
+    rows in nats, and the values of `summary`. It raises a `ValueError` if
+    the model has too few labels.
 
   Raises:
     ValueError: if there are no rows.
@@ -54,7 +54,7 @@ def summary(
   scores: Float[np.ndarray, "rows labels"],
   labels: Num[np.ndarray, "rows ..."],
 ) -> dict[str, float]:
-  """Returns the accuracy of predictions and other measures.
+  """Computes accuracy, F1 and, for several labels, precision and recall.
 
   Args:
     scores: the logits.
@@ -63,7 +63,7 @@ def summary(
       zeros; each label with a positive score is predicted.
 
   Returns:
-    `accuracy`, the share of rows with exactly the predicted labels; and
+    `accuracy`, the share of rows whose prediction is completely correct; and
     `macro_f1`. If rows may have several labels, also `macro_precision`,
     `macro_recall`, `micro_precision`, `micro_recall` and `micro_f1`. (If rows
     have one label, all micro means equal the accuracy.)
@@ -97,7 +97,7 @@ def summary(
 
 
 def _means(counts: np.ndarray) -> dict[str, float]:
-  """Returns means over labels.
+  """Returns the precision, recall and F1, each as a mean over labels.
 
   Args:
     counts: [3, labels], how often each label was predicted correctly, was

@@ -95,7 +95,8 @@ def summary(exam: exams.Exam, results: Sequence[Result]) -> dict[str, Any]:
     What `accuracy` returns for the whole exam. Also the mean that the exam does
     not use, as `subject_mean` or `question_mean`; and the number of questions
     that were `unanswered` because the prompt was too long. `categories` and
-    `subjects` map a name to what `accuracy` returns for it.
+    `subjects` map a name to what `accuracy` returns for it. A subject also has
+    `shots`, the smallest number of shots in its prompts.
 
   Raises:
     ValueError: if correct answers are unknown.
@@ -174,7 +175,7 @@ def predictions(results: Sequence[Result]) -> dict[str, dict[str, str]]:
 def table(exam: exams.Exam, shown: Mapping[str, Any]) -> str:
   """Returns a `summary` as a Markdown table, in per cent.
 
-  Below each category are its subjects.
+  Each subject is listed once, below the first category that has it.
   """
   lines, left = [("all", "", shown)], set(shown["subjects"])
   for name, category in shown["categories"].items():

@@ -20,12 +20,12 @@ def evaluator(
     batch_size: number of rows in a batch.
 
   Returns:
-    A function `evaluate(factors, params)` that returns `loss`, the mean over
-    all tokens that count, in nats; `perplexity`, its exponential; and
-    `accuracy`, the share of tokens that the model ranks first.
+    A function `evaluate(factors, params)`. It returns `loss`, the mean over all
+    predictions that `rows.mask` counts, in nats; `perplexity`, its exponential;
+    and `accuracy`, the share of these predictions that are correct.
 
   Raises:
-    ValueError: if no token of `rows` counts.
+    ValueError: if `rows.mask` counts no prediction.
   """
   if not np.any(rows.mask):
     raise ValueError(
@@ -46,7 +46,7 @@ def evaluator(
 
 
 def summary(loss: float, right: float, tokens: float) -> dict[str, float]:
-  """Returns the means from sums over tokens.
+  """Computes the mean loss, perplexity and accuracy from sums over tokens.
 
   Args:
     loss: the summed loss, in nats.

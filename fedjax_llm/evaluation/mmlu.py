@@ -1,6 +1,6 @@
 """MMLU (Hendrycks et al., 2021): 57 subjects in English.
 
-Prompts and averages are those of `evaluate.py` in github.com/hendrycks/test at
+Prompts and averages follow `evaluate.py` in github.com/hendrycks/test at
 4450500: five shots, the letter after a space, at most 2,048 tokens in a prompt,
 and the same weight for every question. The split is "test".
 """
@@ -51,7 +51,7 @@ def _read(number: int, row: Mapping[str, Any]) -> exams.Question:
 
 
 def _header(subject: str) -> str:
-  # `format_subject` of the authors writes two spaces after "about".
+  # The authors' `format_subject` writes two spaces after "about".
   return (
     "The following are multiple choice questions (with answers) about "
     f" {subject.replace('_', ' ')}.\n\n"

@@ -1,7 +1,7 @@
 """Multiple choice: compares the logits of a few tokens after a prompt.
 
-All questions of a paper start with the same shots. The model reads the tokens
-that their prompts share once, into a cache. Then it reads the rest of each
+The prompts of a paper share their first tokens: the header and the shots. The
+model reads these tokens once, into a cache. Then it reads the rest of each
 prompt, in batches. Lengths are padded to powers of two, so that all papers of
 an exam share a few compiled programs.
 """
@@ -26,7 +26,7 @@ from fedjax_llm.models import attention, generation, lora
 if TYPE_CHECKING:
   import transformers
 
-# The smallest padded lengths: of the shared tokens and of the rest.
+# The smallest padded lengths of the shared tokens and of the rest.
 _SHORTEST_PREFIX = 512
 _SHORTEST_REST = 64
 
@@ -34,13 +34,12 @@ _SHORTEST_REST = 64
 class Paper(NamedTuple):
   """The questions of a subject, as texts.
 
-  A prompt is the header, the shots and a question, with nothing in between.
+  A prompt is the header, the shots and a question, joined without separators.
 
   Attributes:
     subject: the name of the subject.
     header: the start of every prompt.
-    shots: solved questions. If a prompt is too long, the last shots are left
-      out.
+    shots: solved questions. A prompt that is too long leaves out the last ones.
     questions: the texts of the questions, up to the answer.
     ids: the ids of the questions.
     answers: the letter of each correct answer; empty if unknown.
@@ -60,8 +59,8 @@ class Group(NamedTuple):
   Attributes:
     shots: the number of shots.
     questions: the numbers of the questions in the paper.
-    prefix: the tokens that all prompts start with.
-    rests: the other tokens of each prompt, at least one.
+    prefix: the tokens that all prompts of the group start with.
+    rests: the remaining tokens of each prompt, at least one.
   """
 
   shots: int
@@ -76,7 +75,7 @@ def tokenise(
   *,
   context: int,
 ) -> list[Group]:
-  """Tokenises all prompts of a paper, each with as many shots as fit.
+  """Tokenises all prompts of a paper; a long prompt gets fewer shots.
 
   Each prompt is tokenised as a whole, with the tokenizer's special tokens at
   its start. The shared prefix is found by comparing tokens.
@@ -87,7 +86,7 @@ def tokenise(
     context: largest number of tokens in a prompt.
 
   Returns:
-    The groups. A question that does not fit even without shots is in no group.
+    The groups. A question that is too long even without shots is left out.
   """
   _, after = tokenised.special_tokens(tokenizer)
   left, groups = list(range(len(paper.questions))), []
@@ -109,7 +108,7 @@ def tokenise(
 
 
 def _group(shots, numbers, prompts) -> Group:
-  # The prefix leaves each prompt its last token, which predicts the answer.
+  # The prefix excludes the last token of each prompt: it predicts the answer.
   shortest = min(map(len, prompts)) - 1
   shared = len(os.path.commonprefix([ids[:shortest] for ids in prompts]))
   return Group(
@@ -120,7 +119,7 @@ def _group(shots, numbers, prompts) -> Group:
 def choice_tokens(
   answers: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase
 ) -> list[int]:
-  """Returns the last token of each answer, such as " A".
+  """Returns the id of the last token of each answer, such as " A".
 
   Raises:
     ValueError: if two answers have the same last token.
@@ -161,14 +160,14 @@ def scores(
     The logits of the choices, by the number of the question.
 
   Raises:
-    ValueError: if the model does not have one of the tokens.
+    ValueError: if a token id is outside the vocabulary of the model.
     FloatingPointError: if a logit is not finite.
   """
   size = model.config.vocab_size
   tokens = [row for group in groups for row in (group.prefix, *group.rests)]
   if (most := max(itertools.chain(choices, *tokens))) >= size:
     raise ValueError(
-      f"expected token ids below {size}, the vocabulary of the model, got"
+      f"expected token ids below {size}, the model's vocabulary size, got"
       f" {most}. Take the tokenizer of the model."
     )
   variables = lora.variables(params, factors)
@@ -221,9 +220,9 @@ def _prefill(model, variables, tokens, segments) -> attention.Cache:
 
 
 def _then(model, variables, tokens, segments, cache) -> attention.Cache:
-  """Returns the cache with these tokens in it.
+  """Adds the tokens to the cache.
 
-  The unused logits are never computed, because XLA removes them.
+  XLA removes the computation of the unused logits.
   """
   return model.apply(variables, tokens, segments, cache=cache)[1]
 
@@ -240,8 +239,8 @@ def _ask(
 ) -> Float[Array, "batch choices"]:
   """Computes the logits of the choices.
 
-  A row follows the prefix in `cache` with the first `lengths` of its `tokens`
-  and with its `last` token.
+  A prompt consists of the prefix in `cache`, the first `lengths` tokens of its
+  row of `tokens`, and its `last` token.
   """
   batch, width = tokens.shape
 
@@ -261,8 +260,8 @@ def _ask(
   cache = _then(model, variables, tokens, segments, cache)
 
   def after_last(keys, values, segments, length, token):
-    # The last token goes right after its row's tokens, over the padding,
-    # because sliding windows count slots.
+    # The last token overwrites the first padding of its row. So no padding is
+    # in between, which a sliding window would count.
     own = (keys[:, None], values[:, None], segments[None], prefix + length)
     logits, _ = model.apply(
       variables, token[None, None], cache=attention.Cache(*own)

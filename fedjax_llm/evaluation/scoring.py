@@ -10,13 +10,12 @@ import numpy as np
 def scorer(
   score_fn: Callable[..., dict[str, Any]], rows: Any, batch_size: int
 ) -> Callable[[Any, Any], dict[str, np.ndarray]]:
-  """Makes the function that scores all of `rows`.
+  """Makes the function that scores all `rows`.
 
   Args:
-    score_fn: function `score_fn(factors, params, rows)` that returns arrays
-      with one entry for each row.
-    rows: a tree of arrays with the same number of rows. It is kept on the
-      device.
+    score_fn: a function of (factors, params, rows) that returns a dictionary of
+      arrays with one entry for each row.
+    rows: a tree of arrays with the same number of rows. It stays on the device.
     batch_size: number of rows in a batch.
 
   Returns:
