@@ -2,7 +2,7 @@
 
 PEFT stores both factors transposed: `a` [in, rank] is its `lora_A.weight`
 [rank, in], and `b` [rank, out] is its `lora_B.weight` [out, rank]. A head is
-one of PEFT's `modules_to_save`, which are stored whole.
+one of PEFT's `modules_to_save`, whose full weights are stored.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from fedjax_llm.models import families, heads, layout, lora, peft_files
 
-# A third file beside PEFT's two. It holds what PEFT does not store about a
+# A file beside PEFT's two. It holds what PEFT does not store about a
 # classifier, such as the names of the labels.
 _CLASSIFIER = "classifier.json"
 
@@ -42,7 +42,7 @@ def save(
     adapter: the LoRA adapter of the model.
     config: the config of the base model.
     base_model: the folder or hub name of the base model, for PEFT's record.
-    head: the classification head; None for a language model.
+    head: the classification head, or None.
     residual: dense matrices that were added to the base kernels (see
       `lora.add`), or None. PEFT stores only factors, so the rank of the saved
       adapter grows by the largest `min(inputs, outputs)` of the matrices. Such
@@ -82,7 +82,7 @@ def save(
 
 
 def _tensors(flat, config, head) -> dict[str, np.ndarray]:
-  """Returns the tensors of a PEFT file, one for each layer."""
+  """Returns the tensors of a PEFT file, by name."""
   names = families.of(config).layout
   tensors = {}
   for path, leaf in flat.items():
@@ -100,7 +100,7 @@ def _with_residual(factors, residual, adapter):
   """Returns factors that include the residual, and their adapter.
 
   `scale * a @ b + delta` equals `scale * [a, I] @ [b; delta / scale]`. If a
-  kernel has fewer outputs than inputs, delta and identity change places.
+  kernel has fewer outputs than inputs, `delta` and `I` are swapped.
   """
   flat: Any = flax.traverse_util.flatten_dict(dict(factors))
   deltas: Any = flax.traverse_util.flatten_dict(dict(residual))
@@ -142,7 +142,10 @@ def _task(config: Any, head: heads.Classifier | None) -> str | None:
 
 
 def _is_bare(config: Any, head: heads.Classifier | None) -> bool:
-  """Returns whether PEFT wraps an encoder alone, whose names have no prefix."""
+  """Returns whether PEFT wraps the encoder alone, without a task model.
+
+  The tensor names then lack the `base` of the layout.
+  """
   if head is None:
     return not families.of(config).predicts
   return head.pooling == "mean"  # transformers has no such classifier.
@@ -153,11 +156,12 @@ def load(
 ) -> tuple[lora.LoRA, dict[str, Any]]:
   """Reads a PEFT adapter folder, for evaluation or further training.
 
-  If the factors have several ranks (`rank_pattern`), all are padded with zeros
-  to the largest. The padding of both factors is zero, so it gets no gradient
-  and stays zero. If the scales differ (`alpha_pattern`), each `b` is multiplied
-  by the ratio. With `use_rslora`, the returned `alpha` gives the same scale
-  without it. `lora.check` tests whether the adapter fits a model.
+  If the ranks differ (`rank_pattern`), all factors are padded with zeros to the
+  largest rank. The padding is zero in both factors, so it gets no gradient and
+  stays zero. If the scales differ (`alpha_pattern`, ranks), each `b` is
+  multiplied by own scale / returned scale. With `use_rslora`, `alpha` is
+  returned such that alpha / rank is the scale. `lora.check` tests whether the
+  adapter fits a model.
 
   Args:
     folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -167,8 +171,8 @@ def load(
     The LoRA adapter, and its trained parameters in float32.
 
   Raises:
-    ValueError: if a file is missing, or the adapter uses an unsupported feature
-      of PEFT.
+    ValueError: if a file is missing, the adapter uses an unsupported feature of
+      PEFT, or the tensors do not fit the configs.
   """
   folder = pathlib.Path(folder)
   if missing := [
@@ -244,8 +248,8 @@ def head_of(
 ) -> heads.Classifier | None:
   """Returns the classification head of an adapter, or None.
 
-  An adapter written by PEFT has no names of labels and does not say whether a
-  row may have several labels. It is read as having one label for each row.
+  PEFT stores neither the names of labels nor whether a row may have several
+  labels. An adapter from PEFT gets one label for each row and no names.
   """
   kernels = [x["kernel"] for x in trained.values() if "kernel" in x]
   if not kernels:
@@ -259,7 +263,7 @@ def head_of(
 
 
 def _stack(path, arrays, config) -> np.ndarray:
-  """Stacks the layers; a layer without factors gets zeros, which stay zero."""
+  """Stacks the layers; layers without factors get zeros, which stay zero."""
   if None in arrays:
     return arrays[None]
   shapes = {array.shape for array in arrays.values()}

@@ -1,9 +1,10 @@
 """Attention within documents: masks, positions, and a cache of past tokens.
 
-`segments` [batch, time] assigns tokens to documents. 0 marks padding, on either
-side; tokens with the same number form one document. Positions start at 0 in
-each document. None means that each row is one document without padding on the
-left. Padding on the right does not change a causal model.
+`segments` [batch, time] assigns tokens to documents. Tokens with the same
+number form one document; 0 marks padding, on either side. Positions start at 0
+in each document. None means that each row is one document without padding. In
+a causal model, padding on the right needs no segments: no token before it
+attends to it.
 """
 
 import functools
@@ -54,7 +55,7 @@ class Scope(NamedTuple):
     positions: int32 [rows, time], where `rows` is `batch`, or 1 if all rows
       have the same positions.
     segments: int32 [batch, keys], the documents of the keys, or None.
-    slots: int32 [time], the places of the queries among the keys.
+    slots: int32 [time], the index of each query among the keys.
     keys: the number of keys.
   """
 
@@ -69,8 +70,8 @@ class Scope(NamedTuple):
     """Returns a mask for each window: True where a query may see a key.
 
     Args:
-      windows: the window sizes. A query sees its own key and the keys before
-        it, up to this number in all. None for no limit.
+      windows: for each mask, the largest number of keys that a query sees,
+        counting its own key and the keys before it. None for no limit.
       causal: whether keys after the query are hidden.
 
     Returns:
@@ -97,16 +98,16 @@ def scope(
   segments: Int[Array, "batch time"] | None,
   cache: Cache | None = None,
 ) -> tuple[Scope, Cache | None]:
-  """Finds the positions of the tokens of a call in their documents.
+  """Computes each token's position in its document, and the keys it may see.
 
   Args:
     shape: the shape of the tokens, (batch, time).
     segments: the documents of the tokens; see the docstring of this module.
-    cache: the cache of the tokens before these, or None. In a cache, each row
-      is one document.
+    cache: the cache of the earlier tokens, or None. In a cache, each row is one
+      document.
 
   Returns:
-    The scope; and the cache with the segments of these tokens, or None.
+    The scope; and the cache with the new segments, or None without a cache.
   """
   batch, time = shape
   if cache is None:
@@ -135,11 +136,11 @@ def remember(past, key, value, slots):
     past: the cached (keys, values) of the layer, or None.
     key: the new keys, [batch, time, heads, head_dim].
     value: the new values, of the same shape.
-    slots: int32 [time], the places of the new keys in the cache.
+    slots: int32 [time], the index of each new key in the cache.
 
   Returns:
-    The keys and values to attend to: the updated cache, or without a cache the
-    new ones.
+    The keys and values to attend to: the updated cache. Without a cache, the
+    new keys and values.
   """
   if past is None:
     return key, value
@@ -167,9 +168,8 @@ def attend(
     query: the queries.
     key: the keys.
     value: the values.
-    mask: True where a query sees a key. If None, a query sees every key, or
-      with `causal` every key that is not after it.
-    causal: whether later keys are hidden; ignored if there is a mask.
+    mask: True where a query sees a key; None for no mask.
+    causal: whether keys after the query are hidden; ignored if there is a mask.
     scale: the factor of the logits; None for 1 / sqrt(head_dim).
     softcap: the bound of the logits, applied as
       `softcap * tanh(logits / softcap)` (Gemma 2); None for no bound.
@@ -182,8 +182,8 @@ def attend(
       mask = jnp.ones((1, 1, query.shape[1], key.shape[1]), bool)
       mask = jnp.tril(mask) if causal else mask
     attend_fn = functools.partial(_capped, scale=scale, softcap=softcap)
-  # The backward pass computes the [time, time] probabilities again. This saves
-  # the memory for those of all layers, at no measurable cost of time.
+  # The backward pass recomputes the [time, time] probabilities, so that memory
+  # need not hold those of all layers. This takes no measurable extra time.
   call = lambda query, key, value: attend_fn(query, key, value, mask=mask)
   return jax.checkpoint(call, prevent_cse=False)(query, key, value)
 

@@ -39,8 +39,8 @@ LAYOUT = layout.Layout(
   ),
   ignored=(r"embeddings\.(position|token_type)_ids$",),
 )
-# Fields of config.json that this model does not use. The poolers belong to
-# other models whose config was derived from BERT's.
+# Fields of config.json that this model does not use. The `pooler_*` fields come
+# from other models, whose configs were derived from BERT's.
 _IGNORED = """classifier_dropout directionality pooler_fc_size
 pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
 pooler_type tie_word_embeddings""".split()
@@ -57,7 +57,7 @@ class BertConfig:
     num_hidden_layers: number of blocks.
     num_attention_heads: number of heads; divides `hidden_size`.
     model_type: "bert".
-    max_position_embeddings: number of learned positions, the longest row.
+    max_position_embeddings: number of learned positions; no row is longer.
     type_vocab_size: number of token types; only the first is used.
     layer_norm_eps: constant that is added to the variance before its root.
     hidden_act: activation of the feed-forward block, a key of
@@ -100,7 +100,7 @@ class BertConfig:
 
     Args:
       head: the classification head, or None. transformers has no head that
-        pools by the mean; the config.json then describes the encoder alone.
+        pools by the mean; for it, the config.json describes only the encoder.
     """
     alone = head is None or head.pooling == "mean"
     kind = "BertModel" if alone else "BertForSequenceClassification"
@@ -143,12 +143,12 @@ class SelfAttention(stack.Layer):
 
   @nn.compact
   def __call__(self, x, mask):
-    """Attends from `x` [batch, time, hidden] to itself."""
+    """Computes self-attention over `x` [batch, time, hidden]."""
     return encoder.attend(self, ("query", "key", "value"), x, mask)
 
 
 class Output(stack.Layer):
-  """Projects to the residual stream, adds and normalises the sum."""
+  """A dense layer with its residual connection and layer norm."""
 
   @nn.compact
   def __call__(self, y, x):
@@ -200,9 +200,9 @@ class Pooler(stack.Layer):
 class Bert(stack.Model):
   """An encoder: `apply({"params": frozen, "lora": trainable}, tokens)`.
 
-  The pooling "first" (or None) of the head scores the pooled first token, as
-  transformers does. The pooling "mean" scores the mean over tokens without the
-  pooler, as sentence encoders do.
+  A head with the pooling "first" or None scores the pooler's output for the
+  first token, as in transformers. A head with the pooling "mean" scores the
+  mean over tokens, without the pooler, as in sentence encoders.
   """
 
   LAYERS = LAYERS
@@ -216,7 +216,7 @@ class Bert(stack.Model):
     *,
     deterministic: bool = True,
   ) -> Float[Array, "..."]:
-    """Computes the last hidden states, or the scores of each row with a head.
+    """Computes the last hidden states, or with a head the scores of each row.
 
     Args:
       tokens: the token ids.
@@ -228,6 +228,9 @@ class Bert(stack.Model):
     Returns:
       Hidden states [batch, time, hidden] in `dtype`, or scores [batch, labels]
       in float32.
+
+    Raises:
+      ValueError: if a row has more tokens than the model has positions.
     """
     stack.check_length(self.config, tokens.shape[1])
     own = (self.config, self.adapter, self.dtype, deterministic)

@@ -24,11 +24,11 @@ def row_losses(
 
   Args:
     scores: the logits of the labels.
-    labels: int32 [rows], the label of each row. With `multi_label`, float32
-      [rows, labels], 1 for each label of a row and 0 for the others.
-    multi_label: whether a row may have several labels. The loss is then the
-      mean over labels of binary cross-entropies, as in torch's
-      `BCEWithLogitsLoss`. Otherwise it is the cross-entropy of a softmax.
+    labels: the label of each row, int32 [rows]. With `multi_label`, float32
+      [rows, labels], with 1 for each label of a row and 0 for the others.
+    multi_label: whether a row may have several labels. If True, the loss is the
+      binary cross-entropy, averaged over labels, as in torch's
+      `BCEWithLogitsLoss`. If False, it is the cross-entropy of a softmax.
 
   Raises:
     ValueError: if `labels` have the wrong shape.

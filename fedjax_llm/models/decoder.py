@@ -1,8 +1,8 @@
-"""One decoder for many families, LoRA-parametrised and driven by its config.
+"""A LoRA-parametrised decoder, whose config covers many model families.
 
 The families are Llama 1-3, TinyLlama, SmolLM, Mistral, Qwen 2, 2.5 and 3, and
-Gemma 1, 2 and 3. Modules have the names of transformers, so the parameter tree
-shows the tensor names of a checkpoint and the names of LoRA targets.
+Gemma 1, 2 and 3. Modules have the same names as in transformers, so the paths
+in the parameter tree match the tensors of a checkpoint and the targets of LoRA.
 """
 
 import math
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 def _norm(module: Any, name: str) -> RMSNorm:
-  """Returns a norm of the kind that the family of `module` has."""
+  """Returns the norm that the config of `module` describes."""
   config = module.config
   return RMSNorm(
     config.rms_norm_eps, config.unit_offset, module.dtype, name=name
@@ -140,11 +140,12 @@ class Block(stack.Layer):
 
     Args:
       x: the residual stream, [batch, time, hidden].
-      own: a pair: whether this layer has the sliding window, or None if all
-        layers are alike; and its cached keys and values, or None.
+      own: a pair (windowed, past). `windowed` is whether this layer has the
+        sliding window, or None if all layers are alike. `past` is the layer's
+        cached keys and values, or None.
       views: a pair (angles, mask) for each kind of layer. If there are two
         kinds, the one without a window comes first.
-      slots: the places of the tokens among the keys.
+      slots: the index of each token among the keys.
 
     Returns:
       The updated residual stream; and the layer's keys and values, or None
@@ -191,13 +192,14 @@ class Decoder(stack.Model):
     cache: attention.Cache | None = None,
     deterministic: bool = True,
   ) -> Any:
-    """Computes next-token logits, or the scores of each row if there is a head.
+    """Computes next-token logits, or with a head the scores of each row.
 
     Args:
       tokens: the token ids.
       segments: the documents of the tokens; see `models.attention`. None if
-        each row is one document, with padding on the right at most.
-      cache: the cache of the tokens before these; None for none.
+        each row is one document without padding. Padding on the right is
+        allowed too if there is neither a head nor a cache.
+      cache: the cache of the earlier tokens, or None.
       deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
         from the rng "dropout".
 

@@ -1,7 +1,7 @@
 """The shape of a decoder, read from and written to a Hugging Face config.json.
 
-Each field of a config.json is used, known not to change the logits, or refused
-by name. So no model is computed wrongly in silence.
+Each field of a config.json is used, or known not to change the logits. Any
+other field is an error, so that no model is silently computed wrongly.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ class _Family(NamedTuple):
     architecture: the class of the language model in transformers.
     fixed: the values of `DecoderConfig` fields that config.json does not have.
     defaults: the values of config.json fields that may be absent.
-    renamed: the config.json names of `DecoderConfig` fields that differ.
+    renamed: the config.json names of `DecoderConfig` fields not in `_SHARED`.
   """
 
   architecture: str
@@ -28,7 +28,7 @@ class _Family(NamedTuple):
 
   @property
   def names(self) -> dict[str, str]:
-    """The `DecoderConfig` fields that are copied, with config.json's names."""
+    """The config.json name of each `DecoderConfig` field that is copied."""
     return {**{name: name for name in _SHARED}, **self.renamed}
 
 
@@ -92,7 +92,8 @@ class DecoderConfig:
     intermediate_size: width inside the feed-forward block.
     num_hidden_layers: number of blocks.
     num_attention_heads: number of query heads.
-    num_key_value_heads: number of key heads; divides `num_attention_heads`.
+    num_key_value_heads: number of key and value heads; divides the number of
+      query heads.
     head_dim: width of a head, an even number.
     max_position_embeddings: longest context the model was trained for.
     rms_norm_eps: constant that is added to the mean square before its root.
@@ -108,7 +109,8 @@ class DecoderConfig:
     unit_offset: whether the norms scale by 1 + scale (Gemma).
     sandwich_norms: whether block outputs are normalised too (Gemma 2 and 3).
     scaled_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
-    query_pre_attn_scalar: squared divisor of queries; None for `head_dim`.
+    query_pre_attn_scalar: number whose square root divides the attention
+      logits; None for `head_dim`.
     attention_softcap: tanh bound of the attention logits; None for no bound.
     final_softcap: tanh bound of the output logits; None for no bound.
   """
@@ -211,7 +213,7 @@ class DecoderConfig:
     act = "hidden_activation" if self.sandwich_norms else "hidden_act"
     architecture = family.architecture
     if head is not None:
-      head.check("last")  # transformers has no head that pools by the mean.
+      head.check("last")  # transformers has no head with mean pooling.
       architecture = architecture.replace("CausalLM", "SequenceClassification")
     return {
       "architectures": [architecture],
@@ -228,13 +230,13 @@ def _pop_act(given: hub_config.Fields, kind: str) -> str:
   """Takes out the activation of the gate."""
   older = given.pop("hidden_act") or "silu"
   act = given.pop("hidden_activation") or older
-  # The first configs of Gemma call the tanh approximation "gelu".
+  # Gemma's first configs call the tanh approximation "gelu".
   is_older = kind == "gemma" and act == "gelu"
   return "gelu_pytorch_tanh" if is_older else act
 
 
 def _pop_layers(given: hub_config.Fields, kind: str) -> dict[str, Any]:
-  """Takes out the width of the sliding window and the layers that have it."""
+  """Takes out the size of the sliding window and the layers that have it."""
   if "sliding_window" not in _FAMILIES[kind].defaults:
     return {}
   window, types = given.pop("sliding_window"), given.pop("layer_types")

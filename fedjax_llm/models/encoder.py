@@ -1,7 +1,7 @@
 """The parts that encoders share: configs, norms and two-sided attention.
 
-Modules have the names of transformers, so the parameter tree shows the tensor
-names of a checkpoint and the names of LoRA targets.
+Modules have the same names as in transformers, so the paths in the parameter
+tree match the tensors of a checkpoint and the targets of LoRA.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from fedjax_llm.models import attention, hub_config, stack
 
-# Fields of a config.json that only the training of the base model used.
+# Fields of a config.json that matter only for training the base model.
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -38,10 +38,10 @@ def read(
 
 
 def norm(module: Any, name: str) -> nn.LayerNorm:
-  """Returns a layer norm that computes its moments in float32.
+  """Returns a layer norm that computes mean and variance in float32.
 
   Args:
-    module: the module that has the norm, with a `config` and a `dtype`.
+    module: the module of the norm, with a `config` and a `dtype`.
     name: the name of the norm.
   """
   return nn.LayerNorm(
@@ -62,7 +62,7 @@ def attend(
   """Computes self-attention without the output projection.
 
   Args:
-    layer: the layer that has the projections.
+    layer: the layer of the projections.
     names: the names of the query, key and value projections.
     x: the states.
     mask: True where a query sees a key; None if every query sees every key.

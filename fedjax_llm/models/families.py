@@ -16,9 +16,9 @@ class Family(NamedTuple):
   Attributes:
     config: the class of the config, which reads and writes config.json.
     model: the class of the model, a `stack.Model`.
-    layout: the names of its parameters in a checkpoint.
-    predicts: whether the model without a head is a language model. Otherwise
-      it is an encoder and returns its last hidden states.
+    layout: the names of the parameters in a checkpoint.
+    predicts: whether the model without a head is a language model. If False, it
+      is an encoder and returns its last hidden states.
     reads_text: whether the input is tokens.
   """
 
@@ -46,7 +46,7 @@ def of(config: Any) -> Family:
 
 
 def check_predicts(config: Any) -> None:
-  """Raises a `ValueError` unless the config is that of a language model."""
+  """Raises a `ValueError` unless the config describes a language model."""
   if not of(config).predicts:
     raise ValueError(
       f"expected a language model, got a {config.model_type}, which predicts no"
@@ -60,12 +60,12 @@ def model(
   head: heads.Classifier | None = None,
   **settings: Any,
 ) -> nn.Module:
-  """Returns the module of a config.
+  """Returns the Flax module that a config describes.
 
   Args:
     config: the shape of the model.
     adapter: the LoRA adapter; None for the base model alone.
-    head: the classification head; None for a language model.
+    head: the classification head, or None.
     **settings: `dtype` and `remat` of the module.
   """
   return of(config).model(config, adapter, head, **settings)

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fedjax_llm.models import lora
 
-# Prompts are padded to a power of two of at least this, so that prompts of many
-# lengths share a compiled program.
+# The smallest padded length. Lengths are padded to powers of two, so that
+# prompts of many lengths share a compiled program.
 _SHORTEST = 16
 
 
@@ -47,14 +47,14 @@ def generate(
       with at least this probability (Holtzman et al., 2020).
     eos_ids: the tokens that end a row.
     key: the random key; needed if the temperature is not 0. The samples of a
-      row depend on the key and the number of the row, not on other rows.
+      row depend on the key and the row's index, not on other rows.
 
   Returns:
-    The new tokens of each row, including the token that ends it.
+    The new tokens of each row, including the end token if there is one.
 
   Raises:
-    ValueError: if an argument is out of range, or the model has fewer positions
-      than a row needs.
+    ValueError: if an argument is out of range or does not fit the model, or a
+      row needs more learned positions than the model has.
   """
   _check(model, factors, prompts)
   _check_settings(max_new_tokens, temperature, top_p, key)
@@ -177,7 +177,7 @@ def sample(
   order = jnp.argsort(logits, descending=True)
   logits = logits[order]
   weights = jax.nn.softmax(logits)
-  # A token is in the set if the more likely tokens do not reach top_p.
+  # A token is in the set if the more likely tokens together stay below top_p.
   before = jnp.cumsum(weights) - weights
   logits = jnp.where(before < top_p, logits, -jnp.inf)
   return order[jax.random.categorical(key, logits)].astype(jnp.int32)

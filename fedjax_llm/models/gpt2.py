@@ -1,8 +1,8 @@
 """GPT-2: learned positions, norms with biases, one projection for q, k and v.
 
 It is LoRA-parametrised and scanned over its layers, like `models.decoder`.
-Modules have the names of transformers, which stores the kernels of GPT-2
-[in, out] (`Conv1D`), as this package does.
+Modules have the same names as in transformers. Both store the kernels of GPT-2
+as [in, out] (`Conv1D` in transformers).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ LAYOUT = layout.Layout(
   layers="h",
   heads=("lm_head", "score"),
   transposed=False,
-  # The causal mask, which older checkpoints hold.
+  # Older checkpoints contain the causal mask.
   ignored=(r"\.attn\.(masked_)?bias$",),
 )
 
@@ -78,10 +78,11 @@ class Block(stack.Layer):
 
     Args:
       x: the residual stream, [batch, time, hidden].
-      own: a pair: the number of the layer, from 1, or None if the config does
-        not use it; and the layer's cached keys and values, or None.
+      own: a pair (depth, past). `depth` is the number of the layer, from 1, or
+        None if the config does not use it. `past` is the layer's cached keys
+        and values, or None.
       mask: True where a query sees a key; None for plain causal attention.
-      slots: the places of the tokens among the keys.
+      slots: the index of each token among the keys.
 
     Returns:
       The updated residual stream; and the layer's keys and values, or None
@@ -133,13 +134,14 @@ class GPT2(stack.Model):
     cache: attention.Cache | None = None,
     deterministic: bool = True,
   ) -> Any:
-    """Computes next-token logits, or the scores of each row if there is a head.
+    """Computes next-token logits, or with a head the scores of each row.
 
     Args:
       tokens: the token ids.
       segments: the documents of the tokens; see `models.attention`. None if
-        each row is one document, with padding on the right at most.
-      cache: the cache of the tokens before these; None for none.
+        each row is one document without padding. Padding on the right is
+        allowed too if there is neither a head nor a cache.
+      cache: the cache of the earlier tokens, or None.
       deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
         from the rng "dropout".
 

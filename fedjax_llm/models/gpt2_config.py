@@ -22,7 +22,7 @@ _NAMES = {
 }
 # The dropouts belong to the training of the base model, `summary_*` to a head
 # that is not loaded, and `n_ctx` to the mask. `reorder_and_upcast_attn` asks
-# for attention weights in float32, which they always are here.
+# for attention weights in float32; this package always computes them so.
 _IGNORED = """attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn resid_pdrop
 summary_activation summary_first_dropout summary_proj_to_labels summary_type
 summary_use_proj""".split()
@@ -30,7 +30,7 @@ summary_use_proj""".split()
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-  """The shape of a GPT-2 (Radford et al., 2019); the defaults are the smallest.
+  """The shape of a GPT-2 (Radford et al., 2019); by default, GPT-2 small.
 
   The dropouts in the config.json are ignored: they belong to the training of
   the base model. Fine-tuning uses the dropout of `lora.LoRA`.
@@ -42,7 +42,7 @@ class GPT2Config:
       `4 * hidden_size`.
     num_hidden_layers: number of blocks.
     num_attention_heads: number of heads; divides `hidden_size`.
-    max_position_embeddings: number of learned positions, the longest context.
+    max_position_embeddings: number of learned positions; no row is longer.
     layer_norm_epsilon: constant that is added to the variance before its root.
     hidden_act: activation of the feed-forward block, a key of
       `hub_config.ACTIVATIONS`.

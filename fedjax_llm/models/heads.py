@@ -1,8 +1,8 @@
-"""Classification heads: pooling, and a dense layer that is trained whole.
+"""Classification heads: pooling, and a dense layer without LoRA factors.
 
 The kernel and bias of the head are in the collection "lora", beside the
-factors. All of them are trained and sent together. In PEFT the head is one of
-the `modules_to_save`.
+factors, and are trained and sent with them. In PEFT the head is one of the
+`modules_to_save`.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """A head that scores a whole row, in place of the logits of a language model.
+  """A head that scores the labels of a row. It replaces next-token logits.
 
   Attributes:
     labels: the number of labels.
-    pooling: the state that is scored: that of the "last" token (decoders) or
-      the "first" token (encoders, through the pooler if there is one), or the
-      "mean" over tokens. None for the pooling of transformers.
-    multi_label: whether a row may have several labels. Each score then has a
-      sigmoid; otherwise all scores share a softmax.
+    pooling: the state that is scored: the "last" token (decoders), the "first"
+      token (encoders, through the pooler if there is one), or the "mean" over
+      tokens. None for the pooling that transformers uses.
+    multi_label: whether a row may have several labels. If True, the loss takes
+      a sigmoid of each score. If False, it takes a softmax over all scores.
     names: the names of the labels; empty if they have none.
   """
 
@@ -65,7 +65,7 @@ def pool(
   segments: Int[Array, "batch time"] | None,
   pooling: str,
 ) -> Float[Array, "batch d"]:
-  """Returns one state for each row, without padding (where `segments` is 0)."""
+  """Returns one state for each row; ignores padding, where `segments` is 0."""
   batch, time, _ = x.shape
   if segments is None:
     segments = jnp.ones((batch, time), jnp.int32)
@@ -80,13 +80,13 @@ def pool(
 
 
 class Head(nn.Module):
-  """A dense layer that is trained whole.
+  """A dense layer without LoRA factors, computed in float32.
 
   Attributes:
     features: the size of the output.
     use_bias: whether a bias is added.
-    trained: whether the parameters are in the collection "lora", which is
-      trained. Otherwise they are in "params", with the base weights.
+    trained: whether the parameters are trained. If True, they are in the
+      collection "lora". If False, they are in "params", with the base weights.
   """
 
   features: int

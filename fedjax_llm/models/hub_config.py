@@ -34,7 +34,7 @@ ACTIVATIONS = {
   "silu": nn.silu,
   "swish": nn.silu,
 }
-# Without these, transformers would stop at the token ids of its defaults.
+# Without these, transformers would stop at its default token ids.
 NO_TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
@@ -63,7 +63,7 @@ class Fields:
     """Takes fields out and returns those that are not null.
 
     Args:
-      names: from a field's name in the result to its name in config.json.
+      names: the config.json name of each field, by its name in the result.
     """
     taken = {name: self.pop(written) for name, written in names.items()}
     return {name: x for name, x in taken.items() if x is not None}

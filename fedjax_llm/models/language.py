@@ -29,10 +29,10 @@ def loss_fn(model: nn.Module) -> Callable[..., tuple[Array, Array]]:
 
   Returns:
     A function `fn(factors, params, examples, mask, key) -> (total, count)`.
-    `total` is the summed negative log-likelihood of the tokens that count, in
-    nats, and `count` is their number. `examples` is a `data.batches.Examples`.
-    `mask` [batch] is True for real rows and False for padding. `key` draws the
-    dropout.
+    `examples` is a `data.batches.Examples`. `mask` [batch] is True for real
+    rows and False for padding. `total` is the summed negative log-likelihood,
+    in nats, of the targets that both `examples.mask` and `mask` select. `count`
+    is the number of these targets. `key` draws the dropout.
   """
 
   def fn(factors, params, examples, mask, key):
@@ -58,10 +58,11 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
     model: a language model.
 
   Returns:
-    A function `fn(factors, params, examples)` that returns arrays [batch]: the
-    summed negative log-likelihood `loss`, the number of tokens `right` that
-    have the largest logit, and the number of `tokens` that count. `factors` is
-    None for a model without an adapter.
+    A function `fn(factors, params, examples)` that returns three arrays [batch]
+    over the targets that `examples.mask` selects: `loss`, the summed negative
+    log-likelihood in nats; `right`, the number of targets with the largest
+    logit; and `tokens`, the number of targets. `factors` is None for a model
+    without an adapter.
   """
 
   def fn(factors, params, examples):
@@ -83,5 +84,5 @@ def score_fn(model: nn.Module) -> Callable[..., dict[str, Any]]:
 
 
 def _inputs(segments):
-  """Drops the segment of the last token, which is predicted but not read."""
+  """Drops the segment of the last token, which is a target but not an input."""
   return None if segments is None else segments[:, :-1]

@@ -15,9 +15,9 @@ _WEIGHTS = {"kernel", "scale", "embedding"}
 
 
 def unstack(path: Path, leaf: Any) -> Iterable[tuple[int | None, Any]]:
-  """Returns pairs of a layer and its part of the parameter `leaf`.
+  """Returns pairs of a layer's number and its part of the parameter `leaf`.
 
-  A parameter outside the stack of layers is one part, whose layer is None.
+  A parameter outside the stack has one part, with the number None.
   """
   return enumerate(leaf) if path[0] == "layers" else [(None, leaf)]
 
@@ -28,12 +28,13 @@ class Layout(NamedTuple):
   Attributes:
     base: the prefix of all modules except the heads.
     layers: the name of the stack of layers, below `base`.
-    heads: the modules outside `base`. A checkpoint may lack them.
-    optional: the modules in `base` that a checkpoint may lack.
+    heads: the modules outside `base`. If only the checkpoint has one of them,
+      it is ignored.
+    optional: modules in `base`, ignored if only the checkpoint has them.
     transposed: whether dense kernels are stored [out, in]. Heads always are.
-    renamed: pairs of a pattern of older names and its replacement.
-    ignored: patterns of the names of tensors that are not read.
-    stored: pairs of a pattern of current names and its replacement in files.
+    renamed: pairs (pattern, replacement) that make older names current.
+    ignored: patterns that match the names of tensors to ignore.
+    stored: pairs (pattern, replacement) that make current names those of files.
   """
 
   base: str
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
     return f"{self.module_name(path[:-1], layer)}.{leaf}"
 
   def place(self, name: str) -> tuple[Path, int | None]:
-    """Returns the path and the layer of a module with a transformers name.
+    """Returns the path and the layer of a module, given its transformers name.
 
     The layer is None for a module outside the stack.
     """
@@ -72,7 +73,7 @@ class Layout(NamedTuple):
     return ("layers", *stack[2].split(".")), int(stack[1])
 
   def current(self, name: str) -> str:
-    """Returns the current name of a tensor or module of any checkpoint."""
+    """Returns the current name of a tensor or module in any checkpoint."""
     for pattern, replacement in self.renamed:
       name = re.sub(pattern, replacement, name)
     if name.startswith(f"{self.base}.") or name.split(".")[0] in self.heads:
@@ -90,7 +91,7 @@ class Layout(NamedTuple):
     return path[-1] == "kernel" and (self.transposed or path[0] in self.heads)
 
   def is_optional(self, name: str) -> bool:
-    """Returns whether a checkpoint may have this tensor or lack it."""
+    """Returns whether a tensor is ignored if only the checkpoint has it."""
     inner = name.removeprefix(f"{self.base}.")
     return (
       name.split(".")[0] in self.heads

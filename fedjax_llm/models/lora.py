@@ -1,8 +1,8 @@
-"""LoRA: a dense layer whose low-rank factors are in a collection of their own.
+"""LoRA: a dense layer whose low-rank factors are in their own collection.
 
-Use: `model.apply({"params": frozen, "lora": trainable}, tokens)`. The factors
-are never merged into the base kernel. So `vmap` over clients batches only the
-factors, and `x @ kernel` of all clients stays one matrix product.
+Use: `model.apply({"params": frozen, "lora": trainable}, tokens)`. The layer
+does not merge the factors into the base kernel. So `vmap` over clients batches
+only the factors, and `x @ kernel` for all clients stays one matrix product.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from fedjax_llm.models import heads, quantized
 class LoRA:
   """A LoRA adapter (Hu et al., 2021): its rank, scale, dropout and targets.
 
-  The semantics are those of PEFT. `a` is initialised uniformly in
-  ±1/sqrt(fan_in), and `b` with zeros. Dropout is applied to the input of `a`.
-  The product `a @ b` is scaled by alpha / rank.
+  It behaves as in PEFT. `a` is initialised uniformly in ±1/sqrt(fan_in), and
+  `b` with zeros. Dropout is applied to the input of `a`. The product `a @ b` is
+  scaled by alpha / rank.
 
   Attributes:
     rank: the LoRA rank, at least 1.
     alpha: the numerator of the scale.
     dropout: the probability of dropping an input of `a` in training, in [0, 1).
-    targets: the dense layers that get factors, by name, such as "q_proj", or by
-      the end of the dotted path, such as "mlp.c_proj".
+    targets: the dense layers that get factors: names, such as "q_proj", or ends
+      of dotted paths, such as "mlp.c_proj".
   """
 
   rank: int = 8
@@ -148,10 +148,10 @@ class Dense(nn.Module):
 def init(
   model: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any] | None = None
 ) -> Any:
-  """Draws the trainable parameters of a model: float32 factors and a head.
+  """Draws the trainable parameters in float32: factors, and a head if any.
 
-  The base weights are not allocated. A factor depends on the key and on its own
-  path and shape, not on the other targets.
+  The base weights are not allocated. A factor depends only on the key and on
+  its own path and shape, not on the other targets.
 
   Args:
     model: a module with an adapter.
@@ -183,8 +183,8 @@ def init(
 def check(model: nn.Module, factors: Mapping[str, Any]) -> None:
   """Raises a `ValueError` unless `factors` fit `model`.
 
-  Call it on factors that come from a file. Without it, the factors of other
-  layers would be ignored, and factors of another rank would be scaled wrongly.
+  Call it on factors from a file. Otherwise, factors of layers that are not
+  targets would be ignored, and those of another rank would be scaled wrongly.
   """
   expected = {path: leaf.shape for path, leaf in _shapes(model).items()}
   flat: Any = flax.traverse_util.flatten_dict(dict(factors))
@@ -225,7 +225,7 @@ def abstract_variables(model: nn.Module) -> dict[str, Any]:
 
 
 def variables(params: Any, factors: Any | None) -> dict[str, Any]:
-  """Returns what `model.apply` takes.
+  """Returns the variables for `model.apply`.
 
   Args:
     params: the parameters of the base model.
@@ -237,18 +237,18 @@ def variables(params: Any, factors: Any | None) -> dict[str, Any]:
 def merge(params: Any, factors: Any, scale: float) -> Any:
   """Merges trained parameters into a base model.
 
-  Adds `scale * a @ b` to each kernel that has factors, and puts the head in.
+  Adds `scale * a @ b` to each kernel that has factors, and inserts the head.
 
   Args:
     params: the parameters of the base model.
     factors: the collection "lora": a subtree of `params` with `a` and `b` in
-      place of `kernel`, and possibly a head. Leading axes (stacked layers) are
-      the same.
+      place of `kernel`, and possibly a head. `a` and `b` have the leading axes
+      (stacked layers) of the kernel.
     scale: `LoRA.scale`.
 
   Returns:
-    `params` with the merged kernels. They keep their dtype; a quantised kernel
-    becomes float32.
+    `params` with the merged kernels and the head. Kernels keep their dtype; a
+    quantised kernel becomes float32.
   """
   if "a" in factors:
     return _add_to_kernel(params, scale * factors["a"] @ factors["b"])
@@ -270,8 +270,8 @@ def add(params: Any, residual: Any) -> Any:
       of `kernel`.
 
   Returns:
-    `params` with the sums. They keep the dtype of the kernel; a quantised
-    kernel becomes dense, in float32, and takes the memory of a dense one.
+    `params` with the sums. Kernels keep their dtype; a quantised kernel becomes
+    a float32 array, which takes more memory.
   """
   if "delta" in residual:
     return _add_to_kernel(params, residual["delta"])

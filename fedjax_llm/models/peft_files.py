@@ -1,7 +1,7 @@
 """The two files of a PEFT adapter: names, fields and tensors.
 
 `adapter_config.json` describes the adapter, and `adapter_model.safetensors`
-holds the trained tensors. The fields have the same meaning as in PEFT's code.
+holds the trained tensors. The fields mean the same as in PEFT's code.
 """
 
 import math
@@ -17,7 +17,7 @@ from fedjax_llm.models import families, layout
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Fields of an adapter_config.json that are read, or that do not change the
-# result. Every other field that is switched on is refused.
+# result. Any other field is an error, unless it is false, null, zero or empty.
 _HONOURED = frozenset(
   """alpha_pattern auto_mapping base_model_name_or_path eva_config
   exclude_modules fan_in_fan_out inference_mode init_lora_weights
@@ -44,14 +44,14 @@ def tensor_name(
 
 
 def refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  """Refuses an adapter with unsupported features.
+  """Raises an error for an adapter with unsupported features.
 
   Args:
     folder: the folder of the adapter, for the message.
     fields: the fields of its adapter_config.json.
 
   Raises:
-    ValueError: if features are not supported. The message names them.
+    ValueError: if a feature is not supported. The message names it.
   """
   if (kind := fields.get("peft_type")) != "LORA":
     raise ValueError(
@@ -71,7 +71,7 @@ def refuse(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
   if refused:
     raise ValueError(
       f"{folder}: expected a plain LoRA adapter, got one that uses"
-      f" {sorted(refused)}, which would be ignored. Train one without."
+      f" {sorted(refused)}, which would be ignored. Train one without them."
     )
 
 
@@ -86,8 +86,8 @@ def pattern(
   """Returns the value of the first pattern that matches a module, as PEFT does.
 
   Args:
-    patterns: the values by pattern; None for no patterns.
-    modules: the names of one module, in the file and in this package.
+    patterns: the value of each pattern; None for no patterns.
+    modules: the names of the module, in the file and in this package.
     default: the value if no pattern matches.
   """
   for key, value in (patterns or {}).items():
@@ -105,9 +105,9 @@ def read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
     fields: the fields of the adapter_config.json.
 
   Returns:
-    Two dictionaries. The first has the factors: it maps (path of a module,
-    layer) to (a, b, name of the module in the file). The second has the other
-    trained parameters, such as a head: it maps their paths to arrays.
+    Two dictionaries. The first holds the factors: it maps (module path, layer)
+    to (a, b, module name in the file). The second holds the other trained
+    parameters, such as a head: it maps their paths to arrays.
 
   Raises:
     ValueError: if tensors are missing or do not belong to the model.
@@ -157,7 +157,7 @@ def read(file: pathlib.Path, config: Any, fields: Mapping[str, Any]):
 
 
 def _names_layers(fields: Mapping[str, Any]) -> bool:
-  """Returns whether an adapter selects layers, so some may lack factors."""
+  """Returns whether an adapter selects layers; then others may lack factors."""
   names = [fields.get("target_modules"), fields.get("exclude_modules")]
   return (
     fields.get("layers_to_transform") is not None

@@ -1,7 +1,8 @@
 """Loads a Hugging Face model as Flax parameters, and saves it, without torch.
 
-`models.layout` maps parameters to the names of a checkpoint's tensors. Dense
-kernels are transposed and layers are stacked; other arrays stay as they are.
+`models.layout` maps parameters to the names of a checkpoint's tensors. Layers
+are stacked, and dense kernels stored as [out, in] are transposed. Other arrays
+stay as they are.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 _PATTERNS = [*_TEXTS, "*.safetensors"]
 _META = "consolidated*"  # Weights under Meta's tensor names.
 _IGNORED = ["*/*", _META]  # The folders hold intermediate checkpoints.
-# The files that decide what a model or an adapter computes.
+# The files that determine what a model or an adapter computes.
 _IDENTITY = """config.json adapter_config.json classifier.json *.safetensors
 *.safetensors.index.json tokenizer* *vocab* merges.txt added_tokens.json
 special_tokens_map.json chat_template*""".split()
@@ -86,18 +87,19 @@ def load(
 
   Args:
     name_or_folder: a Hugging Face folder or hub name (see `resolve`).
-    head: the classification head; None for a language model. The head of the
-      checkpoint is loaded if it has the same number of labels.
+    head: the classification head, or None. The head of the checkpoint is loaded
+      if it has the same number of labels.
     dtype: the type of the loaded parameters.
     quantize: the format for the kernels of the layers; None for `dtype`.
     sharding: the sharding of every parameter; None for the first device.
 
   Returns:
-    The config and the parameters of `families.model(config, head=head)`.
+    The config and the parameters of `families.model(config, head=head)`. If the
+    checkpoint has no such head, they lack it; `heads.complete` adds a new one.
 
   Raises:
-    ValueError: if tensors are missing, unexpected or mis-shaped. The message
-      lists all of them.
+    ValueError: if tensors are missing, unexpected or of the wrong shape. The
+      message lists all of them.
   """
   folder = resolve(name_or_folder)
   config = families.read_config(folder)
@@ -135,10 +137,10 @@ def load(
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """Returns the SHA-256 of the files that decide what a model computes.
+  """Returns the SHA-256 of the files that determine what a model computes.
 
-  These are the config, weights and tokenizer of a model or an adapter. The same
-  files have the same fingerprint in every folder.
+  These are the config, weights and tokenizer of a model or an adapter. The name
+  of the folder does not change the fingerprint.
   """
   found = {path for pattern in _IDENTITY for path in folder.glob(pattern)}
   found -= {*folder.glob(_META)}
@@ -165,10 +167,10 @@ def save(
     folder: the folder to write; it is made if absent.
     config: the config of the model.
     params: the parameters of the model.
-    head: the classification head; None for a language model.
+    head: the classification head, or None.
     dtype: the type of the stored tensors.
-    like: the folder of a base model. Its tokenizer, token ids and generation
-      settings are copied. None for none.
+    like: the folder of a base model, or None. Its tokenizer, its generation
+      settings and the fields of its config.json are copied.
   """
   made = config.to_hugging_face(head)
   fields = made
@@ -208,7 +210,7 @@ def _tensors(
   names: layout.Layout, path: layout.Path, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the names and shapes of the tensors that hold a parameter."""
-  # A view of one number has the shape and takes no memory.
+  # A broadcast view of one number takes no memory.
   whole = np.broadcast_to(0, shape)
   whole = whole.swapaxes(-1, -2) if names.is_transposed(path) else whole
   return {
@@ -228,7 +230,7 @@ def _quantized(kernel: Any, format: quantized.Format) -> Any:
 
 
 def _leave_heads(names, shapes, stored):
-  """Drops a stored head that has another number of labels."""
+  """Removes the stored head if it has another number of labels."""
   tensors = {}
   for path, leaf in shapes.items():
     if path[0] in names.heads:
@@ -240,7 +242,7 @@ def _leave_heads(names, shapes, stored):
 
 
 def _check_tied(folder, names, shapes, stored):
-  """Refuses an output matrix that differs from the embedding it is tied to."""
+  """Raises an error if the output matrix differs from the tied embedding."""
   output = stored.get("lm_head.weight")
   if output is None:
     return

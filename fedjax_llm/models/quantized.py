@@ -1,8 +1,9 @@
-"""Frozen kernels in 8 or 4 bits: codes, and the largest magnitude of a block.
+"""Frozen kernels in 8 or 4 bits: a code per weight and an absmax per block.
 
-A weight is `level(code) * absmax`. `Int8` and `NF4` are pytrees that replace a
-kernel in a parameter tree, so scans over layers and `vmap` over clients work
-unchanged. `matmul` dequantises the kernel each time it is used.
+A weight is `level(code) * absmax`, where absmax is the largest magnitude in its
+block. `Int8` and `NF4` are pytrees that replace a kernel in a parameter tree,
+so scans over layers and `vmap` over clients work unchanged. `matmul`
+dequantises the kernel each time it is used.
 
 qwix's QArray is not used, because its blocks must divide the inputs. A block of
 64 does not divide the 172 inputs of stories260k.
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 
 Format = Literal["int8", "nf4"]
 
-# The number of consecutive inputs of an output that share an absmax in NF4.
+# The size of a block in NF4: consecutive inputs of one output.
 BLOCK = 64
 # The levels of NF4 (QLoRA, Dettmers et al., 2023, appendix E): zero, and
 # quantiles of a normal distribution, scaled to [-1, 1].
@@ -94,9 +95,9 @@ def quantize(
 
   A weight moves by at most half the distance between neighbouring levels: by
   `absmax / 254` in int8, and by at most `0.152 * absmax` in NF4. A kernel that
-  was dequantised to float32 gets the same codes again. A block whose absmax is
-  below 2^-126 becomes zero. A block whose absmax is above 2^126 or NaN becomes
-  NaN.
+  was dequantised to float32 is quantised to the same codes again. A block whose
+  absmax is below 2^-126 becomes zero. A block whose absmax is above 2^126 or
+  NaN becomes NaN.
 
   Args:
     kernel: the kernel. Leading axes are layers, which are quantised separately.
@@ -121,7 +122,7 @@ def quantize(
 def dequantize(
   kernel: Int8 | NF4 | Float[Array, "*layers inputs outputs"], dtype: Any
 ) -> Float[Array, "*layers inputs outputs"]:
-  """Returns the kernel as an array of `dtype`; an array is only cast."""
+  """Returns the kernel as an array of `dtype`; casts one that is an array."""
   if isinstance(kernel, Int8):
     weights = kernel.codes.astype(jnp.float32) / 127 * kernel.absmax
   elif isinstance(kernel, NF4):
@@ -189,5 +190,5 @@ def _nf4(kernel):
 
 
 def _spread(absmax, inputs):
-  """Repeats the absmax of each block for its inputs."""
+  """Repeats the absmax of each block for each of its inputs."""
   return jnp.repeat(absmax, BLOCK, axis=-2)[..., :inputs, :]

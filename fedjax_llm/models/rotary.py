@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and the scalings for longer contexts."""
+"""Rotary position embeddings, and their scalings for longer contexts."""
 
 import dataclasses
 import math
@@ -34,8 +34,7 @@ class Rope:
     theta: the base of the frequencies.
     kind: the type of scaling: "default", "linear" (Chen et al., 2023), "llama3"
       (Llama 3.1) or "yarn" (Peng et al., 2023).
-    scaling: the fields of the scaling, as pairs of Hugging Face's name and the
-      value.
+    scaling: the fields of the scaling, as pairs (Hugging Face's name, value).
   """
 
   theta: float = 10000.0
@@ -93,7 +92,7 @@ class Rope:
 
   @property
   def magnitude(self) -> float:
-    """The factor of the rotated channels; 1 unless the kind is "yarn"."""
+    """The factor of cosines and sines; 1 unless the kind is "yarn"."""
     if self.kind != "yarn":
       return 1.0
     fields = dict(self.scaling)
@@ -102,7 +101,7 @@ class Rope:
     return 0.1 * math.log(fields["factor"]) + 1 if fields["factor"] > 1 else 1.0
 
   def frequencies(self, head_dim: int) -> Float[np.ndarray, " half_head"]:
-    """Returns the radians per position of each pair of channels.
+    """Returns the frequency of each pair of channels, in radians per position.
 
     "linear" divides all frequencies by `factor`. "llama3" and "yarn" divide
     only the low ones, keep the high ones, and blend in between.
@@ -123,10 +122,10 @@ class Rope:
     return frequencies * (kept + (1 - kept) / fields["factor"])
 
   def _yarn_kept(self, head_dim, fields):
-    """Returns the share of each frequency that YaRN does not interpolate."""
+    """Returns the weight of each unscaled frequency in YaRN, in [0, 1]."""
 
     def channel(turns):
-      """Returns the channel with this many turns in the original context."""
+      """Returns the channel with `turns` turns in the original context."""
       length = fields["original_max_position_embeddings"]
       return (head_dim * math.log(length / (turns * 2 * math.pi))) / (
         2 * math.log(self.theta)
@@ -146,7 +145,7 @@ class Rope:
   ) -> tuple[
     Float[Array, "rows time half_head"], Float[Array, "rows time half_head"]
   ]:
-    """Returns the cosine and sine of each pair of channels, in float32."""
+    """Returns the float32 cosine and sine of each angle, times `magnitude`."""
     frequencies = jnp.asarray(self.frequencies(head_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles) * self.magnitude, jnp.sin(angles) * self.magnitude

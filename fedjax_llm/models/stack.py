@@ -1,4 +1,4 @@
-"""What all models share: their attributes, their layers and their output.
+"""The parts that all models share: attributes, layers and output.
 
 The parameters of all layers are stacked on axis 0, so the layers share one
 program.
@@ -39,7 +39,7 @@ class Model(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
-    """Refuses an adapter or a pooling that does not fit this model."""
+    """Raises an error if the adapter or the pooling does not fit the model."""
     if self.adapter is not None:
       self.adapter.check(self.LAYERS)
     if self.head is not None:
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
 
 def check_length(config: Any, length: int) -> None:
-  """Raises a `ValueError` if rows have more tokens than learned positions."""
+  """Raises a `ValueError` if rows are longer than the learned positions."""
   if length > (most := config.max_position_embeddings):
     raise ValueError(
       f"{config.model_type} expected rows of at most {most} tokens, the number"
@@ -102,10 +102,10 @@ def layers(
       output.
     model: the model that has the layers, with the attributes of `Model`.
     deterministic: whether dropout is off.
-    in_axes: the axes of `inputs`: 0 if every layer has its own slice, or
-      `nn.broadcast` if all layers get the same value.
+    in_axes: an axis for each of the `inputs`: 0 if each layer has its own
+      slice, or `nn.broadcast` if all layers get the same value.
   """
-  # prevent_cse is for loops that XLA unrolls; inside a scan it only costs.
+  # Inside a scan, prevent_cse is not needed and only costs time.
   return nn.scan(
     nn.remat(block, prevent_cse=False) if model.remat else block,
     variable_axes={"params": 0, "lora": 0},
@@ -138,7 +138,7 @@ def cached_layers(
     cache: the cache, or None.
 
   Returns:
-    The states after the last layer, and the updated cache.
+    The states after the last layer; and the updated cache, or None.
   """
   past = None if cache is None else (cache.keys, cache.values)
   in_axes = (0, *[nn.broadcast for _ in shared])
@@ -156,13 +156,13 @@ def output(
   segments: Int[Array, "batch time"] | None,
   embed: nn.Embed,
 ) -> Float[Array, "..."]:
-  """Returns what a decoder predicts from its last states, in float32.
+  """Computes the logits or scores of a decoder, in float32.
 
   Args:
     model: the decoder, with the attributes of `Model`.
     x: the normalised states after the last layer.
     segments: the documents of the tokens; see `models.attention`.
-    embed: the embedding of the tokens, used for the output if they are tied.
+    embed: the token embedding; its matrix is the output layer if they are tied.
 
   Returns:
     Logits [batch, time, vocab], or scores [batch, labels] if there is a head.

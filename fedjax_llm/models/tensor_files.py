@@ -13,9 +13,9 @@ import safetensors.numpy
 
 from fedjax_llm.models import layout
 
-_SHARD_BYTES = 5_000_000_000  # The largest size of a file.
-# Rows of a tensor that are read at once: few enough to stay in the processor's
-# cache while they are transposed.
+_SHARD_BYTES = 5_000_000_000  # The largest size of a shard.
+# The number of rows to read at once: few enough that they stay in the
+# processor's cache while they are transposed.
 _ROWS = 32
 
 
@@ -26,11 +26,11 @@ def open_tensors(
 
   Args:
     folder: a folder with `model.safetensors`, or with shards and their index.
-    names: the layout of the family, which renames older tensors.
+    names: the layout of the family, which maps older names to current ones.
     stack: the exit stack that closes the files.
 
   Returns:
-    The tensors as slices of safetensors, by their current names.
+    The tensors as lazy safetensors slices, by their current names.
 
   Raises:
     ValueError: if a file is missing or not in the safetensors format.
@@ -50,8 +50,8 @@ def open_tensors(
       file = stack.enter_context(safetensors.safe_open(path, "np"))
     except safetensors.SafetensorError as error:
       raise ValueError(
-        f"expected a safetensors file at {path}, got another: {error}. Download"
-        " it again."
+        f"expected a safetensors file at {path}, got an error: {error}."
+        " Download it again."
       ) from error
     for name in file.keys():
       tensors[names.current(name)] = file.get_slice(name)
@@ -60,7 +60,7 @@ def open_tensors(
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """A parameter in a checkpoint that is read when it is indexed by slices."""
+  """A parameter in a checkpoint; indexing it with slices reads that part."""
 
   tensors: list[Any]  # Slices of safetensors.
   names: layout.Layout
@@ -90,7 +90,10 @@ class Parameter:
 def shards(
   tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Groups tensors into shards of at most `_SHARD_BYTES`."""
+  """Groups tensors into shards of at most `_SHARD_BYTES`.
+
+  A larger tensor gets a shard of its own.
+  """
   shard, size = {}, 0
   for name, array in tensors:
     if shard and size + array.nbytes > _SHARD_BYTES:

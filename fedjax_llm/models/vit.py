@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.models import encoder, heads, hub_config, layout, stack
 
-# The names of the dense layers of a block, each with its name in files.
+# The dense layers of a block: the name in transformers, then that in files.
 _OLDER = {
   "attention.q_proj": "attention.attention.query",
   "attention.k_proj": "attention.attention.key",
@@ -108,7 +108,7 @@ class ViTConfig:
 
   @property
   def grid(self) -> tuple[int, int]:
-    """The numbers of rows and columns of patches; other pixels are ignored."""
+    """The numbers of rows and columns of patches; excess pixels are ignored."""
     height, width, _ = self.image
     return height // self.patch[0], width // self.patch[1]
 
@@ -145,7 +145,7 @@ class Patches(stack.Layer):
 
   @nn.compact
   def __call__(self, pixels):
-    """Maps `pixels` [batch, height, width, channels] to [batch, grid, d]."""
+    """Maps `pixels` [batch, height, width, channels] to [batch, patches, d]."""
     config = self.config
     (rows, columns), (height, width) = config.grid, config.patch
     # The checkpoint's convolution is [out, in, height, width].
@@ -173,7 +173,7 @@ class Embeddings(stack.Layer):
 
   @nn.compact
   def __call__(self, pixels):
-    """Embeds `pixels` [batch, height, width, channels], adding positions."""
+    """Embeds `pixels` [batch, height, width, channels] and adds positions."""
     config, draw = self.config, nn.initializers.normal(0.02)
     width, (rows, columns) = config.hidden_size, config.grid
     first = self.param("cls_token", draw, (1, 1, width))
@@ -187,11 +187,11 @@ class Embeddings(stack.Layer):
 
 
 class Attention(stack.Layer):
-  """Attention of every patch to every patch."""
+  """Self-attention over the class token and all patches."""
 
   @nn.compact
   def __call__(self, x):
-    """Attends from `x` [batch, time, hidden] to itself."""
+    """Computes self-attention over `x` [batch, time, hidden]."""
     names = ("q_proj", "k_proj", "v_proj")
     y = encoder.attend(self, names, x, None, self.config.qkv_bias)
     return self.dense("o_proj", y, self.config.hidden_size)
@@ -242,16 +242,19 @@ class ViT(stack.Model):
     *,
     deterministic: bool = True,
   ) -> Float[Array, "..."]:
-    """Computes the last hidden states, or the scores of each image with a head.
+    """Computes the last hidden states, or with a head the scores of each image.
 
     Args:
-      pixels: the images, of the config's size, scaled as in pretraining.
+      pixels: the images, with the config's size, normalised as in pretraining.
       deterministic: whether dropout is off. Otherwise LoRA dropout is drawn
         from the rng "dropout".
 
     Returns:
       Hidden states [batch, 1 + patches, hidden] in `dtype`, or scores
       [batch, labels] in float32.
+
+    Raises:
+      ValueError: if the images have the wrong shape.
     """
     config = self.config
     if pixels.shape[1:] != config.image:
