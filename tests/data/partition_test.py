@@ -229,7 +229,7 @@ def test_a_mix_has_draws_of_its_own():
 BAD = {
   "minimum": (partition.natural, {"minimum_examples": 0}, ">= 1, got min"),
   "clients": (partition.iid, {"clients": 0}, "clients >= 1, got clients=0"),
-  "seed": (partition.iid, {"seed": -1}, r"seed in \[0, 2\*\*32\), got seed=-1"),
+  "seed": (partition.iid, {"seed": -1}, r"seed in .*, got seed=-1"),
   "large seed": (partition.shepherd, {"seed": 2**32}, "seed=4294967296"),
   "alpha": (partition.dirichlet_by_class, {"alpha": 0.0}, "alpha=0.0"),
   "infinite alpha": (

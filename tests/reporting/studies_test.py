@@ -62,7 +62,7 @@ def test_compare_sums_a_study_up(study, tmp_path, capsys):
   out = tmp_path / "toy.png"
   commands.compare((study([*toy_study.DENSE, *toy_study.SPARSE]),), out=out)
   printed = capsys.readouterr().out
-  assert "FLASC" in printed and "until there" in printed
+  assert "FLASC" in printed and "at equal utility" in printed
   assert out.read_bytes().startswith(b"\x89PNG")
 
 
