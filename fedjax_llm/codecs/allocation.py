@@ -8,7 +8,7 @@ entry is on average 1 - 4**-R times the entry. A mean over clients is too small
 by the same factor.
 
 The unbiased code sends every entry and divides the decoded entry by 1 - 4**-R.
-Its error, the variance over 4**R - 1, is larger, but averages out in a mean.
+Its error, variance / (4**R - 1), is larger, but averages out in a mean.
 
 Entries with the same rate form a class. Each class is coded by a trellis whose
 profile is the standard deviations of the entries.
@@ -55,7 +55,7 @@ def rates(
   extra: float = 0.0,
   unbiased: bool = False,
 ) -> Float[np.ndarray, " n"]:
-  """Returns a rate for each entry: those with the least squared error.
+  """Returns the rates of entries that minimise the total squared error.
 
   Each entry takes the rate with the least `error + price * bits`. The price is
   the lowest one at which the mean number of bits is at most `bits`.
@@ -64,8 +64,7 @@ def rates(
     variances: variance of each entry, positive.
     bits: mean number of bits per entry, positive.
     choices: available rates in bits per entry, ascending. The first must be 0.
-      If unbiased, it must be positive, and low enough for all entries to have
-      it.
+      If unbiased, the first must be in (0, `bits - extra`].
     extra: bits that an entry costs in addition to its rate; none at rate 0.
     unbiased: whether the error of an entry is `variance / (4**rate - 1)`
       instead of `variance / 4**rate`.
@@ -99,8 +98,8 @@ def allocated(
 ) -> base.Compressor:
   """Sends entries whose variances both ends know: more bits to larger ones.
 
-  Only ratios of variances matter: each block is sent with a scale. A block has
-  entries from all over its class.
+  Only ratios of variances matter, because each block is sent with a scale. A
+  block has random entries of its class.
 
   Args:
     variances: variance of each entry, positive; concrete, not traced.
@@ -108,7 +107,7 @@ def allocated(
       scales included.
     memory: memory of the trellises, 6 or more, see `trellis`.
     unbiased: whether the code is unbiased, see `trellis`. If so, every entry is
-      sent, with at least an eighth of a bit.
+      sent, with at least 1/8 bit.
 
   Returns:
     A `Compressor` whose payload is nested `Classes`, or the payload of one
@@ -137,8 +136,8 @@ def allocated(
   if not rate.any():
     raise ValueError(
       f"allocated expected more bits: {bits=} for each of {size} entries is not"
-      " enough for headers and scales. Give more bits, or use `trellis` for so"
-      " short a vector."
+      " enough for headers and scales. Give more bits, or use `trellis` for a"
+      " vector this short."
     )
   # Shuffled, so that neighbours in a trellis are independent.
   order = np.random.RandomState(0).permutation(size)
@@ -158,7 +157,7 @@ def allocated(
     )
 
   def encode(vector, key):
-    base.require_size("allocated", vector, size, "It has as many variances.")
+    base.require_size("allocated", vector, size, "One for each variance.")
     payloads = [
       part.encode(vector[entries], (), key)[0]
       for part, entries in zip(parts, members, strict=True)

@@ -2,8 +2,8 @@
 
 Both ends agree on a `Codec` before the first round. Its arrays are the leaves
 of a pytree, so a codec can be an argument of a jitted round. Encoding does not
-read the decoder and decoding does not read the encoder: a client is sent
-`setup_bytes` once, and the decoder stays at the server.
+read the decoder's variables, nor decoding the encoder's. So a client receives
+`setup_bytes` bytes once, and the decoder stays at the server.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Codec:
   Attributes:
     layout: how vectors become images; static.
     network: networks of both ends; static.
-    scale: what images are divided by, float32: one number, or one for each
-      column. It is fixed, and no message contains it.
+    scale: divisor of images, float32: one number, or one for each column. It is
+      fixed, so messages do not contain it.
     encoder: variables of the encoder.
     decoder: variables of the decoder.
   """
@@ -54,8 +54,11 @@ def autoencoder(codec: Codec) -> base.Compressor:
   Returns:
     A `Compressor` whose payload is a `pca.Latent`. Its values are quantised if
     the network has `bits`; otherwise they are float32, and a quantiser can
-    follow in a `chain`. Encoding a vector of another length raises a
-    `ValueError`, as does decoding a latent of another codec's size.
+    follow in a `chain`.
+
+  Raises:
+    ValueError: from `encode`, if the vector has another length; from `decode`,
+      if the latent has the size of another codec.
   """
   scale = codec.scale.reshape(1, -1)
 
@@ -89,7 +92,7 @@ def latent_quantiser(network: networks.Network) -> base.Compressor | None:
 def latent_shape(
   network: networks.Network, layout: layouts.Layout
 ) -> tuple[int, ...]:
-  """The shape of one latent, without the axis of the batch."""
+  """Returns the shape of one latent, without the batch axis."""
   images = jax.ShapeDtypeStruct((1, *layout.positions.shape), "float32")
   init_with_output = network.encoder.init_with_output
   latents, _ = jax.eval_shape(init_with_output, jax.random.key(0), images)
@@ -99,7 +102,7 @@ def latent_shape(
 def init(
   network: networks.Network, layout: layouts.Layout, key: PRNGKeyArray
 ) -> dict[str, Any]:
-  """Random variables of both ends, named "encoder" and "decoder"."""
+  """Draws the initial variables of both ends, "encoder" and "decoder"."""
   keys = jax.random.split(key)
   images = jnp.zeros((1, *layout.positions.shape))
   latents = jnp.zeros((1, *latent_shape(network, layout)))
@@ -110,10 +113,10 @@ def init(
 
 
 def setup_bytes(codec: Codec) -> int:
-  """The length of the messages that a client needs before it can encode.
+  """Returns the bytes of the messages that a client needs before it can encode.
 
-  They have the encoder's variables and the scale in float32, and for a learned
-  layout the column of each entry. Names and shapes follow from the network and
+  They have the encoder's variables and the scale in float32 and, for a learned
+  layout, the column of each entry. Names and shapes follow from the network and
   the adapter, which both ends know.
   """
   vector, _ = ravel_pytree((codec.scale, codec.encoder))

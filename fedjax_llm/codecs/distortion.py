@@ -1,9 +1,9 @@
-"""How well a codec transmits recorded updates, and whether it transmits at all.
+"""Measures how well a codec transmits updates, and if it transmits anything.
 
-Where the updates of all clients are alike, a decoder that ignores its input has
-a small squared error too. So a codec is compared with controls, which transmit
-nothing, and is measured by how much of the clients' innovations arrives: what
-distinguishes each client from the mean, see `compression.distortion`.
+If the updates of all clients are alike, even a decoder that ignores its input
+has a small squared error. So a codec is compared with controls, which transmit
+nothing. It is also measured by how much of the innovations arrives, which are
+the clients' differences from their mean, see `compression.distortion`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Numbers = Float[Array, "*batch"]
 # Below this innovation cosine a codec counts as transmitting nothing. Random
 # projections to 1/64 of the entries, which learn nothing, have a cosine of 1/8.
 LEAST_INNOVATION = 0.05
-# The error must grow by this factor when clients are confused with each other.
+# The error must grow by this factor when clients get each other's vectors.
 _LEAST_MARGIN = 1.01
 
 
@@ -38,10 +38,10 @@ def snr_db(vectors: Vectors, received: Vectors) -> Numbers:
 
 
 def snr_of_the_paper(vectors: Vectors, received: Vectors) -> Numbers:
-  """CG-FedLLM's ratio (Table 1): n times the usual one, a sum over a mean.
+  """CG-FedLLM's signal-to-noise ratio (Table 1), n times the usual one.
 
-  By this ratio sending zero scores n, which is 8,388,608 for LLaMA-7B. Use it
-  only to compare with the paper.
+  It divides a sum by a mean. By this ratio, sending zero scores n, which is
+  8,388,608 for LLaMA-7B. Use it only to compare with the paper.
   """
   return vectors.shape[-1] / relative_squared_error(vectors, received)
 
@@ -58,8 +58,8 @@ def shuffled_error(
 ) -> Float[Array, ""]:
   """The relative squared error if each client got its neighbour's vector.
 
-  For a codec that transmits innovations it is well above the codec's own error.
-  For one that sends everybody the same vector it is equal.
+  It is well above the codec's own error if the codec transmits innovations. It
+  equals the codec's own error if the same vector arrives for every client.
 
   Args:
     vectors: updates of two or more clients of a round.
@@ -103,12 +103,14 @@ class Quality(NamedTuple):
   """How well vectors arrive.
 
   Attributes:
-    relative_squared_error: squared error of all vectors together, over their
-      squared norm.
-    cosine: mean over vectors of `cosine`.
-    innovation_cosine: mean over rounds, clients of a round weighted equally.
+    relative_squared_error: squared error of all vectors together, divided by
+      their squared norm.
+    cosine: `cosine` of vectors, averaged over the clients of a round and then
+      over rounds.
+    innovation_cosine: innovation cosine, averaged over rounds; the clients of a
+      round have equal weights.
     aggregate_cosine: cosine between the mean that was sent and the mean that
-      arrived, mean over rounds.
+      arrived, averaged over rounds.
     shuffled_error: `shuffled_error` of all vectors together.
   """
 
@@ -162,7 +164,7 @@ class Report(NamedTuple):
     return "\n".join([*lines, self.warning]).rstrip()
 
   def _problems(self) -> list[str]:
-    # Each comparison is written so that NaN is a problem.
+    # Each comparison is written so that NaN counts as a problem.
     codec, problems = self.codec, []
     for name in ("zero", "constant_mean"):
       error = self.controls[name].relative_squared_error
@@ -198,10 +200,10 @@ def report(
   Args:
     compressor: compressor of the codec, without error feedback.
     snapshots: recorded vectors, float32 [count, n].
-    groups: for each round, the numbers of two or more snapshots to measure,
-      preferably of rounds that the codec was not fitted to.
+    groups: for each round, the indices of two or more snapshots to measure;
+      preferably rounds that the codec was not fitted to.
     mean: mean of the snapshots that the codec was fitted to, [n].
-    scale: root mean square of their entries.
+    scale: root mean square of the entries of these snapshots.
   """
   n = snapshots.shape[1]
   controls = {
@@ -218,7 +220,7 @@ def report(
 
 
 def nbytes(compressor: base.Compressor, n: int) -> int:
-  """The length of the message of a vector of `n` entries, in bytes."""
+  """Returns the length in bytes of the message for a vector of `n` entries."""
   vector = jax.ShapeDtypeStruct((n,), jnp.float32)
   send = lambda x: compressor.encode(x, compressor.init(x), jax.random.key(0))
   return wire.nbytes(jax.eval_shape(send, vector)[0])
@@ -246,7 +248,7 @@ def quality(
   Args:
     received_fn: function from vectors [clients, n] to the vectors that arrive.
     snapshots: recorded vectors, float32 [count, n].
-    groups: for each round, the numbers of two or more snapshots.
+    groups: for each round, the indices of two or more snapshots.
   """
   errors, shuffled, energies, rows = [], [], [], []
   for members in groups:

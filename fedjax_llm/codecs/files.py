@@ -1,7 +1,8 @@
-"""Codecs in files: a folder with `codec.json` and `codec.safetensors`.
+"""Saves and loads codecs: folders of `codec.json` and `codec.safetensors`.
 
-The first file has what is static and what the codec was fitted to, the second
-one the arrays. Both kinds of codec are read and written here.
+The first file has the static fields, and facts such as what the codec was
+fitted to. The second file has the arrays. Both kinds of codec, autoencoders and
+transforms, are supported.
 """
 
 import dataclasses
@@ -46,10 +47,10 @@ _MODULES = {
 def save(
   folder: str | os.PathLike, codec: Codec, about: Mapping[str, Any]
 ) -> None:
-  """Writes a codec.
+  """Writes a codec to a folder.
 
   Args:
-    folder: where to write; made if absent.
+    folder: folder to write to; made if absent.
     codec: a codec of either kind.
     about: facts about the codec for the JSON file, such as what it was fitted
       to.
@@ -72,19 +73,19 @@ def save(
 def load(
   folder: str | os.PathLike, trainable: Any
 ) -> tuple[Codec, dict[str, Any]]:
-  """Reads a codec, and prints the warning if its report has one.
+  """Reads a codec, and prints the warning that was saved with it, if any.
 
   Args:
     folder: folder that `save` wrote.
     trainable: tree of the updates to compress, or its shapes.
 
   Returns:
-    The codec, and the facts that `save` wrote, with a `fingerprint`, a hash of
-    the arrays.
+    The codec, and the facts that `save` wrote plus `fingerprint`, a hash of the
+    arrays.
 
   Raises:
-    ValueError: if there is no codec that this release reads, or it was fitted
-      to a tree with other paths or shapes.
+    ValueError: if the folder has no codec that this release can read, or if the
+      codec was fitted to a tree with other paths or shapes.
   """
   folder = pathlib.Path(folder)
   try:
@@ -116,7 +117,7 @@ def load(
 
 
 def _of_transform(transform):
-  """What is static, and a tree of arrays."""
+  """Returns the static fields, and a tree of arrays."""
   static = {
     "kind": "transform",
     "signature": transform.signature,
@@ -140,7 +141,7 @@ def _transform(fields, tensors):
 
 
 def _of_autoencoder(codec):
-  """What is static, and a tree of arrays."""
+  """Returns the static fields, and a tree of arrays."""
   static = {
     "kind": "autoencoder",
     "signature": codec.layout.signature,
@@ -176,7 +177,7 @@ def _autoencoder(fields, tensors):
 
 
 def _described(module):
-  """The name and the settings of a module."""
+  """Returns the name and the settings of a module."""
   settings = {
     field.name: getattr(module, field.name)
     for field in dataclasses.fields(module)

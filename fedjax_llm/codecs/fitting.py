@@ -1,7 +1,7 @@
 """Fits the network of a codec to recorded updates: the second half of TGAP.
 
-The snapshots of a step are drawn from (seed, step), so a resumed fit equals the
-one that was not interrupted.
+The snapshots of a step are drawn from (seed, step), so a resumed fit gives the
+same result as an uninterrupted one.
 """
 
 import dataclasses
@@ -29,17 +29,18 @@ Normalise = Literal["columns", "one", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to fit.
+  """Settings of a fit.
 
   Attributes:
     steps: maximal number of steps.
     batch_size: snapshots per step.
     learning_rate: learning rate of Adam; 2e-4 in the paper.
     normalise: divisor of images: "columns" for the root mean square of each
-      column, "one" for that of all entries, or "none" for 1. The paper does not
-      mention any normalisation, but without it its network does not learn.
-    held_out: share of the rounds, the last ones, that the codec is not fitted
-      to. They decide when to stop, and the report is about them.
+      column, "one" for the root mean square of all entries, or "none" for 1.
+      The paper mentions no normalisation, but its network does not learn
+      without one.
+    held_out: fraction of the rounds, the last ones, that the codec is not
+      fitted to. They decide when to stop, and the report measures them.
     evaluate_every: steps between evaluations.
     patience: number of evaluations without improvement after which to stop.
     seed: seed of the initial variables and of the batches.
@@ -78,12 +79,12 @@ class Checkpoints(Protocol):
     ...
 
   def restore(self, like: Any) -> tuple[int, Any]:
-    """The last step that was saved and its state; 0 and `like` if none was."""
+    """Returns the last saved step and its state, or 0 and `like` if none."""
     ...
 
 
 class _State(NamedTuple):
-  """Variables of both ends, those of least error so far, and the fit's hash."""
+  """State of a fit: variables of both ends, the best ones, and a hash."""
 
   variables: dict[str, Any]
   optimizer: Any
@@ -113,7 +114,7 @@ def fit(
     network: networks to fit.
     settings: how to fit.
     rounds: round of each snapshot, int [count]; None if unknown.
-    checkpoints: where to keep the state and resume from; None for nowhere.
+    checkpoints: store to save the state to and resume from; None to save none.
     progress: called at each evaluation with the step, its loss and the held-out
       relative squared error.
 
@@ -127,7 +128,7 @@ def fit(
   """
   if snapshots.ndim != 2 or snapshots.shape[1] != layout.size:
     raise ValueError(
-      f"fit expected snapshots [count, {layout.size}], as the layout has them,"
+      f"fit expected snapshots [count, {layout.size}], the size of the layout,"
       f" got {snapshots.shape}."
     )
   known = splits.split(snapshots, rounds, held_out=settings.held_out)
@@ -191,7 +192,7 @@ def _loop(state, advance, error_of, settings, checkpoints, progress) -> _State:
 
 
 def _best(state: _State, error: float) -> _State:
-  """The state after an evaluation."""
+  """Returns the state after an evaluation."""
   if error < state.error:
     error, stale = jnp.float32(error), jnp.int32(0)
     return state._replace(best=state.variables, error=error, stale=stale)
@@ -199,7 +200,7 @@ def _best(state: _State, error: float) -> _State:
 
 
 def _scale(known, layout, normalise) -> jax.Array:
-  """What images are divided by."""
+  """Computes the divisor of images."""
   if normalise == "none":
     return jnp.ones(1)
   average = known.energy.mean()
@@ -208,13 +209,13 @@ def _scale(known, layout, normalise) -> jax.Array:
     energy = np.append(known.energy, 0)[layout.positions]
     count = (layout.positions < layout.size).sum(axis=0)
     means = energy.sum(axis=0) / np.maximum(count, 1)
-  # A column that never moved is divided by the average, not by zero.
+  # A column that never moved uses the average over all entries, not zero.
   means = np.where(means > 0, means, average or 1)
   return jnp.asarray(np.sqrt(means), jnp.float32)
 
 
 def _init(network, layout, optimizer, known, settings) -> _State:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   key = jax.random.key(settings.seed)
   variables = autoencoder.init(network, layout, key)
   return _State(
@@ -228,7 +229,8 @@ def _init(network, layout, optimizer, known, settings) -> _State:
 
 
 def _identity(network, layout, known, settings) -> int:
-  """A hash of what a fit depends on; it may be continued for longer."""
+  """Returns a hash of what a fit depends on."""
+  # A fit may be resumed with more steps or more patience.
   same = dataclasses.replace(settings, steps=1, patience=1)
   snapshots = (known.train, known.mean, known.energy)
   parts = (layout.digest, network, same)

@@ -24,10 +24,10 @@ class Moments(NamedTuple):
 
 
 def blocks(trainable: Any) -> Int[np.ndarray, " n"]:
-  """The number of the block of each entry of the raveled tree.
+  """Returns the block number of each entry of the raveled tree.
 
-  A block is a leaf, or one layer of a leaf with three axes, which is a stack of
-  matrices.
+  A block is a leaf; if a leaf has three axes, it is a stack of layers, and each
+  layer is a block.
 
   Args:
     trainable: tree of arrays, or their shapes.
@@ -44,7 +44,7 @@ def blocks(trainable: Any) -> Int[np.ndarray, " n"]:
 def moments(
   vectors: Float[np.ndarray, "clients n"], owners: Int[np.ndarray, " n"]
 ) -> Moments:
-  """The moments that each client sends of its update, [clients, blocks].
+  """Computes the moments that each client sends, [clients, blocks].
 
   Args:
     vectors: updates of the clients.
@@ -73,7 +73,7 @@ def draw(
     owners: block of each entry, from `blocks`.
     count: number of samples.
     seed: seed of the run.
-    round_number: number of the round; each round has draws of its own.
+    round_number: number of the round; each round has its own draws.
 
   Returns:
     float32 samples. Each entry is Gaussian, with the mean and variance of its

@@ -1,7 +1,7 @@
-"""Layouts: how the entries of an update are placed in the image a codec sees.
+"""Layouts: where the entries of an update go in the image that a codec encodes.
 
-A layout is a table of positions, so packing is a gather and unpacking is a
-scatter, and both are exact to the bit.
+A layout is a table of positions. Packing is a gather and unpacking is a
+scatter, so both are exact to the bit.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from fedjax_llm.codecs import pca
 from fedjax_llm.federated import parameters
 
-# The paper's networks have six layers of stride two, and pad what is left by
-# reflection: sides are multiples of the one number and at least the other.
+# The paper's networks have six layers of stride two, and pad by reflection. So
+# sides must be multiples of `_MULTIPLE`, and at least `_LEAST`.
 _MULTIPLE, _LEAST = 64, 128
 _FACTORS = ("a", "b")
 
@@ -33,12 +33,12 @@ class Layout:
   of `jit`.
 
   Attributes:
-    positions: int32 [height, width]; the vector entry at each pixel, or `size`
-      for padding, which is zero.
+    positions: int32 [height, width]; the index of the vector entry at each
+      pixel, or `size` for padding, which is zero.
     size: number of vector entries.
     signature: `parameters.signature` of the tree that vectors are raveled from.
-    is_learned: whether positions come from recorded updates, and are sent to
-      each client once; otherwise they follow from the tree.
+    is_learned: whether positions come from recorded updates and are sent to
+      each client once. If not, they follow from the tree.
   """
 
   positions: np.ndarray
@@ -85,7 +85,7 @@ class Layout:
     )
 
   def _places(self) -> jax.Array:
-    # Without the barrier XLA would fold millions of constants, for seconds.
+    # Without the barrier, XLA folds millions of constants, which takes seconds.
     return jax.lax.optimization_barrier(jnp.asarray(self.positions))
 
 
@@ -105,7 +105,7 @@ def square(
 
   Raises:
     ValueError: if modules are missing or unexpected, or projections are not
-      square, as with grouped queries; `flat` takes any tree.
+      square, as with grouped queries. `flat` takes any tree.
   """
   by_module: dict[str, dict[str, np.ndarray]] = {}
   for path, positions in _numbered(trainable).items():
@@ -121,7 +121,8 @@ def square(
   if set(by_module) != set(modules) or halves:
     raise ValueError(
       f"square expected both factors of {', '.join(modules)}, got those of"
-      f" {', '.join(by_module)}{f', but one of {halves}' if halves else ''}."
+      f" {', '.join(by_module)}"
+      f"{f', but only one of {halves}' if halves else ''}."
       " Take flat, which takes any tree."
     )
   stacked = {
@@ -131,7 +132,7 @@ def square(
   sides = {x.shape[:2] for pair in stacked.values() for x in pair}
   if len(sides) > 1:
     raise ValueError(
-      "square expected projections with as many outputs as inputs in as many"
+      "square expected square projections of the same width and number of"
       f" layers, got (layers, width) {sorted(sides)}. Take flat, which takes"
       " any tree."
     )
@@ -148,7 +149,7 @@ def square(
 def flat(trainable: Any) -> Layout:
   """Places any tree row by row, in the order of its leaves, then padding.
 
-  The image is about square, and its sides are multiples of 64, 128 or more.
+  The image is about square. Its sides are multiples of 64, and at least 128.
 
   Args:
     trainable: tree of arrays, or their shapes.
@@ -163,8 +164,8 @@ def flat(trainable: Any) -> Layout:
 def columns(trainable: Any, *, width: int) -> Layout:
   """Places any tree column by column, in the order of its leaves, then padding.
 
-  A column is a stretch of one factor of one layer, or of a few. Layers, modules
-  and factors then differ between columns, while rows are alike, which is what
+  A column has consecutive entries of one factor of one layer, or of a few. So
+  layers, modules and factors differ between columns, while rows are alike, as
   `row_network.network` expects.
 
   Args:
@@ -180,21 +181,21 @@ def columns(trainable: Any, *, width: int) -> Layout:
 def ranked(
   trainable: Any, energies: Float[np.ndarray, " n"], *, width: int
 ) -> Layout:
-  """Places entries that move about equally much in the same column.
+  """Places entries of similar energy in the same column.
 
-  The first column has the entries of least energy, the last column those of
-  most. In a column entries keep the order of the raveled tree. Each client is
-  sent the column of each entry, once.
+  The first column has the entries with the least energy, the last column those
+  with the most. Within a column, entries keep the order of the raveled tree.
+  Each client is sent the column of each entry, once.
 
   Args:
     trainable: tree of arrays, or their shapes.
-    energies: mean square of each entry over recorded updates, without those
-      that judge the codec.
+    energies: mean square of each entry over recorded updates, without the
+      held-out ones.
     width: width of the image, positive.
 
   Raises:
-    ValueError: if `width` is not positive, or there is not one energy for each
-      entry.
+    ValueError: if `width` is not positive, or the number of energies is not the
+      number of entries.
   """
   if energies.shape != (size := _size(trainable),):
     raise ValueError(
@@ -209,7 +210,7 @@ def ranked(
 
 
 def _numbered(trainable: Any) -> dict[str, np.ndarray]:
-  """By path, the position of each entry in the raveled tree."""
+  """Returns, by path, the index of each entry in the raveled tree."""
   numbers, start = {}, 0
   leaves = jax.tree.leaves(trainable)
   for path, leaf in zip(parameters.paths(trainable), leaves, strict=True):
@@ -230,7 +231,7 @@ def _layout(trainable, positions):
 
 
 def _in_columns(trainable, order, width):
-  """Places entries column by column, in this order."""
+  """Places entries column by column, in the given order."""
   if width < 1:
     raise ValueError(f"expected an image of width >= 1, got {width=}.")
   height = -(-order.size // width)

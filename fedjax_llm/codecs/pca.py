@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from fedjax_llm.compression import base, wire
 
-# By default, accelerators round the factors to fewer bits.
+# By default, accelerators multiply in lower precision.
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -25,7 +25,8 @@ class Basis(NamedTuple):
 
   Attributes:
     mean: mean of the recorded vectors.
-    components: orthonormal directions, the one of largest variance first.
+    components: orthonormal directions, the one of largest variance first. A
+      component without variance is zero.
   """
 
   mean: Float[Array, " n"]
@@ -44,7 +45,7 @@ def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
     components: number of components, in [1, count - 1].
 
   Raises:
-    ValueError: if there are too few snapshots for so many components.
+    ValueError: if `components` is not in [1, count - 1].
   """
   count = len(snapshots)
   if not 1 <= components < count:
@@ -55,7 +56,7 @@ def fit(snapshots: Float[Array, "count n"], components: int) -> Basis:
   mean = snapshots.mean(axis=0)
   centred = snapshots - mean[None]
   values, vectors = jnp.linalg.eigh(_product(centred, centred.T))
-  # eigh sorts in ascending order. Without variance a component stays zero.
+  # eigh sorts in ascending order. A component without variance becomes zero.
   values, vectors = values[::-1][:components], vectors[:, ::-1][:, :components]
   has_variance = values > 1e-7 * values[0]
   scales = jnp.where(has_variance, values, 1) ** -0.5 * has_variance

@@ -1,9 +1,9 @@
 """A store of recorded updates, which a codec is fitted to.
 
-A folder with three files. `snapshots.bin` has the vectors one after the other,
-as little-endian float32. `index.jsonl` has a line for each vector: its round,
-client and weight. `store.json` says what the vectors are. A vector is written
-before its line, and only a vector with a line counts, so a killed process
+A store is a folder with three files. `snapshots.bin` has the vectors one after
+the other, as little-endian float32. `index.jsonl` has a line for each vector:
+its round, client and weight. `store.json` describes the vectors. A vector is
+written before its line, and only vectors with a line count, so a killed process
 leaves no half-written snapshot.
 """
 
@@ -61,15 +61,15 @@ class Store:
   def create(
     cls, folder: str | os.PathLike, trainable: Any, **about: str
   ) -> "Store":
-    """Makes a store of updates of a tree, or opens it to continue.
+    """Makes a store for updates of a tree, or opens an existing one.
 
     Args:
-      folder: where the store is; made if absent.
+      folder: folder of the store; made if absent.
       trainable: tree of arrays, or their shapes.
       **about: further facts about the vectors.
 
     Raises:
-      ValueError: if the folder has a store of something else.
+      ValueError: if the folder has a store with another tree or other facts.
     """
     folder = pathlib.Path(folder)
     expected = {
@@ -83,7 +83,7 @@ class Store:
     store = cls(folder)
     if store.about != expected:
       raise ValueError(
-        f"the updates in {folder} are of {store.about}, expected {expected}."
+        f"the store in {folder} has {store.about}, expected {expected}."
         " Record into another folder."
       )
     return store
@@ -166,7 +166,7 @@ class Store:
     return np.array([x["weight"] for x in self._lines])
 
   def _read(self):
-    """Returns the lines that are whole and whose snapshots are whole."""
+    """Returns the complete lines whose snapshots are complete too."""
     if not self._index.exists():
       return []
     lines = self._index.read_text().splitlines(keepends=True)
@@ -182,7 +182,7 @@ class Store:
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-  """Replaces a file; a killed process leaves the old one or the new."""
+  """Replaces a file; a killed process leaves the old file or the new one."""
   temporary = path.with_suffix(".tmp")
   temporary.write_text(text)
   temporary.replace(path)

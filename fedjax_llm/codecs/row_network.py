@@ -1,8 +1,8 @@
 """Our network: the same linear map codes every row of an image.
 
-Updates are nearly white along any axis that a convolution could slide over.
-What differs is how much entries move: by layer, module and factor, and from
-entry to entry. `layouts.columns`, `square` and `ranked` put entries that move
+Updates are nearly white along any axis that a convolution could slide over. But
+how much an entry moves depends on its layer, module and factor, and on the
+entry itself. `layouts.columns`, `square` and `ranked` put entries that move
 alike in the same column, so a linear map of a row learns which columns are
 worth bits. The latent is quantised during the fit (`networks.Network.bits`), so
 the network learns to make the most of its bits.
@@ -45,7 +45,7 @@ class Rows(nn.Module):
   """A linear map of each row by itself, without bias.
 
   Attributes:
-    features: number of entries of a row that comes out.
+    features: number of entries in an output row.
   """
 
   features: int
@@ -54,7 +54,7 @@ class Rows(nn.Module):
   def __call__(
     self, x: Float[Array, "n h entries"]
   ) -> Float[Array, "n h features"]:
-    """Returns the rows of images, or of latents; zero stays zero."""
+    """Maps the rows of images to latents, or back; zero stays zero."""
     dense = nn.Dense(self.features, use_bias=False, kernel_init=_last_columns)
     return dense(x)
 
@@ -62,8 +62,8 @@ class Rows(nn.Module):
 def _last_columns(key, shape, dtype=jnp.float32):
   """Initial kernel: nearly the map that keeps the last columns.
 
-  In `layouts.ranked` these move most, so training starts from a quantiser of
-  the columns that matter, and mixes columns where that is better.
+  In `layouts.ranked` the last columns move most. So training starts by sending
+  only the columns that matter, and mixes columns where that is better.
   """
   inputs, outputs = shape
   start = jnp.eye(inputs, outputs, outputs - inputs, dtype)

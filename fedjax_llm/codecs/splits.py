@@ -1,7 +1,7 @@
 """Splits recorded updates: some fit a codec, the others evaluate it.
 
-The last rounds evaluate it, because a codec is used in later rounds than those
-it is fitted to.
+The last rounds evaluate it, because a codec is used in rounds after those that
+it was fitted to.
 """
 
 import math
@@ -14,8 +14,8 @@ class Split(NamedTuple):
   """The snapshots to fit to, their moments, and the held-out snapshots.
 
   Attributes:
-    train: numbers of the snapshots to fit to, int [count].
-    held_out: for each held-out round, the numbers of its snapshots, two or
+    train: indices of the snapshots to fit to, int [count].
+    held_out: for each held-out round, the indices of its snapshots, two or
       more.
     mean: mean of the snapshots to fit to, float32 [n].
     energy: mean square of each entry over these snapshots, float64 [n].
@@ -45,7 +45,7 @@ def split(
       memory-mapped.
     rounds: round of each snapshot, int [count]. If None, each snapshot counts
       as a round.
-    held_out: share of the rounds to hold out, in (0, 1).
+    held_out: fraction of the rounds to hold out, in (0, 1).
 
   Returns:
     The split. If a held-out round has fewer than two snapshots, `held_out` has

@@ -1,8 +1,8 @@
-"""One step of fitting a codec to the error of what would arrive.
+"""One training step of a codec, on the error of the vector that would arrive.
 
-The loss is the mean squared error of the vector after its latent is quantised,
-as in a message. The gradient passes the quantiser as if it were the identity,
-so the network learns to make the most of the bits of a latent.
+The loss is the mean squared error of the vector, with its latent quantised as
+in a message. The gradient treats the quantiser as the identity (straight
+through), so the network learns to make the most of the bits of a latent.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,21 @@ def step(
   optimizer: optax.GradientTransformation,
   scale: Float[Array, " columns"],
 ) -> Callable[..., tuple[dict[str, Any], Any, jax.Array]]:
-  """Makes the step; jit it.
+  """Makes the step function; jit it.
 
   Args:
     network: networks of both ends.
     layout: layout of the vectors.
     optimizer: optimizer of the parameters of both ends.
-    scale: what the columns of images are divided by, see `autoencoder.Codec`.
+    scale: divisors of the columns of images, see `autoencoder.Codec`.
 
   Returns:
     `fn(variables, optimizer_state, vectors) -> (variables, optimizer_state,
-    loss)`. `variables` is a dictionary of "encoder" and "decoder", `vectors`
-    are [batch, n], and the loss is divided by the mean square of `scale`.
+    loss)`. `variables` is a dictionary with the keys "encoder" and "decoder".
+    `vectors` is [batch, n]. The loss is divided by the mean square of `scale`.
   """
   encoder, decoder = map(_in_training, (network.encoder, network.decoder))
-  # Weighted as errors count in the vector; padding does not count.
+  # Weights errors as in the vector; padding does not count.
   is_real = (layout.positions < layout.size)[None]
   weights = is_real * (scale**2 / jnp.mean(scale**2)).reshape(1, 1, -1)
 
@@ -69,15 +69,15 @@ def step(
 
 
 def parameters_of(variables: dict[str, Any]) -> dict[str, Any]:
-  """The parameters of both ends, without the moments of batches."""
+  """Returns the parameters of both ends, without batch statistics."""
   return {end: variables[end]["params"] for end in variables}
 
 
 def _as_sent(network: networks.Network, latents: jax.Array) -> jax.Array:
-  """What arrives of latents, with the gradient of the identity.
+  """Returns the latents that arrive, with the gradient of the identity.
 
-  Entries far beyond the last level get no gradient, or they would grow without
-  end.
+  Entries far beyond the last level get no gradient; otherwise they would grow
+  without bound.
   """
   quantiser, bits = autoencoder.latent_quantiser(network), network.bits
   if quantiser is None or bits is None:
@@ -96,5 +96,5 @@ def _as_sent(network: networks.Network, latents: jax.Array) -> jax.Array:
 
 
 def _in_training(module):
-  """The module that normalises batches by their own moments, if it can."""
+  """Returns a module that normalises by batch statistics, if it can."""
   return module.clone(train=True) if hasattr(module, "train") else module

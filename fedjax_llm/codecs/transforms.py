@@ -1,11 +1,11 @@
-"""Transform codes: updates in principal axes, with more bits where they vary.
+"""Transform codes: updates along principal axes, with bits by variance.
 
 The rows and columns of a LoRA factor are correlated, and some move much more
 than others. From recorded updates, `fit` learns the principal axes of each
 factor, and the variance of each coordinate along them. A variance is modelled
-as that of its row times that of its column, for which a few snapshots suffice.
-`transform_code` turns an update to these axes, and `allocation` gives bits to
-its coordinates by their variances.
+as a row's variance times a column's variance, so a few snapshots suffice.
+`transform_code` rotates an update to these axes, and `allocation` gives more
+bits to coordinates with larger variances.
 
   transform = transforms.fit(snapshots, trainable)
   codec = transforms.transform_code(transform, bits=0.5)
@@ -25,7 +25,7 @@ from fedjax_llm.codecs import allocation, pca
 from fedjax_llm.compression import base, wire
 from fedjax_llm.federated import parameters
 
-# Added to every variance, in units of the mean one, so that none is zero.
+# Added to every variance, as a fraction of the mean, so that none is zero.
 _LEAST = 1e-3
 # The longest side that is rotated: a rotation has side**2 numbers.
 _LONGEST = 32
@@ -41,11 +41,11 @@ class Transform:
   """What both ends know; a client gets the arrays once.
 
   Attributes:
-    rotations: for each leaf, a pair of rotations, of the rows and of the
-      columns of its matrices, bfloat16 [matrices, side, side]; None for a side
-      that is not rotated.
-    variances: for each leaf, a pair of variances, of rows and of columns,
-      bfloat16 [matrices, side].
+    rotations: for each leaf, a pair of rotations, one for the rows and one for
+      the columns of its matrices, bfloat16 [matrices, side, side]; None for a
+      side that is not rotated.
+    variances: for each leaf, the variances of its rows and of its columns, a
+      pair of bfloat16 [matrices, side].
     shapes: shape of each leaf, as [matrices, rows, columns]; static.
     signature: `parameters.signature` of the tree that updates are raveled from;
       static.
@@ -64,8 +64,9 @@ def fit(snapshots: Float[np.ndarray, "count n"], trainable: Any) -> Transform:
 
   Args:
     snapshots: recorded updates; may be memory-mapped.
-    trainable: tree that the updates are of, or its shapes. The last two axes of
-      a leaf are those of matrices. Leaves with fewer axes are not rotated.
+    trainable: tree that was updated, or its shapes. The last two axes of a leaf
+      are the rows and columns of matrices. Leaves with fewer axes are not
+      rotated.
 
   Raises:
     ValueError: if snapshots have another length, or all are zero.
@@ -96,7 +97,7 @@ def fit(snapshots: Float[np.ndarray, "count n"], trainable: Any) -> Transform:
 
 
 def profile(transform: Transform) -> Float[np.ndarray, " n"]:
-  """The variance of each coordinate along the principal axes."""
+  """Returns the variance of each coordinate along the principal axes."""
   each = []
   for pair in transform.variances:
     rows, columns = (np.asarray(x, np.float64) for x in pair)
@@ -141,14 +142,14 @@ def transform_code(
   memory: int = 12,
   unbiased: bool = False,
 ) -> base.Compressor:
-  """Turns updates to their principal axes, and gives bits by variance.
+  """Sends updates along their principal axes, with bits by variance.
 
   Args:
     transform: result of `fit`; concrete, because it decides the message length.
     bits: bits per vector entry, headers and scales included.
     memory: memory of the trellises, see `compression.trellis`.
-    unbiased: whether the code is unbiased, as a mean over many clients needs
-      it, see `allocation`; otherwise each message has the least error.
+    unbiased: whether the code is unbiased, which suits a mean over many clients
+      (see `allocation`). Otherwise each message has the least error.
 
   Returns:
     A `Compressor` whose payload is a `Latent`.
@@ -165,13 +166,13 @@ def transform_code(
 
 
 def setup_bytes(transform: Transform) -> int:
-  """Bytes of the message with the transform, which a client gets once."""
+  """Returns the bytes of the transform, which a client receives once."""
   numbers = sum(x.size for x in jax.tree.leaves(transform))
   return wire.nbytes(base.Dense(jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)))
 
 
 def _matrices(shape):
-  """A leaf's shape as [matrices, rows, columns]."""
+  """Returns a leaf's shape as [matrices, rows, columns]."""
   *stack, rows, columns = (1, 1, *shape)
   return math.prod(stack), rows, columns
 
@@ -183,8 +184,8 @@ def _axes(leaf):
 
 
 def _turn(leaf, rows, columns):
-  """Coordinates along the axes, of matrices [..., matrices, rows, columns]."""
-  # By default, accelerators round the factors to fewer bits.
+  """Rotates matrices [..., matrices, rows, columns] to coordinates on axes."""
+  # By default, accelerators multiply in lower precision.
   product = functools.partial(jnp.einsum, precision="highest")
   if rows is not None:
     rows = jnp.asarray(rows, jnp.float32)

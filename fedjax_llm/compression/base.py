@@ -34,14 +34,14 @@ class Compressor(NamedTuple):
   18
 
   Attributes:
-    init: vector -> state. Called once for each sender. Only the vector's shape
-      and type count. A state without leaves means that there is no memory.
+    init: vector -> state. Called once for each sender. Depends only on the
+      vector's shape and type. Without memory, the state has no leaves.
     encode: (vector, state, key) -> (payload, state). Runs at the sender, and
       may be random.
     decode: payload -> vector. Runs at the receiver, which knows the payload and
       nothing else.
-    for_updates: whether the compressor delays what it loses, so that only sums
-      of its vectors arrive. Updates are added up; parameters are not.
+    for_updates: whether the compressor adds what one message loses to a later
+      message. This suits updates, which are added up, but not parameters.
   """
 
   init: Callable[[Vector], State]
@@ -56,7 +56,7 @@ class Transmission(NamedTuple):
   Attributes:
     received: the vector that arrives.
     state: the sender's new state.
-    payload: the message, of `wire.nbytes(payload)` bytes.
+    payload: the message; its length is `wire.nbytes(payload)` bytes.
   """
 
   received: Vector
@@ -66,7 +66,7 @@ class Transmission(NamedTuple):
 
 @wire.message(tag=0)
 class Dense:
-  """A vector, entry by entry. Each entry has the same meaning every time."""
+  """A vector, entry by entry. A position means the same in every message."""
 
   values: Any
 
@@ -101,8 +101,8 @@ def transmit(
   received = compressor.decode(payload)
   if received.shape != vector.shape:
     raise ValueError(
-      f"expected decode to return a vector of {vector.size} entries, as many as"
-      f" encode got, got shape {received.shape} from a"
+      f"expected decode to return a vector of {vector.size} entries, the length"
+      f" of the encoded vector, got shape {received.shape} from a"
       f" {type(payload).__name__}."
     )
   return Transmission(received.astype(vector.dtype), state, payload)
@@ -129,8 +129,9 @@ def stateless(
 ) -> Compressor:
   """A compressor without memory.
 
-  A payload of your own is a class with a tag from 64 to 127. This one sends
-  every other entry, and can stand in a `chain` because it has `values`:
+  A payload of your own is a class with a tag in [64, 127]. This compressor
+  sends every other entry. Others can follow it in a `chain`, because its
+  payload has `values`:
 
   >>> from typing import Any
   >>> import jax.numpy as jnp
@@ -175,24 +176,24 @@ def identity() -> Compressor:
 
 
 def chain(first: Compressor, *rest: Compressor) -> Compressor:
-  """Compresses the values that `first` sends with the compressors after it.
+  """Compresses a vector with `first`, and its payload's values with `rest`.
 
-  A payload that can be compressed further has a field `values`. The payload of
-  the next compressor travels in its place. `chain(top_k(1 / 16),
+  A payload that can be compressed further has a field `values`. The next
+  compressor's payload replaces this field. `chain(top_k(1 / 16),
   stochastic_uniform(4))` sends a support, and codes and scales for the values.
 
   Args:
     first: the compressor of the vector.
-    *rest: the compressors of the values; each takes the values of the one
-      before it.
+    *rest: the compressors that follow; each compresses the `values` of the
+      payload before it.
 
   Returns:
     A `Compressor` whose payloads are nested.
 
   Raises:
-    ValueError: from `init`, if a payload has no `values`; or if a compressor in
-      `rest` has a memory, but its values change their positions from message to
-      message.
+    ValueError: from `init`, if a payload has no `values`, or if a compressor in
+      `rest` has a memory but the positions of its values change between
+      messages.
   """
   if not rest:
     return first
@@ -204,7 +205,7 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
     payload, _ = jax.eval_shape(first.encode, vector, state, key)
     _require_values(payload)
     then_state = then.init(payload.values)
-    # Only the entries of a `Dense` keep their meaning.
+    # Positions keep their meaning only in a `Dense`.
     if jax.tree.leaves(then_state) and type(payload) is not Dense:
       raise ValueError(
         "chain expected compressors without memory after a"
@@ -230,7 +231,7 @@ def chain(first: Compressor, *rest: Compressor) -> Compressor:
 
 
 def _require_values(payload: Payload) -> None:
-  wire.nbytes(payload)  # Raises, if it cannot be sent.
+  wire.nbytes(payload)  # Raises if the payload cannot be sent.
   name = type(payload).__name__
   if not hasattr(payload, "values"):
     raise ValueError(
@@ -246,15 +247,15 @@ def _require_values(payload: Payload) -> None:
 
 
 def error_feedback(compressor: Compressor) -> Compressor:
-  """Adds to every vector what `compressor` lost of the vectors before it.
+  """Adds to each vector what `compressor` lost from earlier vectors.
 
   Seide et al. (2014), https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html.
-  What has arrived plus the residual is the sum of all vectors that were sent.
-  So it is for updates, not for downloads of parameters.
+  The residual is the sum of all sent vectors minus all that has arrived. Use it
+  for updates, not for downloads of parameters.
 
   Args:
-    compressor: the compressor of the sum. A contraction, such as `top_k`, is
-      better than an unbiased one.
+    compressor: the compressor of vector plus residual. A contraction, such as
+      `top_k`, is better than an unbiased one.
 
   Returns:
     A `Compressor` with state (residual, state of `compressor`).
@@ -276,11 +277,11 @@ def error_feedback(compressor: Compressor) -> Compressor:
 def relative_to(
   reference: Float[Array, " n"], compressor: Compressor
 ) -> Compressor:
-  """Sends how a vector differs from one that both ends know.
+  """Sends the difference between a vector and one that both ends know.
 
-  The reference may be the start, which the experiment's seed draws at both
-  ends. Entries that never move then cost nothing, and Top-K keeps the entries
-  that moved most.
+  The reference may be the initial parameters, which both ends draw from the
+  experiment's seed. Top-K then keeps the entries that moved most, and spends
+  nothing on entries that never moved.
 
   Args:
     reference: the vector that both ends know.

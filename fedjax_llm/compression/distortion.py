@@ -1,13 +1,13 @@
-"""How much of many senders' vectors arrives: two cosines, computed from sums.
+"""Two cosines that measure how much of many senders' vectors arrives.
 
-A compressor can have a small squared error and transmit nothing: a decoder that
-ignores its message can return the mean of all senders. Two cosines show it. The
-update cosine compares the mean that was sent with the mean that arrived, which
-the server steps on. The innovation cosine compares what distinguishes the
-senders from their mean; that decoder loses it.
+A compressor can have a small squared error and transmit nothing: its decoder
+can ignore the message and return the mean of all senders. The update cosine
+compares the mean that was sent with the mean that arrived, which the server
+applies. The innovation cosine compares the senders' differences from their
+mean; it is 0 for that decoder.
 
 Each sender adds one `Sums`, so memory does not grow with the number of senders.
-Only a simulation can compute these: it sees both ends.
+Only a simulation can compute the cosines, because it sees both ends.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _ROUNDING = 1e-5
 
 
 class Sums(NamedTuple):
-  """Weighted sums over senders i of vectors u_i and of what arrives, r_i.
+  """Weighted sums over senders i of sent vectors u_i and received ones, r_i.
 
   Attributes:
     weight: sum of the weights w_i.
@@ -60,19 +60,20 @@ def cosines(total: Sums) -> dict[str, Float[Array, ""]]:
                        / sqrt(sum p_i |u_i - U|^2  sum p_i |r_i - R|^2)
 
   The innovation cosine is one cosine of all innovations together, not the mean
-  of one cosine for each sender. In such a mean, a sender that hardly differs
-  from the others, whose direction is mostly noise, weighs as much as one that
-  differs a lot. It also needs every vector at once. This cosine weights each
-  sender by its energy, as the squared error does: 1 - cosine^2 is the relative
-  squared error of the innovations after the best common scaling of r_i - R.
+  of one cosine for each sender. In that mean, a sender that hardly differs from
+  the others would weigh as much as one that differs a lot, although its
+  direction is mostly noise. That mean also needs all vectors at once. This
+  cosine weights each sender by its energy, as the squared error does:
+  1 - cosine^2 is the relative squared error of the innovations after the best
+  common scaling of r_i - R.
 
   Args:
     total: the sum of the shares of all senders.
 
   Returns:
-    The two cosines. A cosine is 0 if there is nothing to compare: for the
-    innovation cosine, if there is one sender, or if the vectors of all senders
-    are the same, or arrive the same, up to rounding.
+    The two cosines. A cosine is 0 if there is nothing to compare. The
+    innovation cosine is 0 if there is only one sender, or if the sent vectors,
+    or the received ones, are all equal up to rounding.
   """
   weight = jnp.where(total.weight > 0, total.weight, 1)
   of_mean = _energies(total.sent, total.arrived, weight)

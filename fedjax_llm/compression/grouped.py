@@ -1,9 +1,10 @@
 """Top-K by group: sparse messages in which each part has its own budget.
 
-A Top-K of a whole vector spends most of its budget on the parts of the largest
-scale. Here every part, such as one matrix or one LoRA factor, keeps a number of
-entries of its own. `top_k_groups` instead sends groups of entries whole, such
-as the ranks of an adapter: naming groups takes far less than naming entries.
+A Top-K of a whole vector spends most of its budget on the parts with the
+largest entries. Here each part, such as one matrix or one LoRA factor, has its
+own number of entries to keep. `top_k_groups` instead sends whole groups of
+entries, such as the ranks of an adapter. The support then names groups, which
+takes far fewer bytes than naming entries.
 """
 
 import itertools
@@ -20,9 +21,10 @@ from fedjax_llm.compression import base, quantize, sparse, supports, wire
 
 @wire.message(tag=12)
 class Grouped:
-  """The entries of `chosen` of `groups`, and all entries of no group.
+  """The entries of `chosen` out of `groups`, and all entries without a group.
 
-  `support` packs which groups are chosen; `size` is that of the whole vector.
+  `support` holds the numbers of the chosen groups. `size` is the vector's
+  length.
   """
 
   values: Any
@@ -44,31 +46,31 @@ class Grouped:
 def top_k_per_group(
   owners: Int[np.ndarray, " n"], density: float
 ) -> base.Compressor:
-  """Keeps in every group the entries that are largest in magnitude.
+  """Keeps the entries of each group that are largest in magnitude.
 
-  It suits vectors whose parts differ in scale. LoRA's `b` starts at zero, so
-  that one Top-K of `a` and `b` would keep almost nothing of it for long.
+  Use it for vectors whose parts differ in scale. LoRA's `b` starts at zero, so
+  a single Top-K of `a` and `b` would at first keep almost none of its entries.
 
   Args:
     owners: the group of each entry.
-    density: fraction of the entries of each group to keep, in (0, 1]; at least
-      one.
+    density: fraction of each group's entries to keep, in (0, 1]; at least one
+      entry is kept.
 
   Returns:
     A `Compressor` whose payload is a `Sparse`.
 
   Raises:
-    ValueError: if `density` is not in (0, 1]; from `encode`, if the vector is
-      not as long as `owners`.
+    ValueError: if `density` is not in (0, 1]; from `encode`, if the vector and
+      `owners` differ in length.
   """
-  # Sorted by group, the entries of each are a segment.
+  # Sorted by group, so that each group is a segment.
   order = np.argsort(owners, kind="stable")
   places = np.argsort(order)
   sizes = np.unique(owners, return_counts=True)[1].tolist()
   counts = counts_of_each(sizes, [density] * len(sizes))
 
   def mask_of(vector):
-    hint = "It has as many owners."
+    hint = "That is the length of `owners`."
     base.require_size("top_k_per_group", vector, order.size, hint)
     return largest_of_each(jnp.asarray(vector)[order], sizes, counts)[places]
 
@@ -78,30 +80,30 @@ def top_k_per_group(
 def top_k_per_segment(
   sizes: Sequence[int], densities: Sequence[float]
 ) -> base.Compressor:
-  """Keeps in every segment the entries that are largest in magnitude.
+  """Keeps the entries of each segment that are largest in magnitude.
 
   Args:
-    sizes: the lengths of the segments, which follow one another. A segment of
-      length zero is left out.
-    densities: fraction of the entries of each segment to keep, in (0, 1]; at
-      least one.
+    sizes: the lengths of the segments, in order. Segments of length zero are
+      skipped.
+    densities: for each segment, the fraction of its entries to keep, in (0, 1];
+      at least one entry is kept.
 
   Returns:
     A `Compressor` whose payload is a `Sparse`.
 
   Raises:
-    ValueError: if there is not one density in (0, 1] for each segment; from
-      `encode`, if the vector is not as long as its segments.
+    ValueError: unless there is one density in (0, 1] for each segment; from
+      `encode`, if the vector's length is not the sum of `sizes`.
   """
   counts = counts_of_each(sizes, densities)
   return _sending(lambda x: largest_of_each(x, sizes, counts), sum(counts))
 
 
 def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
-  """Sends the entries in `mask`, and which they are.
+  """Sends the entries in `mask`, and their positions.
 
   Args:
-    mask: the entries to send, known to the sender alone.
+    mask: the entries to send; only the sender knows it.
     count: the number of entries in `mask`, at least one.
 
   Returns:
@@ -111,7 +113,7 @@ def send_mask(mask: Bool[Array, " n"], count: int) -> base.Compressor:
 
 
 def _sending(mask_of, count):
-  """Sends the `count` entries in the mask of a vector."""
+  """Sends the `count` entries of a vector that are in `mask_of(vector)`."""
   return base.stateless(
     encode=lambda vector, key: sparse.gather(vector, mask_of(vector), count),
     decode=sparse.scatter,
@@ -121,17 +123,17 @@ def _sending(mask_of, count):
 def top_k_groups(
   owners: Int[np.ndarray, " n"], sizes: Sequence[int], counts: Sequence[int]
 ) -> base.Compressor:
-  """Sends whole groups, those that are largest in norm.
+  """Sends the groups with the largest norms, each group as a whole.
 
-  Groups compete within rows, such as the ranks of one matrix. Entries of no
-  group are always sent.
+  A group competes only with the groups of its row, such as the ranks of one
+  matrix. Entries without a group are always sent.
 
   Args:
-    owners: the group of each entry, counted from 0, or -1 for none; both ends
-      know them.
+    owners: the group of each entry, counted from 0, or -1 for none; known to
+      both ends.
     sizes: the number of groups in each row. All groups of a row have the same
       number of entries, because the size of a message must not depend on data.
-    counts: the number of groups to send of each row, at least one.
+    counts: the number of groups to send from each row, at least one.
 
   Returns:
     A `Compressor` whose payload is a `Grouped`.
@@ -146,8 +148,9 @@ def top_k_groups(
   is_whole = len(entries) == groups and len(sizes) == len(counts)
   if not is_whole or any(np.ptp(row) for row in rows):
     raise ValueError(
-      "top_k_groups expected the groups of a row to have one number of entries"
-      f" each, got {[row.tolist() for row in rows]} for {len(counts)} counts."
+      "top_k_groups expected one count for each row, and groups of equal size"
+      f" in each row, got sizes {[row.tolist() for row in rows]} and"
+      f" {len(counts)} counts."
     )
   if not all(1 <= x <= size for x, size in zip(counts, sizes, strict=True)):
     raise ValueError(
@@ -158,7 +161,7 @@ def top_k_groups(
   count = int(sum(sent) + np.count_nonzero(owners < 0))
 
   def encode(vector, key):
-    # Leaves out entries of no group.
+    # Leaves out entries without a group.
     squares = jax.ops.segment_sum(vector**2, owners, groups)
     kept = largest_of_each(squares, sizes, counts)
     (indices,) = jnp.nonzero(kept, size=chosen)
@@ -177,7 +180,7 @@ def top_k_groups(
 def support(
   payload: Grouped, owners: Int[np.ndarray, " n"]
 ) -> Bool[Array, " n"]:
-  """Which entries of the vector a payload of `top_k_groups` holds."""
+  """Returns a mask of the entries that a payload of `top_k_groups` holds."""
   chosen = supports.unpack(payload.support, payload.groups, payload.chosen)
   kept = jnp.zeros(payload.groups, bool).at[chosen].set(True, mode="drop")
   return _members(kept, owners)
@@ -186,10 +189,10 @@ def support(
 def counts_of_each(
   sizes: Sequence[int], densities: Sequence[float]
 ) -> tuple[int, ...]:
-  """The number of entries to keep of each segment.
+  """Returns the number of entries to keep from each segment.
 
   Raises:
-    ValueError: if there is not one density in (0, 1] for each segment.
+    ValueError: unless there is one density in (0, 1] for each segment.
   """
   if len(sizes) != len(densities) or not all(0 < x <= 1 for x in densities):
     raise ValueError(
@@ -205,17 +208,17 @@ def counts_of_each(
 def largest_of_each(
   scores: Float[Array, " n"], sizes: Sequence[int], counts: Sequence[int]
 ) -> Bool[Array, " n"]:
-  """Which entries of each segment have the largest magnitudes.
+  """Returns a mask of the entries largest in magnitude in each segment.
 
   Args:
     scores: the scores of all segments, one after the other.
     sizes: the lengths of the segments.
-    counts: the number of entries to choose of each segment.
+    counts: the number of entries to choose from each segment.
 
   Raises:
-    ValueError: if there are more or fewer scores than the segments have.
+    ValueError: if the number of scores is not the sum of `sizes`.
   """
-  hint = "Its segments have as many in all."
+  hint = "That is the sum of the segments' lengths."
   base.require_size("Top-K by segment", scores, sum(sizes), hint)
   number = jnp.asarray(counts, jnp.int32)
   masks = [
@@ -228,11 +231,11 @@ def largest_of_each(
 def rescale_each(
   kept: Float[Array, " n"], whole: Float[Array, " n"], sizes: Sequence[int]
 ) -> Float[Array, " n"]:
-  """Scales each segment of `kept` to its sum of magnitudes in `whole`.
+  """Scales each segment of `kept` to the L1 norm of the same one in `whole`.
 
   Args:
     kept: the vector to scale. A segment of zeros stays as it is.
-    whole: the vector with the sums of magnitudes.
+    whole: the vector whose segments have the wanted L1 norms.
     sizes: the lengths of the segments.
   """
 
@@ -247,9 +250,10 @@ def rescale_each(
 
 
 def _runs(sizes, *vectors):
-  """Yields runs of equal segments, such as stacked layers, as rows of a grid.
+  """Yields each run of segments of equal length, such as stacked layers.
 
-  Yields which segments they are, and the grid of each vector's entries.
+  Yields the slice of the run's segments, and for each vector a grid with one
+  row for each of these segments.
   """
   row = start = 0
   for size, run in itertools.groupby(sizes):
@@ -262,7 +266,7 @@ def _runs(sizes, *vectors):
 
 
 def _members(kept, owners):
-  # Entries of no group are a last group, which is kept.
+  # Entries without a group form an extra last group, which is kept.
   owners = np.where(owners < 0, kept.size, owners)
-  # Checked when the compressor was made.
+  # The bounds were checked when the compressor was made.
   return jnp.append(kept, True).at[owners].get(mode="promise_in_bounds")

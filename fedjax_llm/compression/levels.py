@@ -12,7 +12,10 @@ from fedjax_llm.compression import base, packing, quantize, wire
 
 @wire.message(tag=13)
 class Levels:
-  """Codes of `levels` levels in [-scale, scale], a scale for each `block`."""
+  """Codes for `levels` levels in [-scale, scale], and a scale for each block.
+
+  A block has `block` entries.
+  """
 
   codes: Any
   scales: Any
@@ -36,7 +39,7 @@ class Levels:
 
 
 def stochastic_uniform(bits: int, *, block: int = 256) -> base.Compressor:
-  """Rounds entries at random, so that the expectation is exact.
+  """Rounds entries at random to evenly spaced levels, without bias.
 
   The 2**bits levels are evenly spaced from -scale to scale, where scale is the
   largest magnitude of a block. An entry is rounded to one of its two
@@ -64,11 +67,11 @@ def qsgd(levels: int, *, block: int = 512) -> base.Compressor:
   """QSGD: rounds entries at random to multiples of norm / levels.
 
   Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization
-  and Encoding", 2017 (arXiv 1610.02132), section 3.1. An entry is rounded to
-  one of its two neighbours, so that the expectation is exact. The variance is
-  at most min(block / levels**2, sqrt(block) / levels) times the squared norm.
-  The paper uses Elias codes, whose length depends on the data. Codes here have
-  one length, which is shorter where most codes are not zero.
+  and Encoding", 2017 (arXiv 1610.02132), section 3.1. An entry is rounded
+  without bias to one of its two neighbouring multiples. The variance is at most
+  min(block / levels**2, sqrt(block) / levels) times the squared norm. The paper
+  uses Elias codes, whose length depends on the data. Here the length is fixed;
+  it is shorter than theirs if most codes are not zero.
 
   Args:
     levels: the paper's s, in [1, 127]. Messages have 2 s + 1 levels.
@@ -94,8 +97,8 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
   Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in
   Distributed Deep Learning", 2017 (arXiv 1705.07878). The scale is the largest
   magnitude of a block. Entries are first clipped, because one large entry would
-  make nearly all others zero. The expectation is the clipped vector. Five
-  entries travel in a byte.
+  make nearly all others zero. The expectation is the clipped vector. A byte
+  holds five entries.
 
   Args:
     clip: the largest magnitude, in units of a block's root mean square;
@@ -118,8 +121,8 @@ def tern_grad(*, clip: float = 2.5, block: int = 4096) -> base.Compressor:
     if math.isinf(clip):
       return blocks
     bounds = clip * _norm(blocks) / jnp.sqrt(counts)
-    # Rounded to 16 bits, so that the order of the sum does not show: vmap
-    # changes it.
+    # vmap changes the order of the sum. Rounding to 16 bits hides the
+    # difference.
     bounds = jax.lax.reduce_precision(bounds, 8, 16)
     return jnp.clip(blocks, -bounds[:, None], bounds[:, None])
 
@@ -134,10 +137,11 @@ def sign(
   A zero counts as positive.
 
   Args:
-    block: the number of entries that share a float32 magnitude; None for all.
-    unbiased: whether the magnitude is the squared norm over the sum of
-      magnitudes, which makes DRIVE unbiased after a rotation. Otherwise it is
-      the mean magnitude, which minimises the squared error.
+    block: the number of entries that share a float32 magnitude; None for all
+      entries.
+    unbiased: whether the magnitude is the squared norm divided by the sum of
+      magnitudes, which removes the bias after a rotation, as in DRIVE.
+      Otherwise it is the mean magnitude, which minimises the squared error.
 
   Returns:
     A `Compressor` whose payload is a `Levels`.
@@ -173,7 +177,7 @@ def _at_random(levels, block, scale_of, prepare=lambda blocks, counts: blocks):
     blocks = prepare(blocks, _counts(vector.size, block))
     scales = scale_of(blocks)
     shares = blocks / quantize.divisor(scales)[:, None]
-    # Clipped: some devices divide inexactly, and a code would wrap around.
+    # Clipped, because some devices divide inexactly: a code could wrap around.
     places = (jnp.clip(shares, -1, 1) + 1) * (steps / 2)
     below = jnp.floor(places)
     chance = jax.random.uniform(key, blocks.shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Low-rank messages: a vector, laid out as a matrix, in two thin factors."""
+"""Low-rank messages: a vector as a matrix, sent as two thin factors."""
 
 import functools
 import math
@@ -10,13 +10,13 @@ import numpy as np
 
 from fedjax_llm.compression import base, quantize, wire
 
-# By default, accelerators round the factors to fewer bits.
+# By default, accelerators multiply in lower precision.
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
 @wire.message(tag=16)
 class LowRank:
-  """Two factors, [rows, rank] and [columns, rank], of a vector of `size`."""
+  """Two factors, [rows, rank] and [columns, rank], for `size` entries."""
 
   left: Any
   right: Any
@@ -45,16 +45,16 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
 
   Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression
   for Distributed Optimization", 2019 (arXiv 1905.13727), algorithm 1. It sends
-  P = M Q, made orthonormal, and Q = M^T P. The next message starts from this Q.
-  In the paper, workers average P before they make Q, which takes two messages a
-  step. Here every client sends its own factors, and the server averages the
-  decoded vectors. A matrix of rank `rank` or less arrives exactly. The paper
-  uses PowerSGD under `base.error_feedback`.
+  P, which is M Q with orthonormal columns, and Q = M^T P. The next message
+  starts from this Q. In the paper, workers average P before they compute Q,
+  which takes two messages per step. Here every client sends its own factors,
+  and the server averages the decoded vectors. A matrix of rank `rank` or less
+  arrives exactly. The paper uses PowerSGD with `base.error_feedback`.
 
   Args:
     rank: the rank that is sent, positive.
     columns: the number of columns of the matrix M. The vector fills it row by
-      row, with zeros at the end. None for about as many columns as rows. The
+      row, with zeros at the end. None for a matrix that is about square. The
       paper uses each layer's own matrix.
 
   Returns:
@@ -71,21 +71,21 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
   width = lambda size: columns or math.isqrt(size)
 
   def init(vector):
-    # The same for all senders, as in the paper.
+    # All senders start from the same Q, as in the paper.
     shape = width(vector.size), rank
     return jax.random.normal(jax.random.key(0), shape, jnp.float32)
 
   def encode(vector, state, key):
     del key  # Deterministic.
     rows = quantize.in_rows(vector.astype(jnp.float32), width(vector.size))
-    # In units of the largest entry: squares of small ones would be zero.
+    # In units of the largest entry: squares of small ones would underflow.
     largest = jnp.max(jnp.abs(rows))
     rows = rows / quantize.divisor(largest)
     left = _orthonormal(_product(rows, state))
     right = _product(rows.T, left)
     factors = left.ravel(), (right * largest).ravel()
     payload = LowRank(*factors, rank, rows.shape[1], vector.size)
-    # A column of zeros would stay zero for ever.
+    # A column of zeros would stay zero, so the old column replaces it.
     is_alive = jnp.any(right != 0, axis=0)
     return payload, jnp.where(is_alive[None], right, state)
 
@@ -98,7 +98,7 @@ def power_sgd(rank: int, *, columns: int | None = None) -> base.Compressor:
 
 
 def _orthonormal(matrix: jax.Array) -> jax.Array:
-  """The columns by Gram and Schmidt, in two passes against rounding."""
+  """Makes columns orthonormal: Gram-Schmidt, twice to limit rounding error."""
   # Not `jnp.linalg.qr`: under vmap it can hang jaxlib 0.10 on a CPU.
   columns: list[jax.Array] = []
   for column in matrix.T:
@@ -107,7 +107,7 @@ def _orthonormal(matrix: jax.Array) -> jax.Array:
       for other in columns:
         column = column - _product(other, column) * other
     norm = jnp.linalg.norm(column)
-    # A shorter column is rounding error, and has no direction of its own.
+    # A shorter column is only rounding error, so it becomes zero.
     is_new = norm > 1e-5 * before
     column = column / jnp.where(is_new, norm, 1)
     columns.append(jnp.where(is_new, column, 0))

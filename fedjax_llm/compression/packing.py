@@ -1,4 +1,4 @@
-"""Packing: codes of a few bits in bytes, without gaps."""
+"""Packs codes of a few bits into bytes, without gaps."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8, UInt32
@@ -16,7 +16,7 @@ def pack_bits(
 def unpack_bits(
   packed: UInt8[Array, " nbytes"], count: int, bits: int
 ) -> UInt32[Array, " count"]:
-  """The `count` codes of `bits` bits each that `pack_bits` packed."""
+  """Returns the `count` codes of `bits` bits that `pack_bits` packed."""
   stream = jnp.unpackbits(packed, count=count * bits, bitorder="little")
   shifts = jnp.arange(bits, dtype=jnp.uint32)
   codes = stream.reshape(count, bits).astype(jnp.uint32) << shifts[None]
@@ -28,8 +28,8 @@ def pack_digits(
 ) -> UInt8[Array, " nbytes"]:
   """Packs codes below `base` in the shorter of two ways.
 
-  Either a byte holds as many codes as fit, the first one lowest: five codes
-  below three, for instance. Or `pack_bits` packs the bits of each code.
+  Either the codes are digits in base `base`, lowest first, and each byte holds
+  as many as fit: five in base 3, for example. Or `pack_bits` packs each code.
   """
   count = _digits_in_a_byte(base)
   if not count:
@@ -43,7 +43,7 @@ def pack_digits(
 def unpack_digits(
   packed: UInt8[Array, " nbytes"], count: int, base: int
 ) -> UInt32[Array, " count"]:
-  """The `count` codes below `base` that `pack_digits` packed."""
+  """Returns the `count` codes below `base` that `pack_digits` packed."""
   in_a_byte = _digits_in_a_byte(base)
   if not in_a_byte:
     return unpack_bits(packed, count, _bits_of(base))
@@ -53,7 +53,7 @@ def unpack_digits(
 
 
 def digits_nbytes(count: int, base: int) -> int:
-  """The number of bytes in which `pack_digits` packs `count` codes."""
+  """Returns the length in bytes of `count` codes packed by `pack_digits`."""
   in_a_byte = _digits_in_a_byte(base)
   return (
     -(-count // in_a_byte) if in_a_byte else -(-count * _bits_of(base) // 8)
@@ -65,7 +65,7 @@ def _bits_of(base: int) -> int:
 
 
 def _digits_in_a_byte(base: int) -> int:
-  """The number of codes below `base` in a byte; 0 where bits do as well."""
+  """The number of digits that fit in a byte; 0 if `pack_bits` does as well."""
   count = 0
   while base ** (count + 1) <= 256:
     count += 1

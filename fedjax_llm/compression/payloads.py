@@ -1,7 +1,7 @@
-"""Payloads: the classes whose objects can be sent.
+"""Payloads: classes whose instances can be sent.
 
 A payload is a frozen dataclass that is also a pytree, so that `jit` and `vmap`
-accept it. A tag, a number below 128, stands for its class in a message.
+accept it. In a message, a tag below 128 stands for its class.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ import jax
 _TAGS = range(128)
 USER_TAGS = range(64, 128)
 _LIBRARY = __name__.partition(".")[0]
-# Types that neither hold an array nor travel as a number.
+# Field types that are refused: neither an array nor a whole number.
 _UNSENDABLE = (bool, bytes, complex, dict, float, list, set, str, tuple)
 
 
 class Format(NamedTuple):
-  """How a class travels: its tag, and of each field whether it is static."""
+  """How a class is sent: its tag, and for each field whether it is static."""
 
   tag: int
   fields: dict[str, bool]
 
 
-# By tag, and by class.
+# The class of each tag, and the format of each class.
 CLASSES: dict[int, type] = {}
 FORMATS: dict[type, Format] = {}
 
@@ -37,13 +37,13 @@ def message(*, tag: int) -> Callable[[type], type]:
   A field of type `int` is static: it is part of the payload's shape. Every
   other field is an array of one dimension or another payload; declare it `Any`.
   A payload has a `size`, as a field or a property: the number of entries of the
-  vector that it decodes to. It may have a method `check`, which raises a
-  `ValueError` if the fields that `loads` read do not fit each other.
+  vector that it decodes to. It may have a method `check`, which `loads` calls
+  and which raises a `ValueError` if the fields do not fit each other.
 
   Args:
-    tag: the number that stands for the class in a message. Yours are 64 to 127;
-      the library never uses these. Do not give a tag to another class while
-      old messages exist.
+    tag: the number that stands for the class in a message. Your classes use 64
+      to 127; the library never uses these. Do not reuse a tag for another class
+      while old messages exist.
 
   Returns:
     The class decorator.
@@ -83,7 +83,7 @@ def _require_tag(cls: type, tag: int) -> None:
       f" {cls.__name__}, got {tag=}. Tags below {USER_TAGS.start} are the"
       " library's."
     )
-  # A notebook's cell may run again, which makes the same class anew.
+  # Running a notebook cell again defines the same class again.
   taken = CLASSES.get(tag, cls)
   if name(taken) != name(cls):
     raise ValueError(
@@ -93,7 +93,7 @@ def _require_tag(cls: type, tag: int) -> None:
 
 
 def _fields_of(cls: Any) -> dict[str, bool]:
-  """The names of the fields, and whether each is static."""
+  """Returns for each field, by name, whether it is static."""
   names = [field.name for field in dataclasses.fields(cls)]
   if not names:
     raise ValueError(

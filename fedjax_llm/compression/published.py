@@ -1,4 +1,4 @@
-"""Published compressors that are compositions of the other modules'."""
+"""Published compressors, composed of the other modules' compressors."""
 
 import jax.numpy as jnp
 
@@ -12,14 +12,14 @@ from fedjax_llm.compression import (
 
 
 def stc(density: float) -> base.Compressor:
-  """Sparse ternary compression (STC): the signs of a Top-K, and their mean.
+  """Sparse ternary compression (STC): signs of a Top-K, and a mean magnitude.
 
   Sattler, Wiedemann, Müller, Samek, "Robust and Communication-Efficient
   Federated Learning from Non-IID Data", 2019 (arXiv 1903.02891), algorithm 1.
-  Each kept entry arrives as plus or minus the mean magnitude of all of them.
-  The paper uses error feedback at both ends (`base.error_feedback`), and Golomb
-  codes for positions where this library has supports. If too few entries are
-  nonzero, some zeros are kept, and arrive as plus the mean.
+  Each kept entry arrives as plus or minus the mean magnitude of the kept ones.
+  The paper uses error feedback at both ends (`base.error_feedback`). It codes
+  positions with Golomb codes; this library uses `supports`. If too few entries
+  are nonzero, some zeros are kept, and arrive as plus the mean.
 
   Args:
     density: fraction of the entries to keep, in (0, 1]; the paper's p.
@@ -31,7 +31,7 @@ def stc(density: float) -> base.Compressor:
 
 
 def ef_sign_sgd() -> base.Compressor:
-  """EF-signSGD: the scaled sign under error feedback. For updates.
+  """EF-signSGD: the scaled sign with error feedback, for updates.
 
   Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD and other
   Gradient Compression Schemes", 2019 (arXiv 1901.09847), algorithm 1.
@@ -43,14 +43,14 @@ def drive(*, unbiased: bool = False, block: int = 1024) -> base.Compressor:
   """DRIVE: the signs after a random rotation, one bit for each entry.
 
   Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", 2021 (arXiv
-  2105.08339). The squared error is 1 - 2 / pi of the vector's squared norm, or
-  pi / 2 - 1 of it if unbiased.
+  2105.08339). The squared error is 1 - 2 / pi times the vector's squared norm,
+  or pi / 2 - 1 times if unbiased.
 
   Args:
-    unbiased: whether the expectation is nearly the vector, for means over many
-      clients. Otherwise the error is least.
-    block: the length of a rotated block, which has a scale of its own; the
-      paper's d.
+    unbiased: whether the expectation of what arrives is nearly the vector,
+      which suits means over many clients. Otherwise the error is minimal.
+    block: the length of a rotated block, which has its own scale; the paper's
+      d.
 
   Raises:
     ValueError: if `block` is not a power of two.
@@ -66,19 +66,20 @@ def eden(
 
   Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean
   Estimation for Federated Learning", 2022 (arXiv 2108.08842). Entries are
-  rounded to the nearest of the levels that suit a Gaussian best, and a scale
-  removes the bias. A little bias remains, because the rotation is Hadamard's
-  and the scale is a bfloat16. Below one bit, a random fraction `bits` of the
-  rotated entries is sent in one bit each; here they are the same in all blocks.
-  Between whole numbers the paper mixes two quantizers; here that is refused.
+  rounded to the nearest of the optimal levels for a Gaussian, and a scale
+  removes the bias. A little bias remains, because the rotation uses Hadamard's
+  matrix and the scale is a bfloat16. Below one bit, a random fraction `bits` of
+  the rotated entries is sent in one bit each; here, all blocks send the same
+  positions. For other fractional `bits` the paper mixes two quantizers; this
+  function raises an error.
 
   Args:
     bits: the number of bits for each entry, in (0, 1] or a whole number up to
       6.
-    unbiased: whether the expectation is nearly the vector. Otherwise the error
-      is least.
-    block: the length of a rotated block, which has a scale of its own; the
-      paper's d.
+    unbiased: whether the expectation of what arrives is nearly the vector.
+      Otherwise the error is minimal.
+    block: the length of a rotated block, which has its own scale; the paper's
+      d.
 
   Raises:
     ValueError: if `bits` is out of range, or `block` is not a power of two.
@@ -106,17 +107,18 @@ def deep_gradient_compression(
   Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", 2018 (arXiv
   1712.01887), section 3. The sender keeps momentum (momentum correction), and
   forgets it for the entries that it sends (momentum factor masking). The
-  paper's Top-K uses a sampled threshold; here it is exact. For its gradient
-  clipping use the client's optimizer, for its warm-up `schedules.staged`. It is
-  for updates. Use no momentum in the server's optimizer, and up to
-  (1 - momentum) times its usual rate.
+  paper's Top-K uses a sampled threshold; here it is exact. For the paper's
+  gradient clipping use the client's optimizer; for its warm-up use
+  `schedules.staged`. This compressor is for updates. The server's optimizer
+  should have no momentum, and at most (1 - momentum) times its usual rate.
 
   Args:
     density: fraction of the entries to keep, in (0, 1].
     momentum: the decay of the velocity, in [0, 1).
 
   Returns:
-    A `Compressor` with state (velocity, gathered).
+    A `Compressor` with state (velocity, gathered); `gathered` is the sum of the
+    velocities that were not sent yet.
 
   Raises:
     ValueError: if `density` or `momentum` is out of range.

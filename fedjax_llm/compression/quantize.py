@@ -1,4 +1,4 @@
-"""Quantizers: every entry of a vector, in fewer bits."""
+"""Quantizers: they send each entry of a vector in fewer bits."""
 
 import functools
 import statistics
@@ -35,7 +35,7 @@ class Nearest:
 
 @wire.message(tag=15)
 class Powers:
-  """Signs and exponents of float32, in nine bits for each entry."""
+  """The sign and the exponent of each float32 entry, in nine bits."""
 
   codes: Any
   size: int
@@ -72,21 +72,21 @@ def cast(dtype: DTypeLike) -> base.Compressor:
 def lloyd_max(
   bits: int, *, block: int = 256, unbiased: bool = False
 ) -> base.Compressor:
-  """Rounds entries to the nearest of the levels that suit a Gaussian best.
+  """Rounds entries to the nearest of the optimal levels for a Gaussian.
 
-  The levels have the least squared error for a normal variable (Max,
-  "Quantizing for minimum distortion", 1960; Lloyd, 1982), in units of a block's
-  root mean square. Each block is then scaled so that its own squared error is
-  least. The error is far below that of `stochastic_uniform`, above all at one
-  and two bits, but it is not zero on average. Send updates under
-  `error_feedback`, or set `unbiased` and chain it after `rotate`.
+  The levels minimise the squared error of a normal variable (Max, "Quantizing
+  for minimum distortion", 1960; Lloyd, 1982), in units of a block's root mean
+  square. Each block is then scaled to minimise its own squared error. The error
+  is far below that of `stochastic_uniform`, above all at one and two bits, but
+  its expectation is not zero. Send updates with `error_feedback`, or set
+  `unbiased` and chain it after `rotate`.
 
   Args:
     bits: the number of bits for each entry, in [1, 6].
     block: the number of entries that share a bfloat16 scale.
-    unbiased: whether to scale each block so that its inner product with what
-      arrives is its squared norm. After a random rotation the expectation is
-      then the block, as in EDEN. The error is larger.
+    unbiased: whether to scale each block so that its inner product with the
+      received block equals its squared norm. After a random rotation, the
+      expectation is then the block, as in EDEN, but the error is larger.
 
   Returns:
     A `Compressor` whose payload is a `Nearest`.
@@ -131,9 +131,9 @@ def natural() -> base.Compressor:
   """Natural compression: rounds entries at random to powers of two.
 
   Horváth et al., "Natural Compression for Distributed Deep Learning", 2022
-  (arXiv 1905.10988, section 2). The mantissa is the probability of the larger
-  of the two neighbouring powers. The expectation is exact, and the variance is
-  at most an eighth of the squared entry. Each entry takes nine bits.
+  (arXiv 1905.10988, section 2). The mantissa is the probability of rounding up
+  to the larger neighbouring power. The expectation is exact, and the variance
+  is at most an eighth of the squared entry. Each entry takes nine bits.
 
   Returns:
     A `Compressor` whose payload is a `Powers`.
@@ -142,8 +142,8 @@ def natural() -> base.Compressor:
   def encode(vector, key):
     bits = jax.lax.bitcast_convert_type(vector.astype(jnp.float32), jnp.uint32)
     chance = jax.random.bits(key, vector.shape, jnp.uint32) >> 9
-    # The mantissa, of 23 bits, is the probability of rounding up, which carries
-    # into the exponent. The largest power has no larger neighbour.
+    # The 23-bit mantissa is the probability of rounding up, which adds one to
+    # the exponent. The largest power has no larger neighbour.
     carries = (bits >> 23 & 255 < 254) & (chance < bits & (1 << 23) - 1)
     codes = (bits >> 23) + carries.astype(jnp.uint32)
     return Powers(packing.pack_bits(codes, 9), vector.size)
@@ -157,7 +157,7 @@ def natural() -> base.Compressor:
 
 @functools.cache
 def gaussian_levels(bits: int) -> np.ndarray:
-  """The 2**bits levels of least squared error for a standard normal variable.
+  """Returns 2**bits levels of least squared error for a standard normal.
 
   Lloyd's iteration: each level becomes the mean of the numbers rounded to it.
   """
@@ -175,35 +175,35 @@ def gaussian_levels(bits: int) -> np.ndarray:
 
 
 def divisor(numbers: jax.Array) -> jax.Array:
-  """The numbers, with 1 in place of those that are not positive."""
+  """Replaces numbers that are not positive by 1, so that they can divide."""
   return jnp.where(numbers > 0, numbers, 1)
 
 
 def largest(blocks: jax.Array) -> jax.Array:
-  """The largest magnitude of each block."""
+  """Returns the largest magnitude of each block."""
   return jnp.max(jnp.abs(blocks), axis=1)
 
 
 def in_units(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Blocks divided by their largest magnitudes, and the largest magnitudes.
+  """Returns blocks divided by their largest magnitudes, and the magnitudes.
 
-  Squares of small entries would be zero without this.
+  Without this, squares of small entries would underflow to zero.
   """
   peaks = largest(blocks)
   return blocks / divisor(peaks)[:, None], peaks
 
 
 def scaled(blocks: jax.Array, scales: jax.Array, size: int) -> jax.Array:
-  """The first `size` entries of blocks, each block times its scale."""
+  """Multiplies each block by its scale; returns the first `size` entries."""
   scales = jnp.asarray(scales, jnp.float32)
   return (blocks * scales[:, None]).ravel()[:size]
 
 
 def in_rows(vector: jax.Array, width: int) -> jax.Array:
-  """The vector as rows of `width` entries, with zeros at its end."""
+  """Reshapes a vector to rows of `width` entries, with zeros at the end."""
   return jnp.pad(vector, (0, -vector.size % width)).reshape(-1, width)
 
 
 def in_blocks(vector: jax.Array, block: int) -> jax.Array:
-  """The vector as rows of `block` entries, or as one row if it is shorter."""
+  """Reshapes a vector to rows of `block` entries, or one row if shorter."""
   return in_rows(vector, min(block, max(vector.size, 1)))

@@ -15,7 +15,7 @@ from fedjax_llm.compression import base, sparse, wire
 class Rotated:
   """`kept` entries of each rotated block of a vector of `size`.
 
-  `seed` draws the rotation, and which entries of a block are kept.
+  `seed` determines the rotation, and which entries of a block are kept.
   """
 
   values: Any
@@ -43,23 +43,25 @@ class Rotated:
 def rotate(
   *, block: int = 1024, density: float = 1.0, unbiased: bool = True
 ) -> base.Compressor:
-  """Rotates a vector at random, for a quantizer after it in a `chain`.
+  """Rotates a vector at random, before a quantizer in a `chain`.
 
   Signs are flipped at random, and each block is multiplied by Hadamard's matrix
   (Suresh et al., "Distributed Mean Estimation with Limited Communication",
-  2017, arXiv 1611.00429, section 3). No entry then stands out, so that a
-  quantizer's errors are small for every vector. Norms do not change. The
-  rotation travels as its seed, in eight bytes.
+  2017, arXiv 1611.00429, section 3). No entry then stands out, so a quantizer's
+  errors are small for every vector. Norms do not change. Only the rotation's
+  seed is sent, in eight bytes.
 
-  Each rotated entry depends on all entries of its block. With a `density` below
-  1 only some of them are sent: the subsampled randomised Hadamard transform.
+  Each rotated entry depends on all entries of its block. With `density` below 1
+  only some rotated entries are sent: this is the subsampled randomised Hadamard
+  transform.
 
   Args:
     block: the length of a block, a power of two. Vectors are padded to whole
-      blocks: with blocks of 1,024, one of 1,025 entries sends 2,048. A shorter
-      vector has one block, whose length is the next power of two.
-    density: fraction of the entries of each block to send, in (0, 1]; at least
-      one.
+      blocks: with blocks of 1,024, a vector of 1,025 entries sends 2,048. A
+      vector shorter than `block` has one block, whose length is the next power
+      of two.
+    density: fraction of each block's entries to send, in (0, 1]; at least one
+      entry is sent.
     unbiased: whether to scale the values, so that the expectation of what
       arrives is the vector, as in `random_k`.
 
@@ -106,7 +108,7 @@ def _power_above(size: int) -> int:
 
 
 def _bits(seed: UInt[Array, " 2"], purpose: int, count: int) -> jax.Array:
-  """Random bits that are the same at both ends, whatever their settings."""
+  """Random bits that are the same at both ends, whatever their JAX settings."""
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   with jax.threefry_partitionable(True):
     key = jax.random.fold_in(key, purpose)
@@ -116,7 +118,7 @@ def _bits(seed: UInt[Array, " 2"], purpose: int, count: int) -> jax.Array:
 def _places(
   seed: UInt[Array, " 2"], block: int, kept: int
 ) -> Int[Array, " kept"]:
-  """Which entries of every rotated block are kept."""
+  """The positions that are kept in every rotated block."""
   if kept == block:
     return jnp.arange(block)
   return jnp.argsort(_bits(seed, 1, block))[:kept]

@@ -1,9 +1,9 @@
 """Count sketches: messages that can be added up before they are decoded.
 
 Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams", 2002.
-Each row of a table adds every entry, with a random sign, to one of its columns.
-Every row gives an estimate of an entry, and decoding takes their median. The
-sketch of a sum is the sum of the sketches, so a sum needs one decoding.
+In each row of a table, every entry is added, with a random sign, to one column.
+Each row gives an estimate of every entry; decoding takes the median over rows.
+The sketch of a sum is the sum of the sketches, so a sum is decoded only once.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from fedjax_llm.compression import base, quantize, sparse, wire
 
 @wire.message(tag=23)
 class Sketch:
-  """A table of `rows` rows for a vector of `size`; `seed` draws its hashes."""
+  """A table of `rows` rows for `size` entries; `seed` determines the hashes."""
 
   values: Any
   rows: int
@@ -39,21 +39,20 @@ def count_sketch(
 ) -> base.Compressor:
   """Sends a table of sums of entries with random signs.
 
-  Encoding is linear: the sketch of a sum is the sum of the sketches. In every
-  row the estimate of an entry is unbiased, with a variance of at most the
-  squared norm over `columns`. The median is off by more than sqrt(8 / columns)
-  norms with probability at most 2^(-rows / 2). Entries well above that are
-  found; the others are lost in the noise.
+  Encoding is linear: the sketch of a sum is the sum of the sketches. Each row's
+  estimate of an entry is unbiased, and its variance is at most the squared norm
+  divided by `columns`. The median's error exceeds sqrt(8 / columns) norms with
+  probability at most 2^(-rows / 2). Entries well above this error are found;
+  the others are lost in the noise.
 
   Args:
     rows: the number of rows of the table, positive. For an odd number the
       median is one of the estimates.
     columns: the number of columns of the table, positive.
-    density: fraction of the estimates to keep, the largest ones, in (0, 1].
-      None for all of them; most are noise if there are more entries than
-      columns.
-    seed: the seed of the hashes, in [0, 2**31). Sketches that are added up have
-      one seed.
+    density: fraction of the estimates to keep, in (0, 1]; the largest are kept.
+      None keeps all; most are noise if there are more entries than columns.
+    seed: the seed of the hashes, in [0, 2**31). Sketches can be added up only
+      if they have the same seed.
 
   Returns:
     A `Compressor` whose payload is a `Sketch`.
@@ -70,9 +69,9 @@ def count_sketch(
     sparse.require_density("count_sketch", density)
 
   def encode(vector, key):
-    del key  # Deterministic: the hashes are common to all senders.
+    del key  # Deterministic: all senders use the same hashes.
     vector = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
-    # One row after the other, to need the memory of one.
+    # One row at a time, to save memory.
     table = jax.lax.map(
       lambda row: _add(
         vector, columns, *_draw(seed, row, vector.size, columns)
@@ -92,7 +91,7 @@ def count_sketch(
 
 
 def estimates(payload: Sketch) -> Float[Array, "rows n"]:
-  """The unbiased estimate of the vector by each row of a sketch."""
+  """Returns each row's unbiased estimate of the vector."""
   table = jnp.asarray(payload.values).reshape(payload.rows, -1)
 
   def look_up(row):
@@ -106,7 +105,7 @@ def estimates(payload: Sketch) -> Float[Array, "rows n"]:
 def hashes(
   seed: int, row: int | Int[Array, ""], size: int, columns: int
 ) -> tuple[Int[Array, " n"], Int8[Array, " n"]]:
-  """The column and the sign of every entry in a row of the table.
+  """Returns the column and the sign of every entry in a row of the table.
 
   Two entries share a column with probability at most 1 / columns, and their
   signs are independent. The bounds of `count_sketch` need no more.
@@ -117,13 +116,13 @@ def hashes(
 
 
 def _draw(seed, row, size, columns):
-  """The column where each block of `columns` entries starts, and all signs.
+  """Draws the column where each block of `columns` entries starts, and signs.
 
   A block is rotated as a whole, so its own entries never share a column. Two
-  entries of different blocks do with probability 1 / columns. The sum then
-  needs no scatter, and has the same bits everywhere.
+  entries of different blocks share one with probability 1 / columns. The sum
+  then needs no scatter, and has the same bits on every device.
   """
-  # Fixed here, so that neither end's settings matter.
+  # Fixed here, so that both ends draw the same whatever their JAX settings.
   key = jax.random.key(seed, impl="threefry2x32")
   with jax.threefry_partitionable(True):
     start_key, sign_key = jax.random.split(jax.random.fold_in(key, row))
@@ -135,7 +134,7 @@ def _draw(seed, row, size, columns):
 
 
 def _add(vector, columns, starts, signs):
-  """A row of the table: the sum of all rotated blocks, with their signs."""
+  """Computes a row of the table: the sum of all signed, rotated blocks."""
   blocks = quantize.in_rows(vector * signs.astype(vector.dtype), columns)
   source = (jnp.arange(columns)[None] - starts[:, None]) % columns
   return jnp.take_along_axis(blocks, source, axis=1).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Sparse messages: some entries of a vector, and which they are."""
+"""Sparse messages: some entries of a vector, and their positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ class Sparse:
 
 @wire.message(tag=2)
 class Seeded:
-  """Some entries of a vector of `size`, at the indices that `seed` draws."""
+  """Some entries of a vector of `size`, at indices drawn from `seed`."""
 
   values: Any
   seed: Any
@@ -44,7 +44,7 @@ class Seeded:
 
 @wire.message(tag=24)
 class Masked(base.Dense):
-  """The entries in a mask that both ends know and that may change."""
+  """The entries in a mask that both ends know; it may change every time."""
 
 
 # A function from a density to the compressor that keeps that fraction.
@@ -54,8 +54,8 @@ TopK = Callable[[float], base.Compressor]
 def top_k(density: float) -> base.Compressor:
   """Keeps the `int(density * n)` entries that are largest in magnitude.
 
-  At least one entry is sent. Of equal magnitudes the first is kept. A NaN
-  counts as the largest magnitude, so that it is sent and never hidden.
+  At least one entry is sent. Of equal magnitudes, the first is kept. A NaN
+  counts as the largest magnitude, so it is kept and not hidden.
 
   Args:
     density: fraction of the entries to keep, in (0, 1].
@@ -79,12 +79,12 @@ def top_k(density: float) -> base.Compressor:
 def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
   """Keeps `int(density * n)` random entries, whatever their magnitude.
 
-  The support travels as its seed, in eight bytes.
+  Only the support's seed is sent, in eight bytes.
 
   Args:
     density: fraction of the entries to keep, in (0, 1]; at least one is kept.
     unbiased: whether to scale the values, so that the expectation of what
-      arrives is the vector. Set it to False under `error_feedback`, where the
+      arrives is the vector. Set it to False with `error_feedback`, where the
       scale would make the residual grow without bound.
 
   Returns:
@@ -112,16 +112,16 @@ def random_k(density: float, *, unbiased: bool = True) -> base.Compressor:
 def select(
   mask: Bool[Array, " n"], count: int | None = None
 ) -> base.Compressor:
-  """Sends the entries in `mask`, which both ends know and nobody sends.
+  """Sends the entries in `mask`; both ends know it, so it is not sent.
 
   Args:
     mask: the entries to send. The decoded vector is zero elsewhere.
-    count: the number of values to send, at least as many as `mask` holds.
-      Needed only if `mask` is traced.
+    count: the number of values to send, at least the number of entries in
+      `mask`. Needed only if `mask` is traced.
 
   Returns:
-    A `Compressor` whose payload is a `Dense` of `count` values; or a `Masked`,
-    if `mask` is traced and so may change from message to message.
+    A `Compressor` whose payload has `count` values. It is a `Dense`, or a
+    `Masked` if `mask` is traced, because it may then change between messages.
 
   Raises:
     ValueError: if `count` is missing or too small.
@@ -142,12 +142,12 @@ def select(
         f"select expected a count of at least {held.size}, the entries in its"
         f" mask, got {count=}."
       )
-    # On the host: XLA takes long to fold it.
+    # On the host, because XLA takes long to fold this constant.
     indices = np.pad(held, (0, count - held.size), constant_values=mask.size)
 
   def encode(vector, key):
     del key  # Deterministic.
-    base.require_size("select", vector, mask.size, "Its mask has as many.")
+    base.require_size("select", vector, mask.size, "Its mask has this size.")
     values = _take(vector, indices)
     return Masked(values) if is_traced else base.Dense(values)
 
@@ -160,19 +160,19 @@ def select(
 def gather(
   vector: Float[Array, " n"], mask: Bool[Array, " n"], count: int
 ) -> Sparse:
-  """The `count` entries of `vector` that are in `mask`."""
+  """Packs the `count` entries of `vector` that are in `mask`."""
   indices = _where(mask, count)
   support = supports.pack(indices, vector.size)
   return Sparse(_take(vector, indices), support, vector.size)
 
 
 def scatter(payload: Sparse) -> Float[Array, " n"]:
-  """The vector that has the payload's values, and is zero elsewhere."""
+  """Returns the vector with the payload's values, and zeros elsewhere."""
   return _put(payload.values, _indices(payload), payload.size)
 
 
 def support(payload: Sparse) -> Bool[Array, " n"]:
-  """Which entries of the vector a payload of `top_k` holds."""
+  """Returns a mask of the entries that a payload of `top_k` holds."""
   indices = _indices(payload)
   return jnp.zeros(payload.size, bool).at[indices].set(True, mode="drop")
 
@@ -189,9 +189,9 @@ def count_kept(size: int, density: float) -> int:
 def top_k_mask(
   vector: Float[Array, " n"], k: int | Int[Array, ""]
 ) -> Bool[Array, " n"]:
-  """The `k` entries largest in magnitude, exactly as `lax.top_k` chooses them.
+  """Marks the `k` entries largest in magnitude, the same ones as `lax.top_k`.
 
-  It is several times faster on a CPU than `lax.top_k` (`benchmarks/top_k.py`).
+  On a CPU it is several times faster than `lax.top_k` (`benchmarks/top_k.py`).
 
   Args:
     vector: a vector of any floating type.
@@ -204,23 +204,23 @@ def top_k_mask(
 
 
 def _magnitudes(vector: Float[Array, " n"]) -> UInt[Array, " n"]:
-  """Unsigned integers in the order of the magnitudes."""
+  """Returns unsigned integers that sort like the magnitudes."""
   width = 8 * vector.dtype.itemsize
   bits = lax.bitcast_convert_type(vector, jnp.dtype(f"uint{width}"))
-  # Without the sign bit, floats are in the order of their bit patterns: -0 is
-  # 0, denormals are not flushed to it, and NaN is larger than infinity.
+  # Without the sign bit, floats sort like their bit patterns: -0 equals 0,
+  # denormals are not flushed to 0, and NaN is larger than infinity.
   return bits << 1
 
 
 def _largest(
   keys: UInt[Array, " n"], k: int | Int[Array, ""]
 ) -> Bool[Array, " n"]:
-  """The `k` largest keys. Of equal keys, the first are chosen."""
+  """Marks the `k` largest keys. Of equal keys, the first are chosen."""
   width = 8 * keys.dtype.itemsize
   rows = max(1, min(64, keys.size // 64))
   columns = -(-keys.size // rows)
-  # Zeros at the end change nothing: no threshold below is zero, and the last of
-  # equal keys are the last to be chosen.
+  # Zeros at the end change nothing: `refine` tests no threshold of zero, and
+  # the last of equal keys are the last to be chosen.
   grid = jnp.pad(keys, (0, rows * columns - keys.size)).reshape(rows, columns)
 
   def refine(i, threshold):
@@ -230,12 +230,12 @@ def _largest(
     fits = sum((jnp.sum(count) >= k).astype(keys.dtype) for count in counts)
     return threshold + (fits << shift)
 
-  # The largest key that k keys reach, two of its bits in each pass.
+  # Finds the largest threshold that k keys reach, two bits in each pass.
   zero = jnp.zeros((), keys.dtype)
   threshold = lax.fori_loop(0, width // 2, refine, zero)
 
-  # Of the keys that equal the threshold, only the first few are chosen. The
-  # last of them is found in its row alone: a cumsum of all keys would be slow.
+  # Only the first few of the keys that equal the threshold are chosen. The last
+  # of these is searched in its row only: a cumsum of all keys would be slow.
   above, ties = _count_rows(grid > threshold, grid == threshold)
   missing = k - jnp.sum(above)
   total = jnp.cumsum(ties)
@@ -248,9 +248,9 @@ def _largest(
 
 
 def _count_rows(*masks: Bool[Array, "r c"]) -> tuple[Int[Array, " r"], ...]:
-  """The number of entries set in each row, for all masks in one pass.
+  """Counts the entries set in each row, for all masks in one pass.
 
-  XLA:CPU is slow at large reductions of one operand, and fuses this one.
+  XLA:CPU is slow at large reductions of one operand, but it fuses this one.
   """
   return lax.reduce(
     tuple(mask.astype(jnp.int32) for mask in masks),
@@ -261,11 +261,11 @@ def _count_rows(*masks: Bool[Array, "r c"]) -> tuple[Int[Array, " r"], ...]:
 
 
 def _draw(seed: UInt[Array, " 2"], count: int, size: int) -> Int[Array, " k"]:
-  """The same `count` of `size` indices at both ends, in increasing order."""
-  # Fixed here, so that neither end's settings matter.
+  """Draws `count` of `size` indices, sorted, the same ones at both ends."""
+  # Fixed here, so that JAX settings do not matter.
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
-  # The largest of random keys: a permutation would need a sort. Equal keys,
-  # which prefer the first, are as rare as size / 2**32.
+  # Takes the largest of random keys: a permutation would need a sort. Equal
+  # keys favour the first, but their probability is only about size / 2**32.
   with jax.threefry_partitionable(True):
     keys = jax.random.bits(key, (size,), jnp.uint32)
   return _where(_largest(keys, count), count)

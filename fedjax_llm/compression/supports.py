@@ -1,7 +1,7 @@
-"""Supports: which entries of a vector a sparse message holds, in few bytes.
+"""Supports: the positions of a sparse message's values, in few bytes.
 
-A support is one uint8 array in the shortest of three forms: nothing, if all
-entries are there; a bitmap of `size` bits; or Elias-Fano (Elias, 1974), about
+A support is one uint8 array in the shortest of three forms: empty, if all
+entries are sent; a bitmap of `size` bits; or Elias-Fano (Elias, 1974), about
 `count * (2 + log2(size / count))` bits. Both ends compute the form from `size`
 and `count`, which are static: this choice is part of the format.
 """
@@ -14,7 +14,7 @@ from fedjax_llm.compression import packing, wire
 
 
 def nbytes(size: int, count: int) -> int:
-  """The number of bytes that name `count` of `size` entries."""
+  """Returns the length in bytes of a support of `count` of `size` entries."""
   if count == size:
     return 0
   return min(-(-size // 8), sum(_elias_fano_nbytes(size, count)))
@@ -46,7 +46,7 @@ def pack(indices: Int[Array, " count"], size: int) -> UInt8[Array, " nbytes"]:
 def unpack(
   packed: UInt8[Array, " nbytes"], size: int, count: int
 ) -> Int[Array, " count"]:
-  """The indices that `pack` packed."""
+  """Returns the indices that `pack` packed."""
   if count == size:
     return jnp.arange(size, dtype=jnp.int32)
   if _is_bitmap(size, count):
@@ -89,7 +89,7 @@ def _is_bitmap(size: int, count: int) -> bool:
 
 
 def _low_bits(size: int, count: int) -> int:
-  """The whole part of log2(size / count)."""
+  """Returns log2(size / count), rounded down."""
   return (size // count).bit_length() - 1
 
 
@@ -108,6 +108,6 @@ def _mark(indices: Int[Array, " count"], size: int) -> UInt8[Array, " size"]:
 
 
 def _marked(marks: Array, count: int) -> Int[Array, " count"]:
-  # Too few marks, in a forged message, give an index that `check` refuses.
+  # A forged message may have too few marks; `check` refuses it.
   indices = jnp.nonzero(marks, size=count, fill_value=marks.size)[0]
   return indices.astype(jnp.int32)

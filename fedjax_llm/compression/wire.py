@@ -1,13 +1,13 @@
 """Messages: the bytes of a payload.
 
 A payload's arrays are already in wire format: codes and supports are packed.
-Its length in bytes therefore follows from its shapes, under `jit` as well:
+So the length in bytes follows from the shapes, also under `jit`:
 `nbytes(payload) == len(dumps(payload))`.
 
 A message is `FJ`, a version byte and one node. A node is either a tag (below
-128) and the fields of the tag's class in order, or 128 + a data type, a length
-and the raw little-endian array. Integers are varints: seven bits a byte, low
-bits first, with the top bit set in all bytes but the last.
+128) and the fields of the tag's class in order, or 128 + the code of a data
+type, a length and the raw little-endian array. Integers are varints: seven bits
+per byte, low bits first, with the top bit set in all bytes but the last.
 """
 
 import math
@@ -57,20 +57,20 @@ def nbytes(payload: Any) -> int:
 
 
 def entries(payload: Any) -> int:
-  """The number of values that travel: k for a Top-K, whatever their type."""
+  """Returns the number of values that are sent: k for a Top-K, in any type."""
   while hasattr(payload, "values"):
     payload = payload.values
   return getattr(payload, "numbers", payload.size)
 
 
 def dumps(payload: Any) -> bytes:
-  """The message that carries `payload`.
+  """Serialises a payload to a message.
 
   Args:
     payload: a payload of concrete arrays.
 
   Returns:
-    Bytes that `loads` understands.
+    Bytes that `loads` can read.
 
   Raises:
     ValueError: if a value is not finite, or the payload cannot be sent.
@@ -84,7 +84,7 @@ def dumps(payload: Any) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-  """The payload that a message carries, with NumPy arrays.
+  """Reads a payload from a message; its arrays are NumPy arrays.
 
   `loads` allocates nothing that is larger than `data`. Decoding may: a support
   of a few bytes can name one entry of a very long vector. Compare the payload's
@@ -94,10 +94,10 @@ def loads(data: bytes) -> Any:
     data: a message from `dumps`.
 
   Returns:
-    A payload whose `dumps` is `data` again.
+    A payload for which `dumps` returns `data` again.
 
   Raises:
-    ValueError: if `data` is anything that `dumps` does not return.
+    ValueError: if `data` is not a message that `dumps` can return.
   """
   magic, rest = _take(memoryview(data), len(_MAGIC) + 1)
   if bytes(magic[:-1]) != _MAGIC:
@@ -125,7 +125,7 @@ def require(array: Any, dtype: Any, size: int, name: str) -> None:
 
 
 def _parts(payload: Any) -> Iterator[Any]:
-  """Yields the message in order: bytes, and the arrays as they are."""
+  """Yields the parts of a message in order: bytes, and unchanged arrays."""
   yield _MAGIC + bytes([_VERSION])
   yield from _node_parts(payload)
 

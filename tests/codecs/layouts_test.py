@@ -116,7 +116,7 @@ def test_what_is_not_square_is_told_to_be_flat():
   with pytest.raises(ValueError, match="LoRA factors alone, got head"):
     layouts.square(head)
   half = {"q_proj": {"b": np.zeros((2, 4, 64))}}
-  with pytest.raises(ValueError, match=r"but one of \['q_proj'\]"):
+  with pytest.raises(ValueError, match=r"but only one of \['q_proj'\]"):
     layouts.square(half, ("q_proj",))
   twice = {str(i): {"q_proj": {"a": np.zeros((64, 4))}} for i in range(2)}
   with pytest.raises(ValueError, match="stacked layers, got q_proj/a twice"):

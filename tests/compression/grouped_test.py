@@ -182,7 +182,7 @@ def test_a_message_of_too_few_or_too_many_values_is_refused(values, size):
 
 
 def test_groups_of_a_row_that_differ_in_size_are_refused():
-  with pytest.raises(ValueError, match="one number of entries each"):
+  with pytest.raises(ValueError, match="groups of equal size"):
     send_groups(vector(), owners=np.arange(19) % 7)
 
 
