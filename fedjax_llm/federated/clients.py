@@ -49,8 +49,8 @@ class Placement:
       replicate `frozen` and `examples` too, or every round copies them.
     clients_per_step: the largest number of clients that a device vmaps at once,
       at least 1; if not given, 1 on a CPU and 4 elsewhere. With 1 nothing is
-      vmapped, and padded steps at a client's end are not computed. Clients that
-      do not fill all steps are repeated; the repeated ones are not counted.
+      vmapped, and padded steps at a client's end are not computed. A step that
+      would not be full repeats clients, which are not counted twice.
     cosines: whether a round measures `update_cosine` and `innovation_cosine`.
       To do so it adds up two more vectors of each client, each as large as the
       trainable parameters. If not given, True for at most `FEW` parameters.

@@ -139,7 +139,7 @@ def fetch(
 def grow(
   missed: Int[Array, "... 2"], size: Int[Any, "2"], most: Int[Any, "2"]
 ) -> Int[Array, "... 2"]:
-  """Adds `size`, in bytes and entries; the sum is at most `most`."""
+  """Adds `size`, bytes and entries, up to `most`: the size of everything."""
   # The minimum comes first, because the full sum could overflow int32.
   size, most = (jnp.broadcast_to(x, missed.shape) for x in (size, most))
   return missed + jnp.minimum(size, most - missed)
