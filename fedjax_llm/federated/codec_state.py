@@ -229,7 +229,7 @@ def refitted(state: CodecState, codec: Any) -> CodecState:
   if described(codec) != described(state.codec):
     raise ValueError(
       "refitted expected a codec of the same shapes, which the rounds are"
-      " compiled for. Fit the same network, or as many components."
+      " compiled for. Fit the same network, or the same number of components."
     )
   place = lambda new, old: jax.device_put(
     np.asarray(new, old.dtype), old.sharding

@@ -67,19 +67,17 @@ class FederatedAlgorithm(NamedTuple):
       Metrics of the round: `train_loss` and `tokens`, over all local steps;
       with most methods `update_cosine` and `innovation_cosine`, see
       `clients.Placement`. Metrics of each client: `download_bytes`,
-      `upload_bytes`, `download_entries` and `upload_entries` (the numbers in a
-      message), and `finite`. A client whose answer is not finite, or whose
-      weight is zero, is left out, see `answers`. If all are left out, only
-      `round` changes, unless the aggregator has `steps_when_empty`.
+      `upload_bytes`, `download_entries`, `upload_entries` (the numbers in a
+      message), and whether its answer is `finite`. A client whose answer is not
+      finite, or whose weight is zero, is left out, see `answers`. If all are
+      left out, only `round` changes, except with `steps_when_empty`.
     received: (state, key) -> the trainable parameters as a client would
       receive them now; for FLASC, the masked model. (The FLASC authors evaluate
       the new parameters under the last round's mask.)
-    residual: state -> what the method has added to the base model: a tree with
-      a dense `delta` [..., inputs, outputs] in the place of each `a` and `b`.
-      None if it adds nothing.
+    residual: state -> the sum added to the base model: a tree with a dense
+      `delta` [..., inputs, outputs] for each `a` and `b`. None if it is empty.
     noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
-      there is no such noise, or if clients' data also reach `trainable` in
-      another way.
+      it adds none, or if clients' data reach `trainable` in another way too.
     example_noise_multiplier: the noise of private local training, see
       `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.

@@ -79,8 +79,8 @@ def by_round(
     for number, structure in enumerate(structures):
       if structure != structures[0]:
         raise ValueError(
-          "algorithms that take turns need states of one structure, but that of"
-          f" number {number} is {structure}, that of number 0 {structures[0]}."
+          "algorithms that take turns need states of one structure, got"
+          f" {structures[0]} from number 0, {structure} from number {number}."
         )
     return first.init(trainable)
 

@@ -208,8 +208,8 @@ def _refuse_memory(channel, trainable):
   if jax.tree.leaves(jax.eval_shape(states, vector)):
     raise ValueError(
       "ro_lora expected an upload without memory, got one that keeps a state"
-      " for each client: `a` and `b` take turns, so that it would add what was"
-      " left of one to the other. Take it out of error_feedback and its kin, or"
+      " for each client: `a` and `b` take turns, so what was left of one would"
+      " be added to the other. Take it out of error_feedback or similar, or"
       " train both factors with fed_avg."
     )
 

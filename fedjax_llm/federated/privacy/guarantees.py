@@ -54,8 +54,8 @@ class ClientLevel:
       )
     if not 0 < self.delta < 1 / self.population:
       raise ValueError(
-        f"expected delta in (0, 1 / {self.population}), got {self.delta}: to"
-        " publish all data of one client at random has a delta of 1 /"
+        f"expected delta in (0, 1 / {self.population}), got {self.delta}:"
+        " publishing all data of one random client has a delta of 1 /"
         " population."
       )
 
@@ -99,8 +99,8 @@ class ClientLevel:
     if expected != got:
       raise ValueError(
         "expected a run with the (sampling, clients_per_round, population) that"
-        f" its privacy is accounted for, {expected}, got {got}. Sample so, or"
-        " account for what is run."
+        f" its privacy is accounted for, {expected}, got {got}. Change the run,"
+        " or the guarantee."
       )
 
   def describe(self, rounds: int) -> str:

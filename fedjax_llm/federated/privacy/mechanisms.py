@@ -105,7 +105,7 @@ def adaptive_private_mean(
   if count_noise < 0 or 0 < noise_multiplier >= 2 * count_noise:
     raise ValueError(
       f"expected count_noise > {noise_multiplier=} / 2, got {count_noise=}."
-      " Else counting alone would cost more than both releases may."
+      " Otherwise the count alone costs more than both releases may cost."
     )
   multiplier = noise_multiplier
   if noise_multiplier:
