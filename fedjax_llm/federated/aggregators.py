@@ -1,10 +1,10 @@
-"""Aggregators: from the decoded updates of a cohort to one update.
+"""Aggregators: functions from the decoded updates of a cohort to one update.
 
-Only aggregators weight clients. A cohort has each client's number of examples:
-`weighted_mean` weights by it, `uniform_mean` counts every client once. Each
-client adds a share, and shares add up, so that a mean over any number of
-clients needs the memory of one update. All of them leave out a client of weight
-zero.
+Only aggregators weight clients. A client's weight in a cohort is its number of
+examples: `weighted_mean` uses it, `uniform_mean` counts every client once. Each
+client computes a share, and the shares are added up, so a mean over any number
+of clients needs the memory of one update. All aggregators leave out clients of
+weight zero.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Aggregator(NamedTuple):
     steps_when_empty: whether the server also steps in a round in which no
       client took part. Privacy needs it: nobody may see that all were absent.
     noise_multiplier: the standard deviation of the noise in the sum, in clip
-      norms; None if clients' updates are not clipped, so that no privacy holds.
+      norms; None if updates are not clipped: then the mean is not private.
   """
 
   init: Callable[[], State]

@@ -1,11 +1,11 @@
 """A client's answer, written once: train, send, check, remember, count.
 
-A method says in a function `answer` what one client receives, trains and sends.
+A method's function `answer` defines what one client receives, trains and sends.
 `at_clients` maps it over a cohort and adds what every method needs. A client is
-left out if its weight is not positive and finite, or if its update, what
-arrives of it, or what it would remember is not finite: such a client adds
-nothing to the server's sum, and its memory stays as it was. (A run by
-`experiments.finetuning` stops if an answer is not finite.)
+left out if its weight is not positive and finite, or if its update, the decoded
+update or its new memory is not finite. A client that is left out adds nothing
+to the server's sum and keeps its memory. (A run by `experiments.finetuning`
+stops if an answer is not finite.)
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Client(NamedTuple):
   Attributes:
     number: int32, its number in the population.
     steps: int32, how many local steps it takes.
-    memory: what it remembers, its row of the method's memory.
+    memory: its row of the method's memory.
     train: `(start, frozen, trains=None) -> Training`, from a tree of
       parameters, on the client's examples.
     key: `(purpose) -> key` of its random draws in this round.
@@ -50,12 +50,11 @@ class Answer(NamedTuple):
 
   Attributes:
     training: the result of its local training.
-    update: [n], what the client means to send: as a rule received minus
-      trained, before compression.
+    update: [n], the update before compression; usually received minus trained.
     message: what arrives, what the client would remember, and sizes.
     arrived: [n], the update as the server decodes it, to compare with
       `update`; None if the method has no such vector.
-    own: a tree that the server needs of each client by itself, not summed.
+    own: a tree that the server needs from each client separately, not summed.
   """
 
   training: local_training.Training
@@ -70,10 +69,10 @@ class Answers(NamedTuple):
 
   Attributes:
     total: the sum of the clients' shares.
-    own: stacked over the cohort; zeros for a client that is left out.
+    own: `Answer.own`, [cohort, ...]; zeros for a client that is left out.
     weights: [cohort]; zero for a client that is left out.
-    memory: [population, ...], with what the cohort remembers now.
-    metrics: those of a round, without its downloads.
+    memory: [population, ...], the memory of all clients after the round.
+    metrics: the metrics of a round, without those of downloads.
   """
 
   total: Any
@@ -92,20 +91,20 @@ def at_clients(
 ) -> Callable[..., Answers]:
   """Makes the part of a round that happens at the clients.
 
-  Memory grows with the cohort only by `Answer.own` and by what clients
-  remember.
+  Only `Answer.own` and what clients remember take memory for a whole cohort.
 
   Args:
     local_update: see `clients.local_update`.
     answer: `(shared, client) -> Answer`.
     share: `(received, weight, shared) -> summand`, what a client adds to the
-      server's sum; zeros if its weight is zero. Nothing if not given.
+      server's sum. It must return zeros for a weight of zero. If not given,
+      nothing is summed.
     placement: see `clients.Placement`; all devices if not given.
 
   Returns:
     `fn(number, shared, memory, examples, cohort, key) -> Answers`. `number` is
-    the round's, `shared` is what all clients share, `memory` is [population,
-    ...] and `key` is the experiment's.
+    the number of the round, `shared` is what all clients share, `memory` is
+    [population, ...] and `key` is the experiment's key.
   """
   placement = placement or clients.Placement()
   mapped = clients.map_clients(
@@ -118,8 +117,8 @@ def at_clients(
     (total, loss, count, sums), (own, weights, kept, metrics) = mapped(
       (number, shared, examples, key), rows
     )
-    # All devices get all answers at once, and the server's part is the same
-    # on each. Else it would be cut in pieces that wait for each other.
+    # Replicated, so that every device computes the whole server step. Otherwise
+    # the step would be split among devices, which wait for each other.
     own, weights = clients.replicate((own, weights), placement)
     metrics |= {"train_loss": loss / jnp.maximum(count, 1), "tokens": count}
     if sums is not None:
@@ -153,7 +152,7 @@ def _one_client(local_update, answer, share, placement):
     training, update, message, arrived, own = answer(
       shared, Client(cohort.clients, steps, memory, train, key_of)
     )
-    # A compressor may lose what is not finite, or overflow.
+    # All are checked: a compressor may drop an infinite entry, or overflow.
     finite = _is_finite((update, message.received, message.memory))
     is_in = finite & clients.takes_part(cohort.weights)
     weight = jnp.where(is_in, cohort.weights, 0).astype(update.dtype)
@@ -196,7 +195,7 @@ def put(states: Any, numbers: Int[Array, " cohort"], rows: Any) -> Any:
 
 
 def message(received: Any, memory: Any, *payloads: Any) -> channels.Message:
-  """A client's message that has the size of these payloads together."""
+  """Returns a client's message, with the size of all payloads together."""
   nbytes, entries = jnp.array(channels.sizes(*payloads))
   return channels.Message(received, memory, nbytes, entries)
 
@@ -205,10 +204,10 @@ def by_tier(
   tiers_of: Callable[[Any], channels.Tiers],
   own: Callable[..., Any] = lambda *_: (),
 ) -> Callable[[downloads.Broadcast, Client], Answer]:
-  """The usual answer: train what the tier receives, send the update as it does.
+  """Makes the usual answer: train the tier's download, upload by its channel.
 
   Args:
-    tiers_of: trainable -> the tiers.
+    tiers_of: a function from the trainable parameters to the tiers.
     own: `(unravel, start, received) -> tree`, see `Answer.own`.
   """
 
@@ -220,7 +219,7 @@ def by_tier(
     start = of_tier(shared.received)
     masks = shared.masks and jax.tree.map(
       jnp.bool,
-      # Numbers, because what is unravelled gets the parameters' own types.
+      # Cast to numbers, because `unravel` returns the parameters' types.
       unravel(of_tier(shared.masks).astype(start.dtype)),
     )
     training = client.train(unravel(start), shared.frozen, masks)

@@ -1,7 +1,7 @@
 """Every published method by its name: `fl.algorithms`.
 
-A method's file has the name of its function, so the package `algorithms` cannot
-have both under that name. The functions are here.
+Most modules of the package `algorithms` have the name of their function, so the
+package cannot export both under that name. The functions are here.
 """
 
 from fedjax_llm.federated.algorithms.cg_fed_llm import cg_fed_llm as cg_fed_llm

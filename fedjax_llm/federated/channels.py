@@ -1,8 +1,8 @@
 """Channels: how both directions of a round are compressed, for each tier.
 
-Clients of all tiers train in one shape, so that they run as one program. Only
-their messages differ, and the size of a message is static. So each client
-encodes the message of every tier, and the one of its own tier is taken.
+Clients of all tiers train arrays of the same shape, so one program runs them
+all. Only their messages differ. The size of a message is static, so each tier
+is a branch of the program; vmapped clients compute all branches.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ class Channel:
   Attributes:
     download: the compressor of the trainable parameters.
     upload: the compressor of a client's update; or a function that makes it
-      from the payload that the client received. What both ends know after the
-      download needs no bytes.
+      from the payload that the client received. Both ends know this payload, so
+      nothing in it has to be sent again.
     trains: a function from the payload that a client received to a mask of the
       entries that it trains, such as `sparse.support`; None for all entries.
 
   Raises:
-    ValueError: if the download is for updates, such as `error_feedback`, or a
-      direction has something else than a compressor.
+    ValueError: if the download is for updates, such as `error_feedback`, or if
+      `download` or `upload` has a wrong type.
   """
 
   download: base.Compressor = base.identity()
@@ -43,7 +43,7 @@ class Channel:
   trains: Callable[[Any], Any] | None = None
 
   def __post_init__(self):
-    """Refuses a download by which clients would drift from the server."""
+    """Refuses wrong types, and downloads that add old losses to parameters."""
     if not isinstance(self.download, base.Compressor):
       raise ValueError(
         "Channel expected a Compressor as download, such as top_k(1 / 4), got"
@@ -65,7 +65,7 @@ class Channel:
       )
 
   def uplink(self, payload: Any) -> base.Compressor:
-    """The upload compressor of a client that received `payload`."""
+    """Returns the upload compressor of a client that received `payload`."""
     if isinstance(self.upload, base.Compressor):
       return self.upload
     return self.upload(payload)
@@ -84,7 +84,7 @@ class Tiers(NamedTuple):
   of_client: Callable[[Any], Any] | None = None
 
   def tier_of(self, client: Any) -> Any:
-    """The tier number of a client, or of each client of an array."""
+    """Returns the tier number of a client, or of each client of an array."""
     of_client = self.of_client or clients.in_turn(len(self.channels))
     return of_client(client)
 
@@ -94,7 +94,8 @@ class Message(NamedTuple):
 
   Attributes:
     received: the decoded vector.
-    memory: the sender's states, one for each tier.
+    memory: what the sender remembers; usually its compressors' states, one for
+      each tier.
     nbytes: int32, the length of the message.
     entries: int32, the number of values that it carries.
   """
@@ -106,11 +107,11 @@ class Message(NamedTuple):
 
 
 def sizes(*payloads: Any, setup_bytes: int = 0) -> np.ndarray:
-  """The bytes and values of payloads that travel together: int32 [2].
+  """Returns the bytes and values of payloads sent together: int32 [2].
 
   Args:
     *payloads: the payloads.
-    setup_bytes: bytes of what travels with them, such as an encoder.
+    setup_bytes: additional bytes that are sent, such as those of an encoder.
 
   Raises:
     ValueError: if there are 2**31 bytes or more, which a round cannot count.
@@ -126,7 +127,7 @@ def sizes(*payloads: Any, setup_bytes: int = 0) -> np.ndarray:
 
 
 def tiers_of(channel: Channel | Tiers | None) -> Tiers:
-  """The tiers; if there is one channel, a single tier for all clients."""
+  """Returns the tiers; a channel becomes a single tier for all clients."""
   tiers = (
     channel if isinstance(channel, Tiers) else Tiers([channel or Channel()])
   )
@@ -136,7 +137,7 @@ def tiers_of(channel: Channel | Tiers | None) -> Tiers:
 
 
 def trains(tiers: Tiers, payloads: Sequence[Any]) -> Any:
-  """The masks of what clients train, one for each tier; None for everything."""
+  """Returns the mask of trained entries for each tier; None to train all."""
   if all(channel.trains is None for channel in tiers.channels):
     return None
   return tuple(
@@ -175,11 +176,11 @@ def upload(
 
 
 def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
-  """The state of the upload compressor for each client: [population, ...].
+  """Returns the upload compressor's first states: [population, ...].
 
   Raises:
-    ValueError: if `population` is missing, or a message of this channel cannot
-      be sent.
+    ValueError: if there are states and `population` is missing, or if a message
+      of this channel has 2 GiB or more.
   """
   key = jax.random.key(0)
 
@@ -190,7 +191,7 @@ def upload_states(channel: Channel, vector: Any, population: int | None) -> Any:
     state = compressor.init(vector)
     return state, (payload, compressor.encode(vector, state, key)[0])
 
-  # Traced first, so that what the round would refuse is refused here.
+  # Traced first, to raise here the errors that the round would raise.
   shapes, payloads = jax.eval_shape(start, vector)
   for payload in payloads:
     sizes(payload)

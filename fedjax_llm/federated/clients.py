@@ -17,16 +17,16 @@ LossFn = Callable[..., tuple[Array, Array]]
 
 # Clients trained at once on an accelerator, unless `Placement` says otherwise.
 _ON_ACCELERATOR = 4
-# At most so many trainable numbers are few: a round measures the cosines. They
-# cost 8 bytes a number and, at this bound, 22 milliseconds a client on a CPU of
-# two cores (benchmarks/round_cosines.py).
+# By default, a round measures the cosines up to this many trainable numbers.
+# They cost 8 bytes a number and, at this bound, 22 milliseconds a client on a
+# CPU of two cores (benchmarks/round_cosines.py).
 FEW = 2**22
 
 
 def device_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """The devices, all if not given, on an axis "clients"."""
+  """Returns a mesh of the devices, by default all, on an axis "clients"."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
@@ -38,22 +38,22 @@ def device_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a round is computed: where, how much at once, and what is measured.
+  """Where a round is computed, how much at once, and what is measured.
 
   It changes the cost of a round, not its result, except for the order of
   additions.
 
   Attributes:
-    mesh: the devices. Its Auto axis "clients" shares the clients out over
-      them; all devices if not given. The state of a round is replicated on the
-      mesh; place `frozen` and `examples` alike, or every round copies them.
-    clients_per_step: how many clients at most are vmapped at once on a device,
+    mesh: the devices, all if not given. Its Auto axis "clients" divides the
+      clients among them. The state of a round is replicated on the mesh;
+      replicate `frozen` and `examples` too, or every round copies them.
+    clients_per_step: the largest number of clients that a device vmaps at once,
       at least 1; if not given, 1 on a CPU and 4 elsewhere. With 1 nothing is
-      vmapped and no padding is computed. If it does not divide the clients,
-      the last step repeats some of them, which are not counted.
-    cosines: whether a round measures `update_cosine` and `innovation_cosine`,
-      for which each client adds two more vectors of the trainable parameters.
-      If not given, only where these are few: at most `FEW` numbers.
+      vmapped, and padded steps at a client's end are not computed. A step that
+      would not be full repeats clients, which are not counted twice.
+    cosines: whether a round measures `update_cosine` and `innovation_cosine`.
+      To do so it adds up two more vectors of each client, each as large as the
+      trainable parameters. If not given, True for at most `FEW` parameters.
 
   Raises:
     ValueError: if `clients_per_step` is below 1, or `mesh` has no axis
@@ -80,7 +80,7 @@ class Placement:
 
   @property
   def at_once(self) -> int:
-    """How many clients at most are vmapped at once on a device."""
+    """The largest number of clients that a device vmaps at once."""
     if self.clients_per_step is not None:
       return self.clients_per_step
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
@@ -92,7 +92,7 @@ class Placement:
 
   @property
   def everywhere(self) -> jax.sharding.NamedSharding:
-    """The sharding of an array that every device has whole."""
+    """The sharding that gives every device the whole array."""
     return jax.sharding.NamedSharding(self.mesh, jax.P())
 
 
@@ -110,9 +110,9 @@ class Cohort(NamedTuple):
   Attributes:
     clients: int32 [cohort], numbers of the clients in the population.
     indices: int32 [cohort, steps, batch], rows of the examples.
-    mask: bool [cohort, steps, batch]; False where there is no example, and
-      `indices` has the client's first row. A step without any example leaves
-      the client as it was.
+    mask: bool [cohort, steps, batch]; False where there is no example. There,
+      `indices` has the client's first row. A step without any example does not
+      change the client.
     weights: float32 [cohort], each client's number of examples; zero for a
       client that does not take part. The aggregator decides how to weight.
   """
@@ -124,12 +124,12 @@ class Cohort(NamedTuple):
 
 
 def takes_part(weights: Any) -> Any:
-  """Whether clients of these weights take part: positive and finite ones."""
+  """Returns whether each client takes part: its weight is finite and > 0."""
   return jnp.isfinite(weights) & (weights > 0)
 
 
 def check_cohort(cohort: Cohort) -> Cohort:
-  """Returns the cohort; nothing is checked while JAX traces it.
+  """Checks a cohort's weights, unless JAX traces them, and returns the cohort.
 
   Raises:
     ValueError: if a weight is negative, infinite or NaN.
@@ -153,17 +153,18 @@ def local_update(
   Args:
     loss_fn: `(trainable, frozen, examples, mask, key) -> (total, count)`: the
       summed loss of a batch and what to divide it by. Padded examples, where
-      `mask` [batch] is False, must add to neither. They repeat the client's
-      first example.
-    optimizer: steps on the gradient of total / count. Its state starts afresh
-      in every round.
+      `mask` [batch] is False, must not count in either of them. They repeat the
+      client's first example.
+    optimizer: steps on the gradient of total / count. Its state is new in every
+      round.
 
   Returns:
     A `local_training.LocalUpdate`: a loop over the steps of `indices` and
     `mask` [steps, batch]. A step whose mask is all False changes neither the
-    parameters nor the optimizer's state; such steps at the end are not
-    computed, unless the client is vmapped with one that has more. Where
-    `trains`, a tree of masks, is False, gradients and updates are zero.
+    parameters nor the optimizer's state. Such steps at the end are not
+    computed, unless the client is vmapped with one that has more steps.
+    `trains` is a tree of masks; where it is False, gradients and updates are
+    zero.
   """
   gradient_fn = local_training.batch_gradient(loss_fn)
   return local_training.local_steps(gradient_fn, optimizer)
@@ -173,18 +174,19 @@ def map_clients(
   fn: Callable[[Any, Any], tuple[Any, Any]],
   placement: Placement | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-  """Maps `fn` over clients, adding up its first result, stacking its second.
+  """Maps `fn` over clients; adds up its first result, and stacks its second.
 
-  Memory grows with `clients_per_step`, and with the cohort only by what is
-  stacked. All placements agree up to the order of additions.
+  Memory grows with `clients_per_step`. With the cohort, only the stacked
+  results grow. All placements give the same result up to the order of
+  additions.
 
   Args:
     fn: `(shared, client) -> (summand, output)`.
     placement: see `Placement`; all devices if not given.
 
   Returns:
-    `fn(shared, clients) -> (sum, outputs)`; `clients` has a leading axis, and
-    so have `outputs`.
+    `fn(shared, clients) -> (sum, outputs)`; `clients` and `outputs` have a
+    leading axis of clients.
   """
   placement = placement or Placement()
   return mapping.over_devices(fn, placement.mesh, placement.at_once)

@@ -1,9 +1,10 @@
 """Rounds with a codec in their state.
 
-A codec is a tree of arrays that both ends agree on, and a function makes the
-compressor from it. So a large codec is not a constant of the program, and a new
-one, fitted between rounds, does not recompile it. The state also has who holds
-the encoder already, and what the server knows to fit a new codec to.
+A codec is a tree of arrays that both ends agree on; a function makes the
+compressor from it. A codec in the state is not a constant of the program, so it
+may be large, and a new one, fitted between rounds, needs no compilation. The
+state also records which clients have the encoder, and the vectors that a new
+codec can be fitted to.
 """
 
 from collections.abc import Callable
@@ -65,11 +66,11 @@ class CodecState(NamedTuple):
 
 
 class Known(NamedTuple):
-  """What the server knows of a client: the state of `remembered`.
+  """What the server knows about a client: the state of `remembered`.
 
   Attributes:
-    vector: what last went into the codec, if the client volunteers it; what was
-      last decoded, if not. Zeros before the first upload.
+    vector: the last vector that went into the codec, if the client volunteers;
+      else the last decoded vector. Zeros before the first upload.
     volunteers: whether the client volunteers, bool.
     inner: state of the compressor.
   """
@@ -80,7 +81,7 @@ class Known(NamedTuple):
 
 
 def remembered(compressor: base.Compressor) -> base.Compressor:
-  """The compressor with state `Known`, for a server that records vectors."""
+  """Returns the compressor with state `Known`, which has the last vector."""
 
   def init(vector):
     none = jnp.zeros(vector.shape, vector.dtype)
@@ -106,18 +107,18 @@ def with_codec(
 ) -> rounds.FederatedAlgorithm:
   """Makes an algorithm whose uploads a codec compresses.
 
-  A client fetches the encoder on its first visit, and again when there is a new
-  one; its `download_bytes` count that. The decoder stays at the server.
+  A client fetches the encoder in its first round, and again when there is a new
+  one; its `download_bytes` include that. The decoder stays at the server.
 
   Args:
     compose: function from the upload compressor to the algorithm, whose state
       has `upload`.
     coding: the codec.
     population: number of clients.
-    volunteers: bool [population], the clients that also send uncompressed what
-      goes into the codec, so that `known` has it. Their `upload_bytes` count
-      these bytes. None if the codec is never fitted anew; the server then keeps
-      nothing of clients.
+    volunteers: bool [population], the clients that also send, uncompressed, the
+      vector that goes into the codec, so that `known` has it. Their
+      `upload_bytes` include it. None if the codec is never refitted; the server
+      then keeps no vectors.
     placement: placement of the algorithm.
 
   Returns:
@@ -125,7 +126,7 @@ def with_codec(
     if the codec was fitted to another tree, or a message with it is too large.
 
   Raises:
-    ValueError: if `volunteers` has another length than the population, or from
+    ValueError: if the length of `volunteers` is not `population`, or from
       `compose`.
   """
   if volunteers is not None and np.shape(volunteers) != (population,):
@@ -193,11 +194,11 @@ def with_codec(
 
 
 def known(state: CodecState) -> np.ndarray:
-  """What the server knows of clients, to fit a codec to: [count, n].
+  """Returns the clients' last vectors, to fit a codec to: [count, n].
 
-  Each client that has come has one row, in the order of client numbers: its
-  last vector, as it went into the codec if the client volunteers, else as it
-  was decoded.
+  Each client that has taken part has one row, in the order of client numbers:
+  the vector that went into the codec if the client volunteers, else the decoded
+  vector.
 
   Raises:
     ValueError: if the algorithm was made without `volunteers`.
@@ -212,7 +213,7 @@ def known(state: CodecState) -> np.ndarray:
 
 
 def refitted(state: CodecState, codec: Any) -> CodecState:
-  """The state with a new codec, whose encoder clients fetch as they come.
+  """Returns the state with a new codec; clients will fetch its encoder.
 
   Args:
     state: state of the rounds.
@@ -228,7 +229,7 @@ def refitted(state: CodecState, codec: Any) -> CodecState:
   if described(codec) != described(state.codec):
     raise ValueError(
       "refitted expected a codec of the same shapes, which the rounds are"
-      " compiled for. Fit the same network, or as many components."
+      " compiled for. Fit the same network, or the same number of components."
     )
   place = lambda new, old: jax.device_put(
     np.asarray(new, old.dtype), old.sharding

@@ -21,13 +21,15 @@ def decaying(
 
   Args:
     start: the first density, in (0, 1].
-    decay: each density over the one before it, in (0, 1]; 1 for no decay.
-    every: how many rounds each density holds, at least 1.
+    decay: the ratio of each density to the one before it, in (0, 1]; 1 for no
+      decay.
+    every: the number of rounds with the same density, at least 1.
     rounds: the number of rounds, at least 1; later ones keep the last density.
     floor: the least density, in [0, 1].
 
   Returns:
-    Densities by the round they begin with, at most `ceil(rounds / every)`.
+    A dictionary from rounds to the densities that begin there, with at most
+    `ceil(rounds / every)` entries.
 
   Raises:
     ValueError: if an argument is out of range.
@@ -50,7 +52,7 @@ def decaying(
 
 
 def stages(*densities: Density) -> dict[int, tuple[float, ...]]:
-  """Joins schedules of densities: tuples by the round they begin with.
+  """Joins schedules into a dictionary from rounds to tuples of densities.
 
   Raises:
     ValueError: if a schedule has no density for round 0.

@@ -42,8 +42,8 @@ def send(
   """Sends a vector from the server to all clients.
 
   Args:
-    compressor: how the vector is compressed.
-    vector: what is sent.
+    compressor: the compressor of the message.
+    vector: the vector to send.
     state: the compressor's state.
     round_number: the number of the round.
     key: the experiment's key.
@@ -59,17 +59,17 @@ def broadcast(
   """Sends the parameters to every tier.
 
   Args:
-    tiers: how they are compressed.
-    state: the server's, with `round`, `trainable` and `download`, the states of
-      the tiers' download compressors.
+    tiers: the channels of all tiers.
+    state: the server's state, with `round`, `trainable` and `download` (the
+      state of each tier's download compressor).
     frozen: what every client already has.
     key: the experiment's key.
 
   Returns:
-    What clients share, and the download compressors' new states.
+    The broadcast, and the new states of the download compressors.
   """
   vector, _ = ravel_pytree(state.trainable)
-  # Tiers of one random compressor get messages of their own.
+  # Each tier has its own stream: random compressors differ between tiers.
   messages = [
     send(x.download, vector, memory, state.round, key, *([i] if i else []))
     for i, (x, memory) in enumerate(
@@ -87,7 +87,7 @@ def received_by(
   """Makes a function from (state, key) to what the last tier receives.
 
   Args:
-    tiers_of: trainable -> the tiers.
+    tiers_of: a function from the trainable parameters to the tiers.
   """
 
   def received_fn(state, key):
@@ -103,14 +103,14 @@ def sizes(sent: Sequence[Any], tier: Int[Array, " cohort"]) -> dict[str, Any]:
 
   Args:
     sent: what each tier receives: a payload, or a tuple of payloads.
-    tier: the tiers of the cohort's clients.
+    tier: the tier number of each client in the cohort.
   """
   payloads = [x if isinstance(x, tuple) else (x,) for x in sent]
   return metrics(jnp.array([channels.sizes(*x) for x in payloads])[tier])
 
 
 def metrics(each: Int[Array, "cohort 2"]) -> dict[str, Any]:
-  """Returns the metrics of downloads of so many bytes and entries."""
+  """Returns the metrics, given each client's download in bytes and entries."""
   return {"download_bytes": each[:, 0], "download_entries": each[:, 1]}
 
 
@@ -124,7 +124,8 @@ def fetch(
   Args:
     missed: what each client must still fetch.
     cohort: the clients that fetch.
-    weights: zero for a client that is left out, which must fetch it again.
+    weights: the clients' weights. A client of weight zero is left out, and must
+      fetch the same again.
 
   Returns:
     What each client of the cohort fetches, and the next `missed`.
@@ -138,7 +139,7 @@ def fetch(
 def grow(
   missed: Int[Array, "... 2"], size: Int[Any, "2"], most: Int[Any, "2"]
 ) -> Int[Array, "... 2"]:
-  """Adds a size in bytes and entries, up to `most`: the size of everything."""
-  # No sum on the way is larger than an int32 holds.
+  """Adds `size`, bytes and entries, up to `most`: the size of everything."""
+  # The minimum comes first, because the full sum could overflow int32.
   size, most = (jnp.broadcast_to(x, missed.shape) for x in (size, most))
   return missed + jnp.minimum(size, most - missed)

@@ -15,7 +15,7 @@ _SEEDS = 2**32
 
 
 class Purpose(enum.IntEnum):
-  """What a draw is for. The numbers are part of every published result."""
+  """What a draw is for. A new number would change all published results."""
 
   # Drawn on the host, by NumPy.
   COHORT = 0
@@ -39,8 +39,8 @@ def check_seed(seed: int) -> int:
   """Returns `seed`.
 
   Raises:
-    ValueError: if it is not a whole number in [0, 2**32). JAX would take a
-      larger seed for a smaller one.
+    ValueError: if it is not a whole number in [0, 2**32). JAX would treat a
+      larger seed as a smaller one.
   """
   if not (isinstance(seed, numbers.Integral) and 0 <= seed < _SEEDS):
     raise ValueError(
@@ -50,7 +50,7 @@ def check_seed(seed: int) -> int:
 
 
 def key(seed: int) -> Any:
-  """The key of an experiment, from which `stream` makes all others.
+  """Returns the key of an experiment; `stream` makes all others from it.
 
   Raises:
     ValueError: if `seed` is not in [0, 2**32).
@@ -59,7 +59,7 @@ def key(seed: int) -> Any:
 
 
 def stream(key: Any, *names: Any) -> Any:
-  """The key of one draw.
+  """Returns the key of one draw.
 
   Args:
     key: the experiment's key.
@@ -71,12 +71,12 @@ def stream(key: Any, *names: Any) -> Any:
 
 
 def generator(seed: int, purpose: Purpose, *names: int) -> np.random.Generator:
-  """NumPy's generator of one draw on the host.
+  """Returns the NumPy generator of one draw on the host.
 
   Args:
     seed: the experiment's seed.
     purpose: what is drawn.
-    *names: the round and the client, for instance.
+    *names: numbers that identify the draw, such as the round and the client.
 
   Raises:
     ValueError: if `seed` is not in [0, 2**32).

@@ -65,7 +65,7 @@ def rank(tree: Mapping[str, Any]) -> int:
 
 
 def entry_ranks(tree: Mapping[str, Any]) -> Any:
-  """Returns the rank that each entry of the flat vector belongs to, from 0 on.
+  """Returns the number of each entry's rank in the flat vector, from 0 on.
 
   A rank is a column of `a` and a row of `b`.
 
@@ -78,11 +78,11 @@ def entry_ranks(tree: Mapping[str, Any]) -> Any:
 
 
 def rank_owners(tree: Mapping[str, Any]) -> tuple[Any, list[int]]:
-  """Which rank of which layer each entry of the flat vector belongs to.
+  """Finds the layer and the rank of each entry of the flat vector.
 
   Returns:
-    NumPy int [n], numbers that count the ranks of all layers, with -1 for what
-    is in no pair; and how many ranks each layer has.
+    NumPy int [n], the number of each entry's rank, counted over all layers; -1
+    for entries in no pair. And the number of ranks in each layer.
   """
   owners = jax.tree.map(lambda x: np.full(np.shape(x), -1), tree)
   numbered, ranks, count = {}, [], 0
@@ -108,13 +108,13 @@ def tiers(
 ) -> channels.Tiers:
   """Makes tiers that receive and send only the first ranks of all pairs.
 
-  What is in no pair travels whole. Ranks that are not sent need no freezing:
-  where a column of `a` and a row of `b` are both zero, so are both gradients.
+  Parameters in no pair travel whole. Ranks that are not sent need no freezing:
+  if a column of `a` and its row of `b` are zero, their gradients are zero too.
 
   Args:
-    tree: the trainable parameters; only their shapes count.
+    tree: the trainable parameters; only their shapes are used.
     ranks: the rank of each tier, in [1, rank of the pairs].
-    of_client: numbers of clients -> numbers of their tiers. If not given,
+    of_client: a function from client numbers to tier numbers. If not given,
       client i is in tier i modulo tiers, as in the code of FLASC's authors.
     upload: compresses the entries that are uploaded; None for no compression.
 
@@ -150,7 +150,7 @@ def stack(pair: Pair, weights: Float[Array, " clients"]) -> Pair:
     weights: the weight of each client.
 
   Returns:
-    The factors side by side: its rank is the sum of their ranks.
+    The clients' factors side by side, of rank clients times rank.
   """
   clients = weights.shape[0]
   weights = weights.reshape(clients, *(1,) * (pair.b.ndim - 1))
@@ -170,12 +170,12 @@ def stacks(
 
 
 def truncate(pair: Pair, rank: int) -> Pair:
-  """Returns the pair of `rank` whose product is nearest: a truncated SVD.
+  """Returns the pair of rank `rank` whose product is nearest to the pair's.
 
-  It is `a = U`, `b = S V'`. The product itself, [inputs, outputs], is not
-  formed: two QRs leave a core no larger than the pair's rank. The signs of
-  singular vectors are chosen so that the largest entry of each column of `a` is
-  positive; otherwise they would depend on rounding.
+  A truncated SVD gives `a = U`, `b = S V'`. The product, [inputs, outputs], is
+  not formed: two QRs leave a core no larger than the pair's rank. The signs of
+  singular vectors are chosen so that the entry of largest magnitude in each
+  column of `a` is positive; otherwise they would depend on rounding.
 
   Args:
     pair: factors of any rank.
@@ -202,11 +202,11 @@ def _truncate(pair, rank):
 def one_by_one(fn: Callable[[Any], Any], stack: Any) -> Any:
   """Applies `fn` to the matrices of a stack, one after the other.
 
-  On a CPU, a batched QR or SVD waits for threads of the pool that it runs in.
-  Two at once on two cores wait for ever (jaxlib 0.10).
+  On a CPU, a batched QR or SVD runs in a thread pool and waits for threads of
+  the same pool. Two at once on two cores deadlock (jaxlib 0.10).
 
   Args:
-    fn: a function from a tree of matrices.
+    fn: a function of a tree of matrices.
     stack: a tree of arrays [..., m, n] with the same leading axes.
   """
   if jax.tree.leaves(stack)[0].ndim == 2:
@@ -215,7 +215,7 @@ def one_by_one(fn: Callable[[Any], Any], stack: Any) -> Any:
 
 
 def redraw(pair: Pair, key: PRNGKeyArray) -> Pair:
-  """Returns a pair whose product is zero: `a` random as at the start, `b` 0."""
+  """Returns a pair of product zero: a new random `a`, and `b` of zeros."""
   bound = 1 / math.sqrt(pair.a.shape[-2])
   a = jax.random.uniform(
     key, pair.a.shape, pair.a.dtype, minval=-bound, maxval=bound

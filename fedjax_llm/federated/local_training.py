@@ -31,7 +31,7 @@ class Training(NamedTuple):
 class LocalUpdate:
   """The training that one client does in one round; call it as a function.
 
-  Any function of the same arguments serves as well, but promises no privacy.
+  A plain function with the same arguments works too, but promises no privacy.
 
   Attributes:
     train: `(trainable, frozen, examples, indices, mask, key, trains=None) ->
@@ -50,7 +50,7 @@ class LocalUpdate:
 
 
 def check_optimizer(name: str, optimizer: Any) -> None:
-  """Raises a `ValueError` if `optimizer` is not one of optax's kind."""
+  """Raises a `ValueError` if `optimizer` is not an optax optimizer."""
   if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
     raise ValueError(
       f"expected {name} to be an optimizer, such as optax.sgd(0.1), got"
@@ -61,7 +61,11 @@ def check_optimizer(name: str, optimizer: Any) -> None:
 def batch_gradient(
   loss_fn: Callable[..., tuple[Array, Array]],
 ) -> BatchGradient:
-  """Makes the gradient of a batch's mean loss, see `clients.local_update`."""
+  """Makes the gradient function of a batch's mean loss.
+
+  Args:
+    loss_fn: see `clients.local_update`.
+  """
 
   def mean_loss(trainable, frozen, examples, mask, key):
     sums = loss_fn(trainable, frozen, examples, mask, key)
@@ -92,7 +96,7 @@ def local_steps(
     optimizer: steps on the gradient.
 
   Raises:
-    ValueError: if `optimizer` is not one of optax's kind.
+    ValueError: if `optimizer` is not an optax optimizer.
   """
   check_optimizer("the client's optimizer", optimizer)
 
@@ -109,15 +113,15 @@ def local_steps(
       trainable, state, loss, count = carry
       gradient, (total, seen) = gradients(trainable, number)
       updates, state = optimizer.update(gradient, state, trainable)
-      # For optimizers that decay what has no gradient.
+      # Some optimizers also decay parameters without a gradient.
       updates = only(trains, updates)
       trainable = optax.apply_updates(trainable, updates)
       after = (trainable, state, loss + total, count + seen)
       keep = lambda new, old: jnp.where(is_real[number], new, old)
       return jax.tree.map(keep, after, carry)
 
-    # Not a condition in each step: that would be vmapped to a selection with
-    # all its operands batched, `frozen` too.
+    # Not a `cond` in each step: vmap would make it a `select`, and would batch
+    # all its operands, `frozen` too.
     is_real = mask.any(axis=1)
     steps = jnp.max(jnp.where(is_real, jnp.arange(len(mask)) + 1, 0))
     _, sums = jax.eval_shape(gradients, trainable, 0)

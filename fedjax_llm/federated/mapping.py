@@ -1,7 +1,7 @@
 """A map over clients, or over examples, that adds up one of its results.
 
-Rows are cut into [devices * steps, at once, ...]: devices share the steps, a
-device takes its steps one after the other, and the rows of a step are vmapped.
+Rows are cut into chunks, [devices * steps, at once, ...]. A device takes its
+chunks one after the other, and vmaps the rows of a chunk.
 """
 
 import functools
@@ -23,7 +23,7 @@ def over_devices(fn: Mapped, mesh: jax.sharding.Mesh, at_once: int) -> Mapped:
   Args:
     fn: `(shared, row) -> (summand, output)`.
     mesh: the devices.
-    at_once: how many rows are vmapped at once on a device.
+    at_once: the largest number of rows that a device vmaps at once.
   """
   on_device = functools.partial(_in_steps, fn)
   devices = mesh.shape["clients"]
@@ -37,20 +37,20 @@ def in_steps(fn: Mapped, at_once: int | None) -> Mapped:
 
   Args:
     fn: `(shared, row) -> (summand, output)`.
-    at_once: how many rows are vmapped at once; None for all.
+    at_once: the largest number of rows that are vmapped at once; None for all.
   """
   return _chunked(functools.partial(_in_steps, fn), 1, at_once)
 
 
 def _chunked(on_devices, devices, at_once):
-  """Cuts what is mapped over into [devices * steps, at_once, ...]."""
+  """Cuts the rows into chunks, [devices * steps, at most at_once, ...]."""
 
   def mapped(shared, rows):
     count = jax.tree.leaves(rows)[0].shape[0]
     on_each = -(-count // devices)
     steps = -(-on_each // (at_once or on_each))
     size = -(-on_each // steps)
-    # Chunks that would not be full repeat rows, which are not added.
+    # The last chunks are filled with repeated rows, which are not added.
     number = np.arange(devices * steps * size).reshape(-1, size)
     chunks = jax.tree.map(lambda x: x[number % count], rows)
     total, outputs = on_devices(shared, (number < count, chunks))
@@ -61,7 +61,7 @@ def _chunked(on_devices, devices, at_once):
 
 
 def _over(mesh, fn):
-  """Shares chunks out over the devices of `mesh`, and adds up their sums."""
+  """Divides chunks among the devices of `mesh`, and adds up their sums."""
 
   def on_device(shared, chunks):
     total, outputs = fn(shared, chunks)
@@ -72,7 +72,7 @@ def _over(mesh, fn):
     mesh=mesh,
     in_specs=(jax.P(), jax.P("clients")),
     out_specs=(jax.P(), jax.P("clients")),
-    # Else the carry of every loop would have to be declared as varying.
+    # Otherwise the carry of every loop would have to be declared as varying.
     check_vma=False,
   )
 

@@ -1,18 +1,18 @@
 """Links and availability: what a round costs its users, and who answers.
 
-All of it is NumPy on the host, around the compiled round: a client that does
-not answer gets weight zero and no examples, so that every method leaves it out
-and keeps its memory as it was.
+All of it is NumPy on the host, around the compiled round. A client that does
+not answer gets weight zero and no examples, so every method leaves it out and
+does not change its memory.
 
 A round of one client takes
 
   latency + 8 download_bytes / (1e6 download_mbits) + steps * seconds_per_step
   + latency + 8 upload_bytes / (1e6 upload_mbits)
 
-seconds. Bytes are counted for the clients that received or sent them. A client
-that drops out before the round has none; one that drops out during the round
-has downloaded. One that answers after the deadline, or after enough others, has
-uploaded too, although its answer does not count.
+seconds. Bytes count if they were really received or sent. A client that drops
+out before the round has no bytes; one that drops out during the round has
+downloaded. A client that answers after the deadline, or after enough others,
+has also uploaded, although its answer does not count.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Link(NamedTuple):
 
   Attributes:
     download_mbits: the megabits (1e6 bits) per second that it receives.
-    upload_mbits: the megabits per second that it sends; at homes and on phones
-      mostly 4 to 16 times fewer.
+    upload_mbits: the megabits per second that it sends; mostly 4 to 16 times
+      fewer at homes and on phones.
     latency_seconds: the latency of each of the two messages.
     seconds_per_step: the time of a local step on a batch.
   """
@@ -51,10 +51,10 @@ class Outcome(NamedTuple):
   """What the clients of a cohort did in a round; all bool [cohort].
 
   Attributes:
-    selected: which were selected: those of positive weight.
-    started: which received the download.
-    uploaded: which sent an answer, in time or not.
-    answered: whose answer counts.
+    selected: the selected clients: those of positive weight.
+    started: the clients that received the download.
+    uploaded: the clients that sent an answer, in time or not.
+    answered: the clients whose answer counts.
   """
 
   selected: Any
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
   answered: Any
 
   def cohort(self, cohort: clients.Cohort) -> clients.Cohort:
-    """The cohort, in which clients that do not answer train nothing."""
+    """Returns the cohort, where clients that do not answer train nothing."""
     return cohort._replace(
       mask=cohort.mask & self.answered[:, None, None],
       weights=np.where(self.answered, cohort.weights, 0),
@@ -78,8 +78,9 @@ class Outcome(NamedTuple):
         entries is sparse.
 
     Returns:
-      For each direction the bytes of all messages and of the largest, and the
-      number of entries; and the number of sparse messages and their entries.
+      For each direction: the bytes of all messages, the bytes of the largest
+      one, and the entries of all. For both together: the number of sparse
+      messages, and their entries.
     """
     sums = {"trainable": trainable, "sparse_messages": 0, "sparse_entries": 0}
     senders = {"download": self.started, "upload": self.uploaded}
@@ -97,20 +98,20 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-  """The links of all clients, and how reliable these are.
+  """The links of all clients, and how reliable the clients are.
 
   Attributes:
     tiers: the link of each tier.
-    of_client: numbers of clients -> numbers of their tiers. If not given,
+    of_client: a function from client numbers to tier numbers. If not given,
       client i is in tier i modulo tiers.
     dropout_before: the chance in [0, 1] that a selected client is absent when
       the round starts.
     dropout_during: the chance in [0, 1] that a client that has started does not
       answer.
-    deadline_seconds: how long the server waits; None for as long as it takes.
-    over_selection: how many clients are selected over how many are wanted, at
-      least 1; the first to answer count (Bonawitz et al., 2019, arXiv
-      1902.01046, selects 1.3 times as many).
+    deadline_seconds: how long the server waits; None for no limit.
+    over_selection: the ratio of selected clients to wanted answers, at least 1;
+      the first answers count (Bonawitz et al., 2019, arXiv 1902.01046, select
+      1.3 clients for each wanted answer).
     seed: the seed of the dropouts, each drawn from (seed, round, client).
   """
 
@@ -173,21 +174,21 @@ class Network:
       state: the state before the round.
       cohort: the selected clients; one of weight zero is not selected.
       round_number: the number of the round, which names the draws.
-      wanted: how many answers count at most.
+      wanted: the largest number of answers that count.
 
     Returns:
       The next state; the metrics, which also have sizes of messages that were
       not sent; the outcome; and the simulated seconds of the round.
 
     Raises:
-      ValueError: if the cohort's weights are not finite or negative.
+      ValueError: if a weight of the cohort is negative or not finite.
     """
     clients.check_cohort(cohort)
     sizes = lambda metrics: (metrics["download_bytes"], metrics["upload_bytes"])
     seconds = np.zeros(len(cohort.clients))
     if self.deadline_seconds is not None or self.over_selection > 1:
-      # Whose answer counts depends on the sizes. They come from the same
-      # program with nobody in the cohort, which trains nothing.
+      # Which answers count depends on the sizes of the messages. To get them,
+      # the same program runs with an empty cohort, which trains nothing.
       nobody = np.zeros(len(cohort.clients), bool)
       nobody = Outcome(*[nobody] * 4).cohort(cohort)
       _, metrics = advance(jax.tree.map(jnp.copy, state), nobody)
@@ -201,7 +202,7 @@ class Network:
     return state, metrics, outcome, waited
 
   def selected(self, clients_per_round: int) -> int:
-    """How many clients to select, to get `clients_per_round` answers."""
+    """Returns how many clients to select for `clients_per_round` answers."""
     # Rounded, because 10 * 1.1 is a little more than 11.
     return math.ceil(round(clients_per_round * self.over_selection, 6))
 
@@ -211,7 +212,7 @@ class Network:
     download_bytes: Int[np.ndarray, " cohort"],
     upload_bytes: Int[np.ndarray, " cohort"],
   ) -> Float[np.ndarray, " cohort"]:
-    """The seconds from the round's start to each client's answer."""
+    """Returns the seconds from the round's start to each client's answer."""
     links = np.array(self.tiers, float)[self._tiers_of(cohort.clients)]
     download_mbits, upload_mbits, latency, step = links.T
     steps = cohort.mask.any(axis=2).sum(axis=1)
@@ -234,8 +235,8 @@ class Network:
     """Draws which clients of a round drop out, and whose answers count.
 
     Arguments are those of `round`, and the `seconds` of each client. If more
-    clients answer than are wanted, the first count; of two at the same time,
-    the one that comes first in the cohort.
+    clients answer than are wanted, the first count; ties go to the client that
+    comes first in the cohort.
     """
     selected = cohort.weights > 0
     present = self._present(round_number, cohort.clients)
@@ -254,9 +255,9 @@ class Network:
     *,
     wanted: int,
   ) -> float:
-    """The simulated seconds until the server goes on.
+    """Returns the simulated seconds until the server goes on.
 
-    The server goes on with the last answer that counts. If there is a deadline
+    The server goes on after the last answer that counts. If there is a deadline
     and too few clients have answered, it goes on at the deadline. Without a
     deadline it knows at once who will not answer, so a round without answers
     takes no time.
@@ -267,14 +268,14 @@ class Network:
     return float(seconds[outcome.answered].max(initial=0))
 
   def _tiers_of(self, numbers: Any) -> Any:
-    """The tiers of clients of these numbers."""
+    """Returns the tier numbers of clients, given their numbers."""
     of_client = self.of_client or clients.in_turn(len(self.tiers))
     return np.asarray(of_client(np.asarray(numbers)))
 
   def _present(
     self, round_number: int, numbers: Int[np.ndarray, " cohort"]
   ) -> Bool[np.ndarray, "cohort 2"]:
-    """Whether each client is present before the round, and during it."""
+    """Draws whether each client is present before the round, and during it."""
     streams = [
       draws.generator(self.seed, draws.Purpose.DROPOUT, round_number, client)
       for client in numbers

@@ -1,9 +1,9 @@
-"""Parts of a tree: methods that train, send and step less than all of it.
+"""Parts of a tree: for methods that train and send only some parameters.
 
 The trained and the fixed part are two trees; each has `None` where the other
-has a leaf. `parametrised` runs any algorithm on the trained part. Both ends
-know the fixed part, from the seed or from before the first round, and it never
-travels.
+has a leaf. `parametrised` runs any algorithm on the trained part. The fixed
+part never travels: both ends draw it from the seed, or get it before the first
+round.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def factor(path: str) -> Literal["a", "b"] | None:
 
 
 def owners(tree: Any) -> np.ndarray:
-  """Each entry's owner in the raveled tree: 0 for `a`, 1 for `b`, else 2."""
+  """Returns an int8 for each raveled entry: 0 in an `a`, 1 in a `b`, else 2."""
   number = lambda path: {"a": 0, "b": 1}.get(factor(path) or "", 2)
   return np.concatenate(
     [np.full(np.size(x), number(path), np.int8) for path, x in leaves(tree)]
@@ -61,19 +61,19 @@ def owners(tree: Any) -> np.ndarray:
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:
-  """The paths of all leaves, and the leaves."""
+  """Returns (path, leaf) for each leaf."""
   return [(_name(path), x) for path, x in jax.tree.leaves_with_path(tree)]
 
 
 def paths(tree: Any) -> list[str]:
-  """The paths of all leaves."""
+  """Returns the paths of all leaves."""
   return [path for path, _ in leaves(tree)]
 
 
 def signature(tree: Any) -> str:
-  """A hash of the paths and shapes of all leaves, 16 hexadecimal digits.
+  """Returns a hash of all leaves' paths and shapes, 16 hexadecimal digits.
 
-  Two ends with the same signature mean the same by entry k of a raveled tree.
+  Trees with the same signature have the same order of entries when raveled.
   """
   described = [f"{path} {tuple(np.shape(x))}" for path, x in leaves(tree)]
   return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
@@ -95,7 +95,7 @@ class PartState:
   Attributes:
     inner: the state of the algorithm that trains the part.
     fixed: the other part.
-    join: (trained, fixed) -> the parameters as the model takes them.
+    join: a function from (trained, fixed) to the model's parameters.
   """
 
   inner: Any
@@ -109,7 +109,7 @@ class PartState:
 
   @property
   def trainable(self) -> Any:
-    """The server's parameters as the model takes them."""
+    """The server's parameters, in the form that the model uses."""
     return self.join(self.inner.trainable, self.fixed)
 
 
@@ -120,7 +120,7 @@ def parametrised(
   divide: Callable[[Any], tuple[Any, Any]],
   join: Callable[[Any, Any], Any] = combine,
 ) -> rounds.FederatedAlgorithm:
-  """Any algorithm, on other parameters than those that the model takes.
+  """Runs any algorithm on other parameters than those of the model.
 
   >>> import optax
   >>> from fedjax_llm.federated.algorithms import flasc
@@ -137,13 +137,13 @@ def parametrised(
   ... )
 
   Args:
-    make: loss of what is trained -> the algorithm that trains it.
+    make: a function from a loss of the trained part to the algorithm that
+      trains it.
     loss_fn: the model's loss, see `clients.local_update`.
-    divide: a function from the model's parameters to what is trained in their
-      place, and what both ends know beside it.
-    join: a function from (trained, fixed) to the model's parameters. It must be
-      a function of a module, not a closure. Only then do the states of two such
-      algorithms have one structure.
+    divide: a function from the model's parameters to (trained, fixed).
+    join: a function from (trained, fixed) to the model's parameters. Define it
+      at module level, not as a closure. Otherwise the states of two such
+      algorithms have different structures.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if nothing is trained.
@@ -187,23 +187,24 @@ def partial(
   *,
   is_trained: Callable[[str], bool],
 ) -> rounds.FederatedAlgorithm:
-  """Any algorithm, on those leaves of the tree whose path `is_trained`.
+  """Runs any algorithm on the leaves that `is_trained` chooses.
 
   The others stay the same, bit for bit, and do not travel.
 
   Args:
     make: see `parametrised`.
     loss_fn: see `parametrised`.
-    is_trained: see `split`.
+    is_trained: path -> bool, see `split`.
   """
   divide = functools.partial(split, is_chosen=is_trained)
   return parametrised(make, loss_fn, divide=divide)
 
 
 class Averaging(Protocol):
-  """Federated averaging and its kin, such as `flasc.flasc` with its densities.
+  """A function that makes an algorithm, such as `fed_avg.fed_avg`.
 
-  `functools.partial` sets the arguments that are not named here.
+  Use `functools.partial` to set other arguments first, such as the densities of
+  `flasc.flasc`.
   """
 
   def __call__(

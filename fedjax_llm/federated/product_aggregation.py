@@ -1,8 +1,8 @@
 """Rounds whose server aggregates the products of factors, not the factors.
 
 The mean of the clients' products `a @ b` is not the product of the mean
-factors. The server has all factors, so it can do better: decompose the mean
-product into new factors, or add to the base model what factors cannot express.
+factors. The server has all factors, so it can decompose the mean product into
+new factors, or add to the base model the part that factors cannot express.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ class State(NamedTuple):
     round: int32, how many rounds are done.
     trainable: the parameters that are trained.
     download: the download compressor's state, for each tier.
-    residual: what was added to the base model; () if nothing ever is.
+    residual: the sum that was added to the base model; () if nothing ever is.
     missed: int32 [population, 2], the bytes and entries of the residual that
       each client must still fetch; () if there is no residual.
     upload: the upload compressor's states, for each tier [population, ...].
@@ -56,8 +56,8 @@ class Combined(NamedTuple):
     trainable: the next parameters.
     added: pairs by path, whose products are added to the base model; None if
       nothing is added.
-    forwarded: bool [cohort], the clients whose factors are sent to all others,
-      so that they can add the same; None if nothing is added.
+    forwarded: bool [cohort], the clients whose factors are sent to all clients,
+      which compute `added` from them; None if nothing is added.
   """
 
   trainable: Any
@@ -77,16 +77,16 @@ def product_round(
 ) -> rounds.FederatedAlgorithm:
   """Composes an algorithm that aggregates products of factors.
 
-  A client downloads the residual when it takes part: for every round that it
-  missed the forwarded factors or the dense change, whichever is smaller; in
-  total at most the dense sum. A client that is left out of a round counts as
-  absent.
+  A client that takes part downloads how the residual has changed since its last
+  download: for every round, the forwarded factors or the dense change,
+  whichever is smaller; in total at most the dense residual. A client that is
+  left out of a round counts as absent.
 
   Args:
     local_update: see `clients.local_update`.
     combine: `(trainable, trained [cohort, ...], weights, key) -> Combined`. The
       weights are the cohort's, zero for a client that is left out.
-    tiers_of: trainable -> how messages are compressed.
+    tiers_of: a function from the trainable parameters to the tiers.
     ranks: the rank of each tier; None if all have the full rank.
     scale: `LoRA.scale`, if products are added to the base model; else None.
     population: the number of clients; needed for a residual, or if the upload
@@ -94,8 +94,9 @@ def product_round(
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: if `population` is missing; from `init`, if there are no
-      factors, `tiers_of` refuses them, or the dense residual is 2 GiB or more.
+    ValueError: if `population` is missing; from `init`, if `tiers_of` refuses
+      the parameters. With `scale` also from `init`, if there are no factors, or
+      the parameters and the dense residual have 2 GiB or more.
   """
   if scale is not None and population is None:
     raise ValueError(
@@ -119,7 +120,7 @@ def product_round(
     residual, missed = (), ()
     if scale is not None:
       zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
-      # Refused before it is made: a client may have to fetch both at once.
+      # Checked before allocation. A client may have to fetch both at once.
       whole = _whole(jax.eval_shape(factors.products, zero))
       channels.sizes(base.Dense(vector), whole)
       residual = factors.products(zero)
@@ -179,10 +180,11 @@ def product_round(
 def rank_sizes(
   owners: Int[np.ndarray, " n"], ranks: Iterable[int], dtype: Any
 ) -> Int[Array, "ranks 2"]:
-  """Returns the bytes and entries of a message of the first ranks.
+  """Returns the bytes and entries of messages that have only the first ranks.
 
   Args:
-    owners: the rank of each entry; the message has those below its rank.
+    owners: the number of each entry's rank. A message of r ranks has the
+      entries whose number is below r.
     ranks: the number of ranks in each message.
     dtype: the type of the entries.
   """
@@ -191,7 +193,7 @@ def rank_sizes(
 
 
 def _sizes(trainable, ranks):
-  """Sizes of one client's factors, by tier: int32 [tiers, 2]."""
+  """Returns the sizes of one client's factors, by tier: int32 [tiers, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   own = ranks or [factors.rank(trainable)]
@@ -199,11 +201,11 @@ def _sizes(trainable, ranks):
 
 
 def _whole(residual):
-  """The dense residual, or a change of it, as a message."""
+  """Returns a message with the size of the dense residual."""
   leaves = jax.tree.leaves(residual)
   return _dense(sum(x.size for x in leaves), leaves[0].dtype)
 
 
 def _dense(count, dtype):
-  """A dense message of `count` entries, of which only the size counts."""
+  """Returns a dense message of `count` entries without values, to measure."""
   return base.Dense(jax.ShapeDtypeStruct((count,), dtype))

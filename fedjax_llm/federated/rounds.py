@@ -1,7 +1,7 @@
 """The round: broadcast, local training, aggregate, server step.
 
-Everything that is sent passes through a compressor whose payload is the
-message. Parameters are trees at the clients and one flat vector on the way.
+Every message is the payload of a compressor. Clients train trees of parameters;
+messages carry one flat vector.
 """
 
 import functools
@@ -24,7 +24,7 @@ from fedjax_llm.federated import (
 )
 
 # A channel, the channels of all tiers, or a function from the trainable
-# parameters to either. They decide what each entry means.
+# parameters, which decide what each entry means, to either.
 AnyChannel = (
   channels.Channel
   | channels.Tiers
@@ -56,31 +56,28 @@ class ServerState(NamedTuple):
 class FederatedAlgorithm(NamedTuple):
   """A federated method, as pure functions.
 
-  To make an algorithm from another one, use `algorithm._replace(...)`: it keeps
-  the other's promises.
+  To make an algorithm from another one, use `algorithm._replace(...)`, so that
+  fields such as `noise_multiplier` are kept.
 
   Attributes:
     init: trainable -> the state, a tree of arrays with an attribute `round`,
       such as a `ServerState`.
     round: (state, frozen, examples, cohort, key) -> (state, metrics). Jit it
       with `state` donated; `key` is the experiment's, the same in all rounds.
-      Metrics of the round are `train_loss` and `tokens`, over all local steps,
-      and with most methods `update_cosine` and `innovation_cosine`, see
-      `clients.Placement`. Metrics of each client in the cohort are
-      `download_bytes`, `upload_bytes`, `download_entries` and `upload_entries`
-      (how many numbers a message has) and whether its answer was `finite`. A
-      client whose answer is not finite, or whose weight is zero, is left out,
-      see `answers`. A round in which all are left out increments `round` and
-      changes nothing else.
+      Metrics of the round: `train_loss` and `tokens`, over all local steps;
+      with most methods `update_cosine` and `innovation_cosine`, see
+      `clients.Placement`. Metrics of each client: `download_bytes`,
+      `upload_bytes`, `download_entries`, `upload_entries` (the numbers in a
+      message), and whether its answer is `finite`. A client whose answer is not
+      finite, or whose weight is zero, is left out, see `answers`. If all are
+      left out, only `round` changes, except with `steps_when_empty`.
     received: (state, key) -> the trainable parameters as a client would
-      receive them now: for FLASC, the masked model. (The authors' masked
-      evaluation has the new parameters under the mask of the round before.)
-    residual: state -> what the method has added to the base model: a tree like
-      that of the factors with a dense `delta` [..., inputs, outputs] in the
-      place of `a` and `b`. None if it adds nothing.
+      receive them now; for FLASC, the masked model. (The FLASC authors evaluate
+      the new parameters under the last round's mask.)
+    residual: state -> the sum added to the base model: a tree with a dense
+      `delta` [..., inputs, outputs] for each `a` and `b`. None if it is empty.
     noise_multiplier: the noise of a private `aggregators.Aggregator`. None if
-      there is no such noise, or if clients' data also reach `trainable` in
-      another way.
+      it adds none, or if clients' data reach `trainable` in another way too.
     example_noise_multiplier: the noise of private local training, see
       `local_training.LocalUpdate`. None if the training is not private.
     placement: how rounds are computed; None if unknown.
@@ -114,21 +111,22 @@ def federated_round(
     local_update: see `clients.local_update`.
     server_optimizer: steps on the aggregated update as on a gradient, because
       an update is received minus trained.
-    channel: how messages are compressed: a channel, or one for each tier, or
-      a function from the trainable parameters to either; None for nothing.
-    aggregate: from updates to one; the mean weighted by examples if not given.
+    channel: how messages are compressed, see `AnyChannel`; None for no
+      compression.
+    aggregate: turns the clients' updates into one; if not given, their mean,
+      weighted by numbers of examples.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
     answer: what one client does with a `downloads.Broadcast`, see
-      `answers.at_clients`; `answers.by_tier` if not given. Its memory is
-      `state.upload`.
+      `answers.at_clients`; `answers.by_tier` if not given. The clients' memory
+      is `state.upload`.
 
   Returns:
     The algorithm. Its `init` raises a `ValueError` if `population` is missing.
     `received` is what the last tier receives, which should be the best one.
 
   Raises:
-    ValueError: if `server_optimizer` or `aggregate` is something else.
+    ValueError: if `server_optimizer` or `aggregate` has a wrong type.
   """
   local_training.check_optimizer("server_optimizer", server_optimizer)
   aggregate = aggregate or aggregators.weighted_mean()
@@ -202,18 +200,17 @@ def by_trainable(
 def first_state(
   state: Any, placement: clients.Placement | None, **fresh: Any
 ) -> Any:
-  """Copies a state, and puts it where every round will find it.
+  """Copies a state to the devices of the placement.
 
-  It is copied so that donating it leaves the caller's arrays alone.
+  The copy protects the caller's arrays when a round donates its state.
 
   Args:
     state: a tree of arrays.
     placement: see `clients.Placement`; all devices if not given.
-    **fresh: fields of the state that nobody else holds, and that are too large
-      to be copied.
+    **fresh: fields that are not copied: large ones that only the state holds.
 
   Raises:
-    ValueError: if parameters that are trained are not floating-point numbers.
+    ValueError: if trainable parameters are not floating-point numbers.
   """
   trained = getattr(state, "trainable", ())
   for path, x in jax.tree.leaves_with_path(trained):
@@ -241,9 +238,9 @@ def server_step(
   Args:
     server_optimizer: steps on the aggregated update.
     aggregate: makes the update from the sum of the shares.
-    state: has the first four fields of a `ServerState`, which change.
-    shares: their sum over the clients.
-    key: the experiment's.
+    state: a state with the first four fields of a `ServerState`; these change.
+    shares: the sum of the clients' shares.
+    key: the experiment's key.
 
   Raises:
     ValueError: if `aggregate` does not return an update and its next state.
@@ -273,7 +270,7 @@ def optimizer_step(
 
   Args:
     server_optimizer: steps on the update as on a gradient.
-    state: has the first three fields of a `ServerState`, which change.
+    state: a state with the first three fields of a `ServerState`; these change.
     update: a tree like `state.trainable`.
   """
   updates, optimizer = server_optimizer.update(
@@ -293,9 +290,9 @@ def end_round(
   sizes: dict[str, Any],
   placement: clients.Placement,
 ) -> tuple[Any, dict[str, Any]]:
-  """Returns what a round returns: the next state and the metrics.
+  """Returns the next state and the metrics of a round.
 
-  If no client took part, keeps the old state and increments `round`.
+  If no client took part, keeps `before` and increments `round`.
 
   Args:
     before: the state before the round.

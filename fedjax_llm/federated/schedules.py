@@ -1,8 +1,8 @@
 """Schedules: algorithms that take turns over the rounds.
 
-A method whose messages differ between rounds, such as a dense round before
-sparse ones, is several algorithms with one state. Each is compiled as a branch
-of one program, because the size of a message is static.
+If a method's messages differ between rounds, such as a dense round before
+sparse ones, the method is several algorithms with one state. Each is compiled
+as a branch of one program, because the size of a message is static.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +21,8 @@ def staged(
   """Runs each algorithm from its round on, until the next one begins.
 
   Args:
-    stages: algorithms by the round they begin with, from 0 on. Their states
-      must have one structure.
+    stages: a mapping from rounds to the algorithms that begin there, with an
+      algorithm for round 0. Their states must have one structure.
 
   Raises:
     ValueError: if no algorithm begins with round 0; from `init`, if the states
@@ -53,11 +53,11 @@ def by_round(
   *algorithms: rounds.FederatedAlgorithm,
   choose: Callable[[Int[Array, ""]], Int[Array, ""]],
 ) -> rounds.FederatedAlgorithm:
-  """Runs in each round the algorithm that `choose` names.
+  """Runs in each round the algorithm that `choose` selects.
 
   Args:
-    *algorithms: their states have one structure, and they have one placement.
-    choose: number of the round, traced -> number of the algorithm.
+    *algorithms: algorithms with one placement and one structure of states.
+    choose: a function from the round's number, traced, to the algorithm's.
 
   Raises:
     ValueError: if there is no algorithm, or placements differ; from `init`, if
@@ -79,8 +79,8 @@ def by_round(
     for number, structure in enumerate(structures):
       if structure != structures[0]:
         raise ValueError(
-          "algorithms that take turns need states of one structure, but that of"
-          f" number {number} is {structure}, that of number 0 {structures[0]}."
+          "algorithms that take turns need states of one structure, got"
+          f" {structures[0]} from number 0, {structure} from number {number}."
         )
     return first.init(trainable)
 
@@ -104,7 +104,7 @@ def by_round(
 
 
 def _least(noise_multipliers: Iterable[float | None]) -> float | None:
-  """The least noise of all; None if one of them has none."""
+  """Returns the least noise of all algorithms; None if one has no noise."""
   each = list(noise_multipliers)
   known = [x for x in each if x is not None]
   return min(known) if len(known) == len(each) else None

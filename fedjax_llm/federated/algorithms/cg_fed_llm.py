@@ -4,13 +4,13 @@ Wu et al., "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
 Large Language Models", 2024 (arXiv 2405.13746). Its fine-tuning stage, FAF:
 
   FAF            `cg_fed_llm(..., coding=coding)`
-  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has a sum
-                 where the code it builds on, Shepherd, has a mean
+  sum            the same with `aggregate=sum_updates()`: Algorithm 1 has a sum,
+                 but the code it builds on, Shepherd, has a mean
   product space  `cg_fed_llm_products`: Algorithm 1 names the products B A
 
 The paper does not say whether a client sends its adapter or its update; here
-that is the `representation`. It does not count what a codec costs either; here
-every client downloads the encoder once.
+`representation` selects one. The paper does not count the bytes of the codec;
+here every client downloads the encoder once.
 """
 
 from typing import Any, Literal
@@ -43,13 +43,13 @@ def cg_fed_llm(
   aggregate: aggregators.Aggregator | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FAF: averages what arrives, `a` and `b` separately.
+  """FAF: averages the decoded factors, `a` and `b` separately.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer; its state is new in every round.
       Shepherd uses AdamW.
-    server_optimizer: optimizer of the server. The paper's step of eta is
+    server_optimizer: optimizer of the server. The paper's step size eta is
       `optax.sgd(eta)`; with 1 the mean replaces the adapter.
     coding: the codec.
     population: number of clients.
@@ -62,8 +62,9 @@ def cg_fed_llm(
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: if `representation` is another word, or `volunteers` has another
-      length than the population. `init` raises it for a codec of another tree.
+    ValueError: if `representation` is neither "delta" nor "state", or the
+      length of `volunteers` is not `population`; from `init`, if the codec was
+      fitted to another tree.
   """
   local_update = clients.local_update(loss_fn, client_optimizer)
 
@@ -96,11 +97,11 @@ def cg_fed_llm_products(
   volunteers: Any = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FAF whose server averages the products of the factors that it decodes.
+  """FAF whose server averages the products of the decoded factors.
 
-  The mean product is decomposed into factors of the adapter's rank, as FlexLoRA
-  does it. So there is no residual and no server optimizer. Arguments and errors
-  are those of `cg_fed_llm`.
+  The mean product is decomposed into factors of the adapter's rank, as in
+  FlexLoRA. So there is no residual and no server optimizer. Arguments and
+  errors are those of `cg_fed_llm`.
   """
   local_update = clients.local_update(loss_fn, client_optimizer)
 
@@ -126,7 +127,7 @@ def cg_fed_llm_products(
 def channel(
   compressor: base.Compressor, representation: Representation = "delta"
 ) -> channels.Channel:
-  """A channel that uploads the update, or the trained adapter.
+  """Returns a channel that uploads the update, or the trained adapter.
 
   Raises:
     ValueError: if `representation` is neither "delta" nor "state", or the

@@ -1,21 +1,21 @@
 """EcoLoRA: clients take turns at sending segments, sparse as training goes.
 
 Liu et al., "EcoLoRA: Communication-Efficient Federated Fine-Tuning of Large
-Language Models", 2025 (arXiv 2506.02001), by its abstract and by summaries of
-it. They say: the trainable parameters are split into segments, and client i
-sends segment (i + t) mod segments in round t; the server averages a segment
-over its senders; `a` and `b` are sparsified by Top-K with residuals, each with
-its own density that follows the training; positions are coded without loss.
+Language Models", 2025 (arXiv 2506.02001), as described in its abstract and in
+summaries: the trainable parameters are split into segments, and client i sends
+segment (i + t) mod segments in round t; the server averages a segment over its
+senders; `a` and `b` are sparsified by Top-K with residuals, each with its own
+density that follows the training; positions are coded without loss.
 
 Chosen here: a segment is an equal part of all `a` and an equal part of all the
 rest, so that all segments have the same length; a head counts as `b`. Densities
-fall exponentially with the loss, from a maximum towards a minimum. The size of
-a message is static, so there are only a few densities; the server announces one
-of them as one byte, from the losses that clients report. A residual holds what
-Top-K left of the segments that a client sent. A client does not remember the
-segments that it did not send, because other clients sent them. Positions are
-coded as the wire codes supports, where the paper has Golomb codes. The download
-is dense unless told otherwise.
+fall exponentially with the drop in loss, from a maximum towards a minimum. The
+size of a message is static, so there are only a few densities. The server
+chooses one by the losses that clients report, and announces it in one byte. A
+residual holds what Top-K left of the segments that a client sent. A client does
+not remember the segments that it did not send, because other clients sent them.
+Positions are coded like all supports (see `compression.wire`); the paper uses
+Golomb codes. The download is dense by default.
 """
 
 import functools
@@ -49,8 +49,8 @@ class EcoState(NamedTuple):
     losses: float32 [2], the mean training losses of the first and last round.
     answered: int32, the number of rounds in which a client took part.
     download: the download compressor's state, in a tuple.
-    residuals: what clients did not send, [population, segments, entries of a
-      segment].
+    residuals: what Top-K left of clients' segments, [population, segments,
+      entries of a segment].
   """
 
   round: Any
@@ -172,9 +172,8 @@ def segments(
   """Splits the flat vector into equal segments, each of which begins with `a`.
 
   Returns:
-    The entries of the vector that each segment has; its length where a segment
-    is filled up. And how many of a segment's entries belong to `a`, and how
-    many do not.
+    The positions in the vector of each segment's entries; the vector's length
+    for padding. And (entries of `a`, other entries) in a segment, with padding.
   """
   is_rest = parameters.owners(trainable) != 0
   parts = [np.flatnonzero(is_rest == x) for x in (False, True)]
@@ -194,7 +193,7 @@ def _answer(segment_count, choices):
     _, unravel = ravel_pytree(sent.trainable)
     (start,) = sent.received
     training = client.train(unravel(start), sent.frozen)
-    # All segments are checked: if another one diverged, this one will too.
+    # The update has all segments: if one is not finite, the client is left out.
     update = start - ravel_pytree(training.trainable)[0]
     number = (client.number + round_number) % segment_count
     segment = update.at[jnp.array(index)[number]].get(mode="fill", fill_value=0)
@@ -216,7 +215,7 @@ def _answer(segment_count, choices):
 
 
 def _share(segment_count, received, weight, shared):
-  """Sums of segments, of their weights, and of what clients report."""
+  """Returns a client's weighted segment, its weight, and its report."""
   del shared
   number, segment, report = received
   summed = lambda x: jnp.where(weight > 0, x, 0)

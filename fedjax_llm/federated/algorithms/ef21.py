@@ -4,8 +4,8 @@ Richtárik, Sokolov, Fatkhullin, "EF21: A New, Simpler, Theoretically Better, an
 Practically Faster Error Feedback", 2021 (arXiv 2106.05203), with partial
 participation as in Fatkhullin et al., "EF21 with Bells & Whistles", 2021 (arXiv
 2110.03294). A client keeps g_i, the server's estimate of its update. It sends
-C(update - g_i), which both ends add: the client to g_i, the server to the mean
-of all clients' g_i. The server steps on this mean. If updates converge, the g_i
+C(update - g_i). The client adds it to g_i, the server adds it to the mean of
+all clients' g_i. The server steps on this mean. If updates converge, the g_i
 converge to them: nothing is lost.
 """
 
@@ -31,8 +31,8 @@ def ef21(
 
   A client's update takes the place of the paper's gradient; its g_i is zero
   before its first round. Every client counts once, as in the paper. The mean is
-  over all clients, so it is small while only a few have taken part; and an old
-  g_i says little about today's update.
+  over all clients, so it is small while only a few have taken part. An old g_i
+  may be far from the client's present update.
 
   Args:
     loss_fn: see `clients.local_update`.
@@ -50,7 +50,7 @@ def ef21(
   placement = placement or clients.Placement()
   algorithm = rounds.federated_round(
     clients.local_update(loss_fn, client_optimizer),
-    # With a decay of one the trace is the sum of all that came: the mean g_i.
+    # With a decay of 1 the trace is the sum of all increments: the mean g_i.
     optax.chain(optax.trace(1.0), server_optimizer),
     channel=channels.Channel(upload=increments(upload)),
     aggregate=_share_of_all(population),
@@ -61,9 +61,9 @@ def ef21(
 
 
 def increments(compressor: base.Compressor) -> base.Compressor:
-  """Sends the difference of a vector to the sum of what arrived before.
+  """Sends the difference between a vector and the sum of what arrived before.
 
-  The decoded vector is an increment, for a receiver that adds up.
+  The decoded vector is an increment; the receiver must add up the increments.
 
   Args:
     compressor: compresses the difference.
@@ -86,7 +86,7 @@ def increments(compressor: base.Compressor) -> base.Compressor:
 
 
 def _share_of_all(population: int) -> aggregators.Aggregator:
-  """The sum over the clients that took part, divided by the population."""
+  """Makes the sum over the clients that took part, over the population."""
   return aggregators.sum_updates()._replace(
     finish=lambda total, state, key: (total / population, state)
   )

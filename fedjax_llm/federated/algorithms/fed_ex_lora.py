@@ -31,16 +31,16 @@ def fed_ex_lora(
   """FedEx-LoRA: factors are averaged, and the kernels take the residual.
 
   The server adds `scale * (mean(a_k b_k) - mean(a_k) mean(b_k))` to the base
-  kernels, so that the model is exactly the mean of the clients' models, if
-  their uploads are exact. Heads are averaged. There is no server optimizer: the
+  kernels. So the model is exactly the mean of the clients' models, if their
+  uploads are exact. Heads are averaged. There is no server optimizer: the
   residual would undo its step.
 
   A client uploads the update of all factors. It downloads the factors and the
-  residuals that it missed. The residual of a round of K clients is `sum_k p_k
-  (a_k - mean a) (b_k - mean b)`. These differences sum to zero, so it is a
-  product of (K - 1) * r columns and rows: the factors of all clients but one,
-  or the dense matrices if these are smaller. A client keeps the residual
-  between its rounds.
+  residuals since its last download. The residual of a round of K clients is
+  `sum_k p_k (a_k - mean a) (b_k - mean b)`. The weighted differences sum to
+  zero, so the factors of all clients but one are enough: (K - 1) * r columns
+  and rows. If the dense matrices are smaller, they are sent instead. A client
+  keeps the sum of the residuals between its rounds.
 
   Args:
     loss_fn: see `clients.local_update`.

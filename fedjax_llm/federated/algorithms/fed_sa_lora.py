@@ -84,21 +84,21 @@ def fed_sa_lora(
 ) -> rounds.FederatedAlgorithm:
   """FedSA-LoRA; its state grows with the population.
 
-  `received` and `state.trainable`, which evaluation and export use, have the
-  mean personal part of the clients that have taken part so far (the initial
+  Evaluation and export use `received` and `state.trainable`. Their personal
+  part is the mean over the clients that have taken part so far (the initial
   part before the first round). The paper evaluates each client with its own
   part: see `personal`.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: steps on both parts; starts afresh in every round.
+    client_optimizer: steps on both parts; its state is new in every round.
     server_optimizer: steps on the shared part; the paper averages:
       `optax.sgd(1.0)`.
     population: the number of clients.
-    is_shared: which parameters travel, by their path, see `parameters.split`.
+    is_shared: path -> whether the parameter travels, see `parameters.split`.
     channel: how the shared part is compressed; None for no compression.
-    aggregate: from updates of the shared part to one; the mean weighted by
-      examples if not given.
+    aggregate: turns the updates of the shared part into one; if not given,
+      their mean, weighted by numbers of examples.
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:

@@ -1,11 +1,11 @@
-"""Fed-SB: between fixed bases, only a square core of each pair is trained.
+"""Fed-SB: trains only a square core between the two fixed bases of a layer.
 
 Singhal, Ponkshe, Vartak, Varshney, Vepakomma, "Fed-SB: A Silver Bullet for
 Extreme Communication Efficiency and Performance in (Private) Federated LoRA
-Fine-Tuning", 2025 (arXiv 2502.15436). A layer computes `x @ a @ core @ b` with
-`a` [inputs, rank] and `b` [rank, outputs] fixed and alike at all clients, so
-that the mean of the cores is the mean of the products, and a message is rank^2
-numbers a layer whatever its size.
+Fine-Tuning", 2025 (arXiv 2502.15436). A layer computes `x @ a @ core @ b`. `a`
+[inputs, rank] and `b` [rank, outputs] are fixed and the same at all clients, so
+the mean of the cores gives the mean of the products. A message has rank^2
+numbers for each layer, whatever the layer's size.
 """
 
 import functools
@@ -50,9 +50,9 @@ def fed_sb(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer.
     server_optimizer: the server's; the paper averages: `optax.sgd(1.0)`.
-    bases: where `a`, `b` and the cores start, `gradient_bases(...)` or
-      `random_bases(key)`: from LoRA factors, whose shapes count, to a tree that
-      has a `core` beside `a` and `b`.
+    bases: `gradient_bases(...)` or `random_bases(key)`: a function from LoRA
+      factors, of which only the shapes are used, to a tree of initial `a`, `b`
+      and `core`.
     make: the algorithm that trains the cores, see `freezing.ffa_lora`.
     aggregate: turns the clients' updates into one; the default of `make` if not
       given.
@@ -60,7 +60,8 @@ def fed_sb(
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: from `init`, if a rank is larger than its layer.
+    ValueError: from `init`, if a rank is larger than the smaller side of its
+      layer.
   """
 
   def divide(trainable):
@@ -83,15 +84,15 @@ def fed_sb(
 
 
 def _factors(cores, bases):
-  """The LoRA factors as the model takes them."""
+  """Returns the LoRA factors that the model uses."""
   multiply = lambda path, x: {"a": x["a"] @ x["core"], "b": x["b"]}
   return _map_pairs(multiply, parameters.combine(cores, bases))
 
 
 def random_bases(key: PRNGKeyArray) -> Bases:
-  """Random orthonormal bases, with cores of zero: the base model as it is.
+  """Random orthonormal bases; cores of zero do not change the base model.
 
-  Both ends draw them from the experiment's seed, so they are never sent.
+  Both ends draw the bases from the same key, so they are never sent.
 
   Args:
     key: the key of the draws. A layer's draws do not depend on other layers.
@@ -127,27 +128,27 @@ def gradient_bases(
 ) -> Bases:
   """The leading singular vectors of the gradient of each layer's kernel.
 
-  The paper's start: `a @ core @ b` is the first step of full fine-tuning,
+  As in the paper, `a @ core @ b` starts as the first step of full fine-tuning,
   truncated to the rank. The authors take the sign of the gradient, which is
-  AdamW's first step and needs gradients as large as the model. Here it is the
-  gradient itself, SGD's first step. Only its products with bases are computed,
-  from the gradients of the LoRA factors (a randomised SVD, Halko, Martinsson,
-  Tropp, 2011), so kernels may be quantised.
+  AdamW's first step and needs gradients as large as the model. This function
+  takes the gradient itself, SGD's first step. It computes only its products
+  with bases, from the gradients of the LoRA factors (a randomised SVD, Halko,
+  Martinsson, Tropp, 2011), so kernels may be quantised.
 
   The server does this before the first round, with examples that it has. The
-  bases must be sent once to each client: as many numbers as LoRA's factors. The
-  bytes of the rounds do not include them.
+  bases, as large as LoRA's factors, must be sent once to each client. The bytes
+  of the rounds do not include them.
 
   Args:
     loss_fn: see `clients.local_update`.
     frozen: the base model's parameters.
     examples: a batch of examples, as `loss_fn` takes it, for the gradient.
-    key: the key of the first guess of the bases and of `loss_fn`.
+    key: the key of the bases' random start and of `loss_fn`.
     learning_rate: the rate of one step of gradient descent on the cores, from
       zero. It is a step with `learning_rate * scale**2` on the kernels, where
       `scale` is LoRA's. 0 to start at the base model.
-    iterations: passes of the power iteration, at least 1, two gradients each.
-      More are more exact where singular values are close.
+    iterations: the number of power iterations, at least 1, of two gradients
+      each. More are more exact if singular values are close together.
 
   Raises:
     ValueError: if `iterations` is below 1.
@@ -163,7 +164,7 @@ def gradient_bases(
     return gradient_fn(tree, frozen, examples, mask, key, trains=None)[0]
 
   def without(name, tree):
-    """The factors with one of them zero, so that their product is zero."""
+    """Returns the factors with one of them zero, so their product is zero."""
     blank = lambda path, x: (
       {"a": x["a"], "b": x["b"]} | {name: jnp.zeros_like(x[name])}
     )
@@ -184,7 +185,7 @@ def gradient_bases(
   def bases(trainable):
     tree = random_bases(key)(trainable)
     for _ in range(iterations):
-      # Where `b` is zero, its gradient is that of the kernel, times `a`.
+      # If `b` is zero, its gradient is the kernel's gradient, times `a`.
       slope = slopes(without("b", tree), frozen, examples)
       tree = _map_pairs(rows, tree, slope)
       slope = slopes(without("a", tree), frozen, examples)
@@ -195,19 +196,19 @@ def gradient_bases(
 
 
 def _columns(x):
-  """An orthonormal basis of the columns of [..., n, rank]."""
+  """Returns an orthonormal basis of the columns of [..., n, rank]."""
   return factors.one_by_one(lambda each: jnp.linalg.qr(each)[0], x)
 
 
 def _rows(x):
-  """An orthonormal basis of the rows of [..., rank, n]."""
+  """Returns an orthonormal basis of the rows of [..., rank, n]."""
   return _columns(x.mT).mT
 
 
 def _map_pairs(fn, tree, *others, path=""):
   """Replaces each pair of factors by `fn(path, pair, ...)`.
 
-  A pair is a dictionary of those of `a`, `b` and `core` that a node has.
+  A pair is the part of a dictionary with the keys `a`, `b` and `core`, if any.
   """
   if not isinstance(tree, Mapping):
     return tree

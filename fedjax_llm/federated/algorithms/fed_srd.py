@@ -1,28 +1,28 @@
 """FedSRD: sparse updates up, their mean product, a sparse factor down.
 
 Yan et al., "FedSRD: Sparsify-Reconstruct-Decompose for Communication-Efficient
-Federated Large Language Models Fine-Tuning", 2025 (arXiv 2510.04601), by its
-abstract and, where that leaves a choice, by the code published with it
-(Youth-49/FedSRD_2025).
+Federated Large Language Models Fine-Tuning", 2025 (arXiv 2510.04601), as
+described in its abstract and, where that leaves a choice, as in the code
+published with it (Youth-49/FedSRD_2025).
 
-A client sends the entries of each matrix that matter most to the product a b.
-An entry of the update of `a` counts by its magnitude times the norm of the row
-of the trained `b` that it is multiplied with; an entry of `b` by its magnitude
-times the norm of the column of the received `a`. What is sent is scaled to the
-sum of the magnitudes of all entries. The server computes the mean of the
-clients' products and the nearest product of the adapter's rank to it (the
-variant FedSRD-e leaves this out). It then moves one factor, `a` and `b` in
-turn, to where the product comes nearest to that target. Random entries of this
-move travel down, scaled to be unbiased: their support is a seed.
+A client sends the most important entries of each matrix's update. The
+importance of an entry of `a` is its magnitude times the norm of the row of the
+trained `b` that multiplies it; that of an entry of `b` is its magnitude times
+the norm of the column of the received `a`. The sent entries are scaled, so that
+their magnitudes have the same sum as those of the whole matrix. The server
+computes the mean of the clients' products and truncates it to the adapter's
+rank (the variant FedSRD-e does not truncate). It then moves one factor, `a` and
+`b` in turn, to bring the product nearest to this target. Random entries of the
+move travel down, scaled to be unbiased; their support is sent as a seed.
 
-Chosen here: each matrix sends the same share, where the code prunes more the
-higher the kurtosis of the importances is. Every round sends equally many
-entries down, where the code drops each with a probability. `b` moves first,
-because moving `a` changes nothing while `b` is zero (the code begins with `a`,
-see `a_first`). What is in no pair, such as a head, travels both ways as one
-more matrix, and moves to its mean in every round. A client that missed rounds
-fetches the moves of all of them, or the parameters if these are smaller; so
-does a client that comes for the first time.
+Chosen here: every matrix sends the same share; the code prunes more if the
+importances have a higher kurtosis. Every round sends the same number of entries
+down; the code drops each with a probability. `b` moves first, because moving
+`a` changes nothing while `b` is zero (the code begins with `a`, see `a_first`).
+Each leaf in no pair, such as a head's, travels both ways as one more matrix,
+and moves to its mean in every round. A client that missed rounds fetches the
+moves of all of them, or the parameters if these are smaller. A client's first
+download has all parameters.
 """
 
 import math
@@ -158,7 +158,7 @@ def _moved(pair, target, name, truncated):
   """Moves one factor of a pair to where the product is nearest the target."""
   if truncated:
     target = factors.truncate(target, pair.a.shape[-1])
-  # The product of these is the distance; it is not formed.
+  # The product of these is target minus pair; it is not formed.
   far = jnp.concatenate([target.a, -pair.a], axis=-1)
   away = jnp.concatenate([target.b, pair.b], axis=-2)
   if name == "a":
@@ -195,7 +195,7 @@ def _answer(density):
 
 
 def _importance(received, trained):
-  """The factor that each entry's magnitude counts by, a tree of parameters."""
+  """Returns the norm that multiplies each entry's magnitude, as a tree."""
 
   def of(old, new):
     of_a = jnp.linalg.norm(new.b, axis=-1)[..., None, :]
@@ -210,7 +210,7 @@ def _importance(received, trained):
 
 
 def _matrices(trainable):
-  """The sizes of all matrices in the flat vector; a head's leaf is one."""
+  """Returns the sizes of all matrices in order; a leaf in no pair is one."""
   sizes = []
   for path, leaf in parameters.leaves(trainable):
     shape = leaf.shape[-2:] if parameters.factor(path) else leaf.shape
@@ -220,5 +220,5 @@ def _matrices(trainable):
 
 
 def _dense(trainable):
-  """The bytes and entries of all parameters."""
+  """Returns the bytes and entries of all parameters."""
   return channels.sizes(base.Dense(ravel_pytree(trainable)[0]))

@@ -1,9 +1,9 @@
 """Federated Select: clients receive, train and send a part of the model.
 
 Charles et al., "Federated Select: A Primitive for Communication- and
-Memory-Efficient Federated Learning", 2022 (arXiv 2208.09432), as FLASC's
-authors have it for LoRA: every round the server sends the largest of the
-trainable parameters, or the largest ranks, and clients train nothing else.
+Memory-Efficient Federated Learning", 2022 (arXiv 2208.09432), in the version of
+FLASC's authors for LoRA: in every round the server sends the largest trainable
+parameters, or the largest ranks, and clients train nothing else.
 """
 
 import functools
@@ -36,15 +36,15 @@ def federated_select(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Federated Select, unstructured: the Top-K of the round, trained alone.
+  """Federated Select, unstructured: clients train the round's Top-K only.
 
-  Without a dense round first, as in the authors' code, LoRA can be stuck for
-  ever. `b` is zero at the start, so a Top-K that `a` and a head fill has no
-  entry of `b`. What is not received is not trained, so `b` stays zero, and
-  while it is zero `a` has no gradient: only a head learns. One dense round, the
-  default here and in SparseAdapter, frees `b` if it moves `b` far enough to be
-  among the largest parameters. If not, take the largest of `a` and of `b` each
-  by itself: `top_k=partial(grouped.top_k_per_group, parameters.owners(tree))`.
+  Without a dense first round, LoRA can be stuck for ever (the authors' code has
+  none). `b` is zero at the start, so a Top-K that `a` and a head fill has no
+  entry of `b`. Entries that are not received are not trained, so `b` stays
+  zero, and while it is zero `a` has no gradient: only a head learns. One dense
+  round, the default here and in SparseAdapter, helps if it moves entries of `b`
+  far enough to be among the largest. If not, select from `a` and `b`
+  separately: `top_k=partial(grouped.top_k_per_group, parameters.owners(tree))`.
 
   The support travels down. The update has the same support, so only values
   travel up.
@@ -54,10 +54,11 @@ def federated_select(
     client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    density: the share of the parameters that is sent, in (0, 1]; or such
-      shares by the round they begin with, from 0 on, without the warm-up.
-    warm_up_rounds: the number of dense rounds at first; 0 in the authors' code.
-    top_k: from a density to the compressor that sends the largest parameters.
+    density: the share of the parameters that is sent, in (0, 1]; or a mapping
+      from rounds, counted from 0 after the warm-up, to the shares that begin
+      there.
+    warm_up_rounds: the number of dense first rounds; 0 in the authors' code.
+    top_k: a function from a density to the compressor of downloads.
     aggregate: turns the clients' updates into one; if not given, their mean,
       with equal weights.
     population: the number of clients, if the upload keeps a state for each.
@@ -93,11 +94,13 @@ def received_alone(
   download: base.Compressor,
   support: Callable[[Any], Any] = sparse.support,
 ) -> channels.Channel:
-  """Clients train and send what they received, whose support both ends know.
+  """Returns a channel whose clients train and send only what they received.
+
+  Both ends know the support, so only values travel up.
 
   Args:
-    download: sends some entries of the parameters.
-    support: payload -> which entries it has.
+    download: a compressor that sends some entries of the parameters.
+    support: a function from a payload to a mask of the entries that it has.
   """
   return channels.Channel(
     download=download,
@@ -120,23 +123,24 @@ def federated_select_ranks(
   """Federated Select, structured: the largest ranks of every LoRA pair.
 
   A rank is a column of `a` and its row of `b`, which travel and are trained
-  together; each layer chooses its own ranks. The largest ranks have the largest
-  norm of column and row as one vector. The norm of their product would not do:
-  it is zero for all ranks at the start, and later for all ranks that were never
-  chosen. What is in no pair, such as a head, travels and is trained whole.
-  Values and the numbers of their ranks travel down; only values travel up.
+  together; each layer has its own choice of ranks. The largest ranks have the
+  largest norm of column and row as one vector. The norm of their product would
+  not work: it is zero for all ranks at the start, and later for all ranks that
+  were never chosen. Parameters in no pair, such as a head, travel and are
+  trained whole. Values and the numbers of their ranks travel down; only values
+  travel up.
 
-  The code of FLASC's authors chooses columns and rows independently, so that
-  they do not match, and a client holds more ranks than it should.
+  The code of FLASC's authors chooses columns and rows independently. So they do
+  not match, and a client has more ranks than it should.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    ranks: how many ranks of a pair each tier receives, the best last; one
-      number if all clients are alike.
-    of_client: numbers of clients -> numbers of their tiers. If not given,
+    ranks: the number of ranks of a pair that each tier receives, the best tier
+      last; a single tier if all clients are alike.
+    of_client: a function from client numbers to tier numbers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `federated_select`.
     population: as in `federated_select`.
@@ -144,7 +148,7 @@ def federated_select_ranks(
 
   Raises:
     ValueError: from `init`, if there is no tier, if there are no LoRA pairs, or
-      if a rank is not in [1, that of the pairs].
+      if a rank is not in [1, rank of the pairs].
   """
 
   def tiers(trainable):

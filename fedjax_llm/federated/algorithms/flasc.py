@@ -2,7 +2,7 @@
 
 Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024
 (arXiv 2406.05233). The server sends the Top-K of the trainable parameters,
-one global selection over all of them. Clients start from these, with zeros
+selected over all of them together. Clients start from these, with zeros
 elsewhere, train every entry, and answer with the Top-K of their own update.
 """
 
@@ -34,19 +34,20 @@ def flasc(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FLASC (Algorithm 1); with both densities 1, dense federated LoRA.
+  """FLASC (Algorithm 1); if both densities are 1, dense federated LoRA.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the authors use `optax.sgd(rate, momentum=0.9)`.
     server_optimizer: the authors use `server_adamw`.
-    download_density: the share of the parameters that is sent, in (0, 1]; or
-      such shares by the round they begin with, see `densities.decaying`.
-    upload_density: the share of an update that is sent, likewise.
-    top_k: from a density to the compressor that downloads the largest
-      parameters. The paper's is one Top-K of all, which leaves out `b` while it
-      is smaller than `a`; see `grouped.top_k_per_group`, and
-      `compression.relative_to` for the Top-K of what has moved.
+    download_density: the share of the parameters that is sent, in (0, 1]; or a
+      mapping from rounds to the shares that begin there, see
+      `densities.decaying`.
+    upload_density: the share of an update that is sent; or a mapping, as above.
+    top_k: a function from a density to the compressor of downloads. The paper
+      takes one Top-K of all parameters, which leaves out `b` while it is
+      smaller than `a`. See also `grouped.top_k_per_group`, and
+      `compression.relative_to` for the Top-K of what has changed.
     aggregate: turns the clients' updates into one; if not given, their mean,
       with equal weights.
     population: the number of clients, if the upload keeps a state for each.
@@ -80,11 +81,11 @@ def flasc_tiers(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """FLASC among clients of different bandwidth, each tier at its densities.
+  """FLASC for clients of different bandwidth, with densities for each tier.
 
-  The mean is over all clients: an entry that only the last tier sends is still
-  divided by all. The authors' code for tiers sends a task head whole, outside
-  the Top-K of the download; here, as in FLASC itself, one Top-K is over all.
+  The mean is over all clients, even for an entry that only the last tier sends.
+  The authors' code for tiers sends a task head whole, outside the Top-K of the
+  download. Here one Top-K covers all parameters, as in FLASC itself.
 
   Args:
     loss_fn: see `clients.local_update`.
@@ -92,7 +93,7 @@ def flasc_tiers(
     server_optimizer: the authors use `server_adamw`.
     tiers: the download and upload density of each tier, in (0, 1], the best
       last; the authors' are (1 / 16, 1 / 16), (1 / 4, 1 / 4), (1, 1).
-    of_client: numbers of clients -> numbers of their tiers. If not given,
+    of_client: a function from client numbers to tier numbers. If not given,
       client i is in tier i modulo tiers, as in the authors' code.
     aggregate: as in `flasc`.
     population: as in `flasc`.
@@ -122,6 +123,6 @@ def server_adamw(
 ) -> optax.GradientTransformation:
   """The server optimizer of the authors' code, which the paper calls FedAdam.
 
-  It is torch's AdamW with its defaults; optax's default decay is 1e-4.
+  It is AdamW with torch's default decay of 0.01; optax's default is 1e-4.
   """
   return optax.adamw(learning_rate, weight_decay=weight_decay)

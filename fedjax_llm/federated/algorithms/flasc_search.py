@@ -1,9 +1,9 @@
-"""FLASC-Search: which rank and which density, found by few runs.
+"""FLASC-Search: finds a rank and a density with few runs.
 
 Kuo, Raje, Rajesh, Smith, 2024 (arXiv 2406.05233). This is our reading of an
 abstract: start from a small rank and density, and keep comparing one
 configuration of larger rank with one of larger density. Here both grow by the
-same factor, so that they send about equally many numbers.
+same factor, so both configurations send about the same number of entries.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Trial(NamedTuple):
-  """A configuration and what it gave.
+  """A configuration and its result.
 
   Attributes:
     rank: the rank of the adapters.
@@ -48,20 +48,21 @@ def flasc_search(
   most_bytes: float = float("inf"),
   factor: int = 4,
 ) -> Search:
-  """Grows rank or density, whichever buys more utility for a byte.
+  """Grows rank or density, whichever gains more utility per byte.
 
   Each step measures `(factor * rank, density)` and `(rank, factor * density)`,
-  if they are within the bounds, and goes on from the better one: the one that
-  gained more utility for each additional byte, or, if neither gained, lost
-  less. Their bytes are nearly equal; they differ by supports and by what has no
-  rank.
+  if they are within the bounds. It goes on from the better one: the one that
+  gained more utility for each additional byte, or, if neither gained, lost less
+  utility. Their bytes are nearly equal; they differ by the supports and by the
+  parameters in no LoRA pair.
 
   Args:
     measure: runs a configuration: (rank, density) -> (utility, bytes sent).
     rank: the first rank, in [1, `max_rank`].
     density: the first density, in (0, 1].
     max_rank: the largest rank.
-    most_bytes: the most bytes; a configuration that sends more is discarded.
+    most_bytes: the largest number of bytes that a run may send; a configuration
+      that sends more is discarded.
     factor: the factor by which rank or density grows, at least 2.
 
   Raises:
@@ -97,7 +98,7 @@ def flasc_search(
 
 
 def _worth(last, trial):
-  """The gain for each additional byte; the loss, if there is no gain."""
+  """Returns the gain per additional byte; without a gain, the (whole) loss."""
   gain = trial.utility - last.utility
   more = max(1, trial.nbytes - last.nbytes)
   return gain / more if gain > 0 else gain

@@ -1,9 +1,9 @@
-"""FlexLoRA: the mean product is decomposed anew, for each client to its rank.
+"""FlexLoRA: decomposes the mean product into factors of each client's rank.
 
 Bai, Chen, Qian, Yao, Li, "Federated Fine-tuning of Large Language Models under
 Heterogeneous Tasks and Client Resources", 2024 (arXiv 2402.11505). HLoRA (Liu
-et al., 2025, arXiv 2503.00813) reconstructs and decomposes likewise: it is the
-same function here.
+et al., 2025, arXiv 2503.00813) reconstructs and decomposes in the same way: use
+the same function for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,11 +33,11 @@ def flex_lora(
 ) -> rounds.FederatedAlgorithm:
   """FlexLoRA: the SVD of `sum_k p_k a_k b_k`, truncated to each tier's rank.
 
-  The result is exact if the adapter's rank is at least that of the sum, else
-  the nearest of its rank. `p_k` are the clients' numbers of examples over their
-  sum; heads are averaged by them. There is no server optimizer. A client's
-  ranks of the factors travel both ways, and a client keeps nothing. The first
-  download has the first ranks of the factors that training starts from.
+  The new product is the sum itself if the sum has at most the adapter's rank,
+  else the nearest product of that rank. `p_k` is client k's number of examples
+  over the cohort's; it also weights heads. There is no server optimizer. Only
+  the first ranks, up to the client's rank, travel both ways; a client keeps
+  nothing. The first download has the first ranks of the initial factors.
 
   The paper scales by alpha / r_k, with the client's rank r_k. Here all clients
   train with one `LoRA.scale`, as in the code of FLASC's authors.
@@ -46,7 +46,7 @@ def flex_lora(
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer; its state is new in every round.
     ranks: the rank of each tier, see `factors.tiers`; the best last.
-    of_client: numbers of clients -> numbers of their tiers.
+    of_client: a function from client numbers to tier numbers.
     upload: compresses the updates; None for no compression.
     population: the number of clients, if the upload keeps a state for each.
     placement: see `clients.Placement`; all devices if not given.
@@ -69,7 +69,7 @@ def nearest_products(
   weights: Any,
   key: Any,
 ) -> product_aggregation.Combined:
-  """The factors whose products are nearest to the mean products.
+  """Computes the factors whose products are nearest to the mean products.
 
   Arguments are those of `combine` in `product_aggregation.product_round`.
   """

@@ -1,8 +1,8 @@
 """Methods that train some of the parameters: FFA-LoRA, RoLoRA, linear probing.
 
 The mean of the clients' products `a @ b` is not the product of their mean
-factors. With one factor the same at all clients it is: `a` times the mean of
-their `b` is the mean of the products. So these methods aggregate exactly.
+factors. But if all clients have the same `a`, the mean of the products is `a`
+times the mean of their `b`. So these methods aggregate exactly.
 """
 
 import functools
@@ -54,7 +54,7 @@ def ffa_lora(
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: from `init`, if there is nothing but `a`.
+    ValueError: from `init`, if all parameters are `a` factors.
   """
   return parameters.partial(
     lambda of_trained: make(
@@ -138,24 +138,24 @@ def ro_lora(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """RoLoRA: a round trains `b`, the next one `a`, and so on.
+  """RoLoRA: rounds train `b` and `a` in turn.
 
   Chen, Guo, Ju, Dalal, Zhu, Khisti, "Robust Federated Finetuning of LLMs via
   Alternating Optimization of LoRA", 2025 (arXiv 2502.01755). `b` is first,
   because `a` has no gradient while `b` is zero. A head is trained every round.
 
-  Clients upload what they trained, and download both factors. In the paper one
-  factor is downloaded, that of the round before: its clients take part in every
-  round and keep the other factor. Here they come and go and keep nothing.
+  Clients upload what they trained, and download both factors. In the paper all
+  clients take part in every round and keep the other factor, so they download
+  only the one trained last. Here clients may miss rounds, and keep nothing.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer; its state is new in every round.
-    server_optimizer: keeps one state for each factor and one for the head,
-      which wait while theirs are not trained. The paper averages:
-      `optax.sgd(1.0)`.
+    server_optimizer: the server's; it has one state for each factor and one for
+      the head. A factor's state changes only in rounds that train the factor.
+      The paper averages: `optax.sgd(1.0)`.
     channel: how downloads are compressed, and the entries that are uploaded.
-      Its upload has no memory, because other entries are sent every round.
+      Its upload must have no memory, because every round sends other entries.
     aggregate: turns the clients' updates into one; if not given, their mean,
       weighted by numbers of examples.
     population: the number of clients, which this method does not need.
@@ -188,7 +188,7 @@ def ro_lora(
 def _without(
   waits: str, channel: channels.Channel | None, trainable: Any
 ) -> channels.Channel:
-  """The channel of a round in which one factor is neither trained nor sent."""
+  """Returns the channel of a round that does not train the factor `waits`."""
   mask = parameters.owners(trainable) != ("a", "b").index(waits)
   chosen = sparse.select(mask)
   if channel is None:
@@ -208,8 +208,8 @@ def _refuse_memory(channel, trainable):
   if jax.tree.leaves(jax.eval_shape(states, vector)):
     raise ValueError(
       "ro_lora expected an upload without memory, got one that keeps a state"
-      " for each client: `a` and `b` take turns, so that it would add what was"
-      " left of one to the other. Take it out of error_feedback and its kin, or"
+      " for each client: `a` and `b` take turns, so what was left of one would"
+      " be added to the other. Take it out of error_feedback or similar, or"
       " train both factors with fed_avg."
     )
 
@@ -217,7 +217,7 @@ def _refuse_memory(channel, trainable):
 def _waiting(
   optimizer: optax.GradientTransformation, waits: str
 ) -> optax.GradientTransformation:
-  """Steps on all but one factor, which keeps its parameters and its state."""
+  """Steps on all but the factor `waits`, whose state does not change either."""
   kinds = ("a", "b", None)
 
   def of(kind, tree):

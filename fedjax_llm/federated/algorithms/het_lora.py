@@ -1,8 +1,8 @@
 """HetLoRA: clients of different ranks, truncated down and padded up.
 
 Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of
-On-Device Foundation Models", 2024 (arXiv 2401.06432); and the simple one that
-FLASC's authors compare with under that name.
+On-Device Foundation Models", 2024 (arXiv 2401.06432); and a simpler method that
+FLASC's authors compare with and also call HetLoRA.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ def zero_padded_lora(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Truncation to a client's rank, and the plain mean of padded updates.
+  """Truncates downloads to a client's rank, and averages padded updates.
 
-  A rank that only some tiers send is still divided by all clients.
+  For a rank that only some tiers send, the mean is still over all clients.
 
   Args:
     loss_fn: see `clients.local_update`.
@@ -50,7 +50,7 @@ def zero_padded_lora(
       `flasc.server_adamw`.
     ranks: the rank of each tier, see `factors.tiers`; the best last. The
       default is that of FLASC's authors.
-    of_client: numbers of clients -> numbers of their tiers.
+    of_client: a function from client numbers to tier numbers.
     upload: compresses the updates; None for no compression.
     aggregate: turns the clients' updates into one; if not given, their mean,
       with equal weights.
@@ -107,24 +107,25 @@ def het_lora(
   its last ranks, from `cut = max(1, floor(decay * r))` on: the Frobenius norm
   of these columns of `a` times that of these rows of `b`, summed over all
   modules. If this sum is smaller after training than before, the client has
-  rank `cut` from then on, and sends only so many ranks. The server replaces its
-  factors by the mean of the clients', padded with zeros and weighted by
-  `||a_k b_k||`, the Frobenius norm of all modules' products together. So a rank
-  that no client in a round has becomes zero in both factors. It is lost: no
-  client can train it again.
+  rank `cut` from then on, and sends only its first `cut` ranks. The server
+  replaces its factors by the mean of the clients' factors, padded with zeros
+  and weighted by `||a_k b_k||`, the Frobenius norm of all modules' products
+  together. So a rank that no client in a round has becomes zero in both
+  factors. It is lost: no client can train it again.
 
   The paper describes one module. Here a client has one rank and one weight for
-  all modules, and heads are averaged by these weights too. If all products are
-  zero, every client counts once. A message's length tells the client's rank.
+  all modules, and heads are averaged with the same weights. If all products are
+  zero, every client counts once. The server sees a client's rank from the
+  length of its message.
 
   Args:
     loss_fn: see `clients.local_update`.
     client_optimizer: the clients' optimizer; its state is new in every round.
-    server_optimizer: steps on the server's parameters minus the mean; the paper
-      replaces: `optax.sgd(1.0)`.
+    server_optimizer: steps on the server's parameters minus the mean;
+      `optax.sgd(1.0)` replaces them by the mean, as in the paper.
     ranks: the rank of each tier before any pruning, see `factors.tiers`.
-    of_client: numbers of clients -> numbers of their tiers.
-    decay: the share of the ranks that a pruning keeps, in (0, 1]; 1 for no
+    of_client: a function from client numbers to tier numbers.
+    decay: the share of the ranks that pruning keeps, in (0, 1]; 1 for no
       pruning and no penalty.
     penalty: the weight of the penalty in the loss, at least 0.
     population: the number of clients.
@@ -132,7 +133,7 @@ def het_lora(
 
   Raises:
     ValueError: if `decay` or `penalty` is out of range; from `init`, if a rank
-      is.
+      is out of range.
   """
   if not 0 < decay <= 1 or penalty < 0:
     raise ValueError(
@@ -143,7 +144,7 @@ def het_lora(
     frozen, cut = shared
     total, count = loss_fn(trainable, frozen, examples, mask, key)
     pull = penalty * _tail(trainable, cut)
-    # Its value is subtracted again: the reported loss is that of the data.
+    # Adds a gradient, but no value: the reported loss has no penalty.
     return total + count * (pull - jax.lax.stop_gradient(pull)), count
 
   def answer(shared, client):
@@ -206,7 +207,7 @@ def het_lora(
 
 
 def _shares(trained, weights):
-  """Clients' shares by the norms of their products; they sum to one."""
+  """Returns clients' shares by the norms of their products; their sum is 1."""
   present = (weights > 0).astype(weights.dtype)
 
   def norm(trained):
@@ -218,7 +219,7 @@ def _shares(trained, weights):
 
 
 def _tail(trainable, cut):
-  """The strength of the ranks from `cut` on, summed over all modules."""
+  """Returns the penalty: the norms of the ranks from `cut` on, all modules."""
 
   def strength(pair):
     last = (jnp.arange(pair.a.shape[-1]) >= cut).astype(pair.a.dtype)
@@ -232,7 +233,7 @@ def _tail(trainable, cut):
 
 
 def _sizes(trainable):
-  """Bytes and entries of a message by rank, from 0 on: int32 [ranks + 1, 2]."""
+  """Returns a message's bytes and entries by rank: int32 [ranks + 1, 2]."""
   vector, _ = ravel_pytree(trainable)
   owners = factors.entry_ranks(trainable)
   ranks = range(factors.rank(trainable) + 1)

@@ -1,9 +1,9 @@
-"""Pruned adapters: clients hold the largest weights, and train nothing else.
+"""Pruned adapters: clients receive and train only the largest parameters.
 
-Both methods were made to prune adapters on one machine. FLASC's authors brought
-them to LoRA and many clients for comparison: the server stays dense and sends
-the Top-K of its parameters, and clients train and send only these. Clients have
-no memory, so the support travels down with the values; up travel only values.
+Both methods were made to prune adapters on one machine. FLASC's authors adapted
+them to federated LoRA for comparison: the server stays dense and sends the
+Top-K of its parameters, and clients train and send only these. Clients have no
+memory, so the support travels down with the values; only values travel up.
 """
 
 import jax
@@ -35,10 +35,10 @@ def sparse_adapter(
   """SparseAdapter (He et al., 2022, arXiv 2210.04284): pruned once, for ever.
 
   The first round is dense both ways. Otherwise all of `b` would be pruned,
-  because it is zero before that round. The Top-K of the parameters after it is
-  all that is sent and trained from then on. The server's other parameters may
-  move on by the momentum and the decay of its optimizer, but nobody reads them:
-  evaluate `received`.
+  because it is zero before that round. From then on, clients receive and train
+  only the entries in the Top-K after the first round. The server's other
+  parameters may still change by the momentum and the decay of its optimizer,
+  but they are not used: evaluate `received`.
 
   Args:
     loss_fn: see `clients.local_update`.
@@ -56,7 +56,7 @@ def sparse_adapter(
     ValueError: if `density` is out of range.
   """
   pruned = _first_top_k(top_k(density))
-  # In the dense round nothing is chosen, but its state is that of the others.
+  # The dense round chooses nothing, but has the state of the other rounds.
   dense = pruned._replace(
     encode=lambda vector, state, key: (base.Dense(vector), state),
     decode=base.identity().decode,
@@ -86,7 +86,7 @@ def adapter_lth(
   population: int | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Adapter-LTH (Wu and Chen, 2022): pruned further and further.
+  """Adapter-LTH (Wu and Chen, 2022): pruned more and more over the rounds.
 
   It is Federated Select with a density that falls from 1, for instance
   `densities.decaying(1.0, 0.9, every=10, rounds=200, floor=1 / 16)`. As in the
@@ -99,8 +99,8 @@ def adapter_lth(
     client_optimizer: the clients' optimizer; its state is new in every round.
     server_optimizer: steps on the mean update; FLASC's authors use
       `flasc.server_adamw`.
-    density: the share of the parameters that is sent, in (0, 1]; or such
-      shares by the round they begin with.
+    density: the share of the parameters that is sent, in (0, 1]; or a mapping
+      from rounds to the shares that begin there.
     top_k: see `federated_select`.
     aggregate: turns the clients' updates into one; if not given, their mean,
       with equal weights.
@@ -124,9 +124,9 @@ def adapter_lth(
 
 
 def _first_top_k(top_k: base.Compressor) -> base.Compressor:
-  """Sends of every vector the entries that are the Top-K of the first one.
+  """Sends, from every vector, the entries in the Top-K of the first vector.
 
-  The state is whether they are chosen, and a mask of them.
+  The state is whether these have been chosen, and a mask of them.
   """
 
   def init(vector):
@@ -140,7 +140,7 @@ def _first_top_k(top_k: base.Compressor) -> base.Compressor:
       is_chosen, lambda: mask, lambda: sparse.support(choose())
     )
     send = lambda values: sparse.gather(values, mask, count)
-    # What arrives of zeros: `top_k` may send how much has moved since the seed.
+    # Zeros may decode to other values: `top_k` may send changes since the seed.
     known = top_k.decode(send(jnp.zeros_like(vector)))
     return send(vector - known), (jnp.bool(True), mask)
 

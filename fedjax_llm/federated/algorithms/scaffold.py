@@ -2,11 +2,11 @@
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated
 Learning", 2020 (arXiv 1910.06378), Algorithm 1 with option II. The server has a
-control variate c and each client one of its own, c_i: estimates of where the
-gradients of all and of its own data point. A client steps along its gradient
+control variate c, an estimate of the gradient on all data; each client has c_i,
+an estimate of the gradient on its own data. A client steps along its gradient
 plus c - c_i, so that many local steps on its own data still lead to the optimum
-of all. Down travel the parameters and c, up the update and the change of c_i,
-each as a message of its own: twice the bytes of FedAvg.
+on all data. The parameters and c travel down, the update and the change of c_i
+travel up. Each is a separate message, so there are twice the bytes of FedAvg.
 """
 
 from typing import Any, NamedTuple
@@ -153,7 +153,7 @@ def scaffold(
 
 
 def _broadcast(channel, state, key):
-  """The messages to all clients: the parameters, and c."""
+  """Returns the messages to all clients: the parameters, and c."""
   vectors = ravel_pytree(state.trainable)[0], state.control
   return [
     downloads.send(channel.download, vector, memory, state.round, key, i)
@@ -164,7 +164,7 @@ def _broadcast(channel, state, key):
 
 
 def _corrected(loss_fn, learning_rate):
-  """SGD along the gradient plus a correction, which comes beside `frozen`."""
+  """Makes SGD on gradient plus correction; a client gets it with `frozen`."""
   plain = local_training.batch_gradient(loss_fn)
 
   def gradient_fn(trainable, shared, *batch, trains):

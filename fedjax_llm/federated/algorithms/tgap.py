@@ -1,14 +1,14 @@
-"""TGAP, first half: training whose updates are recorded, to fit a codec on.
+"""TGAP, first half: training that records updates, to fit a codec to them.
 
 Wu et al., 2024 (arXiv 2405.13746). The paper trains on a part D1 of each
-client's data, `data.split_rows.divide`, and fits its autoencoder on what was
-recorded over clients and rounds ("temporal ensemble"). In the paper's first
-version each client trains alone, in its last version they train by federated
+client's data (see `data.split_rows.divide`), and fits its autoencoder to the
+updates of all clients and rounds ("temporal ensemble"). In the paper's first
+version each client trains alone; in its last version clients train by federated
 averaging. Both are here.
 
-A round has one more metric, `snapshots` [cohort, n]: what `cg_fed_llm` would
-put through a codec. They are sent uncompressed to be recorded. The paper does
-not count these bytes; here they are in `upload_bytes`.
+A round has one more metric, `snapshots` [cohort, n]: the vectors that
+`cg_fed_llm` would compress. Clients send them uncompressed. The paper does not
+count these bytes; here they are in `upload_bytes`.
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ def federated_pretraining(
   aggregate: aggregators.Aggregator | None = None,
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Federated averaging, bit for bit, with the snapshots of each round.
+  """Federated averaging, bit for bit, that also returns snapshots.
 
   Args:
     loss_fn: see `clients.local_update`.
@@ -96,15 +96,15 @@ def local_pretraining(
   representation: cg_fed_llm.Representation = "delta",
   placement: clients.Placement | None = None,
 ) -> rounds.FederatedAlgorithm:
-  """Each client goes on from its own parameters; nothing is downloaded.
+  """Each client trains its own parameters further; nothing is downloaded.
 
-  A snapshot is what one round changed. If every client takes part in every
-  round with one local epoch, it is the change of an epoch, as in the paper's
-  figures of 20 epochs.
+  With "delta", a snapshot is the change of one round. If every client takes
+  part in every round with one local epoch, it is the change of an epoch, as in
+  the paper's figures of 20 epochs.
 
   Args:
     loss_fn: see `clients.local_update`.
-    client_optimizer: starts afresh in every round.
+    client_optimizer: the clients' optimizer; its state is new in every round.
     population: the number of clients.
     representation: as in `cg_fed_llm.cg_fed_llm`.
     placement: see `clients.Placement`; all devices if not given.

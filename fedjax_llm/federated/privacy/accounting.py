@@ -16,7 +16,7 @@ Accountant = Literal["pld", "rdp"]
 
 
 def library() -> types.ModuleType:
-  """Imports dp-accounting.
+  """Imports and returns dp-accounting.
 
   Raises:
     ImportError: if it is not installed.
@@ -34,7 +34,7 @@ def library() -> types.ModuleType:
 def gaussian_epsilon(
   noise_multiplier: float, count: int, delta: float, accountant: Accountant
 ) -> float:
-  """Returns the epsilon of `count` Gaussian sums over everyone.
+  """Returns the epsilon of `count` Gaussian sums over all members.
 
   Neighbours differ by one member's presence.
 
@@ -108,7 +108,7 @@ def fixed_size_epsilon(
       dp, size / population, noise_multiplier
     )
     return losses.self_compose(count).get_epsilon_for_delta(delta)
-  # Half, because this accountant takes one clip norm for the sensitivity.
+  # Half, because this accountant assumes a sensitivity of one clip norm.
   event = dp.GaussianDpEvent(noise_multiplier / 2)
   event = dp.SampledWithoutReplacementDpEvent(population, size, event)
   replace = dp.NeighboringRelation.REPLACE_ONE
@@ -119,12 +119,12 @@ def fixed_size_epsilon(
 def _losses_without_replacement(
   dp: Any, share: float, noise_multiplier: float, interval: float = 1e-4
 ) -> Any:
-  """The privacy loss of a Gaussian sum over a share of everyone.
+  """Returns the privacy loss of a Gaussian sum over a share of all members.
 
-  Let a sum over everyone have delta(e). A sum over a share q then has at most q
-  delta(log(1 + (exp(e) - 1) / q)) for e >= 0. Neighbours are symmetric, which
-  gives the values for e < 0. The dots, at losses in steps of `interval`, are
-  connected from above.
+  Let a sum over all members have delta(e). A sum over a share q then has at
+  most q delta(log(1 + (exp(e) - 1) / q)) for e >= 0. Neighbours are symmetric,
+  which gives the values for e < 0. Delta is computed at losses in steps of
+  `interval` and interpolated by an upper bound.
   """
   everyone = dp.pld.privacy_loss_mechanism.GaussianPrivacyLoss(
     noise_multiplier, sensitivity=2

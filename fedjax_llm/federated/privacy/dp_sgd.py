@@ -29,8 +29,8 @@ def local_update(
 
   A step's gradient is the noisy sum of the clipped gradients of its examples,
   divided by the size of the batch. An example's gradient is that of its own
-  total / count. The size counts padding too, because the number of examples
-  would change with one of them.
+  total / count. The size includes padding, because the number of real examples
+  would depend on every single one.
 
   An example whose gradient is not finite adds zeros. Metrics, such as the loss,
   are not private.
@@ -39,11 +39,11 @@ def local_update(
     loss_fn: see `clients.local_update`; it is called on single examples.
     optimizer: steps on the noisy gradient.
     clip_norm: bound S of the L2 norm of an example's gradient, > 0; infinite
-      for none. Only what is trained counts.
+      for none. Only trained entries count.
     noise_multiplier: z >= 0; the noise in a sum has a standard deviation of
       z S in every entry that is trained.
-    microbatch: how many examples at most are differentiated at once, which
-      bounds the memory; None for the whole batch.
+    microbatch: the largest number of examples that are differentiated at once,
+      which bounds the memory; None for the whole batch.
 
   Returns:
     The training, as `clients.local_update` returns it, with an
@@ -72,7 +72,7 @@ def local_update(
 
     noise_key, loss_key = jax.random.split(key)
     rows = (examples, mask, jax.random.split(loss_key, mask.size))
-    # What maps over clients and adds up serves as well for examples.
+    # The map over clients, which adds up results, also works for examples.
     over_rows = mapping.in_steps(of_example, microbatch)
     (total, sums), _ = over_rows((), rows)
     total = mechanisms.add_noise(total, clip_norm, noise_multiplier, noise_key)

@@ -1,12 +1,12 @@
 """Gaussian differential privacy: one number, mu, for any number of releases.
 
-Dong, Roth, Su, "Gaussian Differential Privacy", 2022 (arXiv 1905.02383). To
-tell two neighbours apart by mu-GDP releases is as hard as to tell N(0, 1) from
-N(mu, 1). A sum of clipped vectors with noise of z clip norms is exactly
-1/z-GDP, and T such sums are sqrt(T)/z-GDP. What is computed from them, such as
-the output of a decoder, has the same mu.
+Dong, Roth, Su, "Gaussian Differential Privacy", 2022 (arXiv 1905.02383). If
+releases are mu-GDP, telling two neighbours apart by them is at least as hard as
+telling N(0, 1) from N(mu, 1). A sum of clipped vectors with noise of z clip
+norms is exactly 1/z-GDP, and T of these sums are sqrt(T)/z-GDP. Anything
+computed from them, such as the output of a decoder, has the same mu.
 
-This is for full participation: everyone is in every release. For sampled
+This is for full participation: all members are in every release. For sampled
 clients, see `guarantees.ClientLevel`. Neighbours differ by one member's
 presence. If instead one member's data are replaced, two clipped vectors are up
 to two clip norms apart, and mu is twice as large.
@@ -34,7 +34,7 @@ def mu(noise_multiplier: float, count: int = 1) -> float:
 
 
 def delta(mu: float, epsilon: float) -> float:
-  """The least delta at which mu-GDP is (epsilon, delta)-DP.
+  """Returns the least delta at which mu-GDP is (epsilon, delta)-DP.
 
   Args:
     mu: the mu of GDP, > 0.
@@ -59,7 +59,7 @@ def delta(mu: float, epsilon: float) -> float:
 
 
 def epsilon(mu: float, target_delta: float) -> float:
-  """The least epsilon at which mu-GDP is (epsilon, target_delta)-DP.
+  """Returns the least epsilon at which mu-GDP is (epsilon, target_delta)-DP.
 
   Raises:
     ValueError: if `mu` is not positive, or the delta is not in (0, 1).
@@ -73,7 +73,7 @@ def epsilon(mu: float, target_delta: float) -> float:
 def noise_multiplier_for(
   target_epsilon: float, target_delta: float, count: int = 1
 ) -> float:
-  """The noise, in clip norms, that keeps `count` releases within a budget.
+  """Returns the least noise, in clip norms, for `count` releases in a budget.
 
   Args:
     target_epsilon: the epsilon of all releases together, > 0.
@@ -92,7 +92,7 @@ def noise_multiplier_for(
 
 
 def _root(fn):
-  """Where an increasing function of positive numbers is zero."""
+  """Returns the positive number at which an increasing function is zero."""
   from scipy import optimize
 
   low = high = 1.0

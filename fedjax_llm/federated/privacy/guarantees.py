@@ -1,7 +1,7 @@
 """What a private run guarantees: epsilon, and its assumptions.
 
 A guarantee says what is protected, how cohorts are sampled and how much noise
-is added. It refuses runs that sample otherwise, and describes itself.
+is added. `check` refuses runs that it does not cover; `describe` states it.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class ClientLevel:
   more. With "fixed" sampling, a cohort of `clients_per_round` is drawn without
   replacement, and two populations of equal size are neighbours if one client
   has other data. Two clipped updates are up to two clip norms apart, so the
-  same noise is worth half.
+  same noise protects half as well.
 
-  Covered is a sampled client that does not answer: it adds nothing. Not covered
-  are cohorts in which the answer of one client keeps out that of another, such
-  as the first answers of an over-selected cohort.
+  A sampled client that does not answer is covered: it adds nothing. A cohort in
+  which one client's answer excludes another's is not covered, such as one that
+  counts only the first answers (over-selection).
 
   Attributes:
     noise_multiplier: the noise multiplier of the private mean, >= 0.
@@ -54,15 +54,15 @@ class ClientLevel:
       )
     if not 0 < self.delta < 1 / self.population:
       raise ValueError(
-        f"expected delta in (0, 1 / {self.population}), got {self.delta}: to"
-        " publish all data of one client at random has a delta of 1 /"
+        f"expected delta in (0, 1 / {self.population}), got {self.delta}:"
+        " publishing all data of one random client has a delta of 1 /"
         " population."
       )
 
   def epsilon(
     self, rounds: int, accountant: accounting.Accountant = "pld"
   ) -> float:
-    """Epsilon at `delta` of all that `rounds` rounds release; may be infinite.
+    """Returns epsilon at `delta` for all releases of `rounds` rounds, or inf.
 
     Raises:
       ValueError: if `rounds` is below 1 or the accountant unknown.
@@ -88,19 +88,19 @@ class ClientLevel:
     population: int,
     local_epochs: int | None = None,
   ) -> None:
-    """Refuses a run that samples otherwise than accounted.
+    """Refuses a run whose sampling differs from the accounted one.
 
     Raises:
       ValueError: if anything differs.
     """
-    del local_epochs  # All that a client does is one update.
+    del local_epochs  # A client sends one update, whatever its epochs.
     expected = (self.sampling, self.clients_per_round, self.population)
     got = (sampling, clients_per_round, population)
     if expected != got:
       raise ValueError(
         "expected a run with the (sampling, clients_per_round, population) that"
-        f" its privacy is accounted for, {expected}, got {got}. Sample so, or"
-        " account for what is run."
+        f" its privacy is accounted for, {expected}, got {got}. Change the run,"
+        " or the guarantee."
       )
 
   def describe(self, rounds: int) -> str:
@@ -132,9 +132,9 @@ class ExampleLevel:
   Two data sets of a client are neighbours if one example is replaced by
   nothing: its gradient is zero. The number of examples is public. In an epoch
   each example is in one batch, and the order of batches does not matter. So an
-  epoch costs one Gaussian mechanism, however many steps it has. Shuffling gets
-  no amplification, because that of Poisson batches does not hold for it (Chua
-  et al., "How Private are DP-SGD Implementations?", 2024).
+  epoch costs one Gaussian mechanism, however many steps it has. Shuffling is
+  not counted as amplification: the bound for Poisson batches does not hold for
+  it (Chua et al., "How Private are DP-SGD Implementations?", 2024).
 
   Attributes:
     noise_multiplier: the noise multiplier of the private training, >= 0.
@@ -159,7 +159,7 @@ class ExampleLevel:
   def epsilon(
     self, rounds: int, accountant: accounting.Accountant = "pld"
   ) -> float:
-    """Epsilon at `delta` of a client that takes part in `rounds` rounds.
+    """Returns epsilon at `delta` for a client that is in `rounds` rounds.
 
     Raises:
       ValueError: if `rounds` is below 1 or the accountant unknown.
@@ -218,17 +218,17 @@ def noise_multiplier_for(
   guarantee: Guarantee,
   accountant: accounting.Accountant = "pld",
 ) -> float:
-  """The least noise multiplier that keeps a guarantee within a budget.
+  """Finds the least noise multiplier that keeps a guarantee within a budget.
 
   Args:
     target_epsilon: the budget, > 0 and finite.
     rounds: the number of rounds.
-    guarantee: the guarantee, whose own noise multiplier is not read.
+    guarantee: the guarantee; its own noise multiplier is not used.
     accountant: "pld" or "rdp".
 
   Returns:
-    A multiplier whose epsilon is at most the target. It is at most a thousandth
-    larger than necessary.
+    A multiplier whose epsilon is at most the target. It is at most 0.1 % larger
+    than necessary.
 
   Raises:
     ValueError: if the target is out of range.
@@ -253,7 +253,7 @@ def noise_multiplier_for(
 
 
 def _bounds(guarantee, rounds):
-  """Epsilon by both accountants, and delta."""
+  """Returns epsilon by both accountants, and delta, as text."""
   pld, rdp = (guarantee.epsilon(rounds, name) for name in ("pld", "rdp"))
   return (
     f"epsilon = {pld:.4g} by PLD ({rdp:.4g} by RDP) at delta ="

@@ -24,23 +24,23 @@ def private_mean(
 ) -> aggregators.Aggregator:
   """The noisy sum of clipped updates, over the expected number of clients.
 
-  Each update counts once; a weight only says whether the client is there. A
-  client that is not there, or whose update is not finite, adds zeros. A round
-  of nobody releases noise, and the server steps on it (`steps_when_empty`).
-  Without this step, parameters that did not move would tell that the cohort was
-  empty. With Poisson sampling, that depends on every single client.
+  Each update counts once; a weight only says whether the client takes part. A
+  client that does not, or whose update is not finite, adds zeros. A round
+  without clients releases noise, and the server steps on it
+  (`steps_when_empty`). Otherwise unchanged parameters would reveal that the
+  cohort was empty. With Poisson sampling, this depends on every single client.
 
   Args:
     clip_norm: bound S of an update's L2 norm, > 0; infinite for none.
     noise_multiplier: z >= 0; the noise in the sum has a standard deviation of
       z S in every entry.
     clients: the expected number of clients in a round, by which the sum is
-      divided. The number that answered would change with one client.
+      divided. (The actual number would depend on every single client.)
 
   Raises:
     ValueError: if a number is out of range, or there is noise without a bound.
-      While tracing, if updates are narrower than float32: rounding them would
-      exceed the bound.
+      While tracing, if updates are narrower than float32: rounding could exceed
+      the bound.
   """
   check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
   _check_clients(clients)
@@ -76,8 +76,8 @@ def adaptive_private_mean(
 
   Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021.
   The state is the clip norm S. After each round S is multiplied by exp(-rate
-  (b - quantile)), where b is the share of the norms that were at most S. This
-  share is a noisy sum over `clients`. The updates get a little more noise than
+  (b - quantile)), where b is the share of the norms that were at most S: a
+  noisy count divided by `clients`. The updates get a little more noise than
   z S, so that both releases together cost what `noise_multiplier` says.
 
   Args:
@@ -87,8 +87,8 @@ def adaptive_private_mean(
     noise_multiplier: the noise multiplier of both releases together, z >= 0.
     count_noise: the standard deviation of the noise in the number of norms that
       were at most S, > z / 2 if z > 0; the paper takes clients / 20.
-    clients: as in `private_mean`. If fewer are there, b is nearer to 1/2.
-    clip_learning_rate: the rate by which S follows, > 0.
+    clients: as in `private_mean`. If fewer take part, b is nearer to 1/2.
+    clip_learning_rate: the rate in the update of S, > 0.
 
   Raises:
     ValueError: if a number is out of range. While tracing, if updates are
@@ -105,7 +105,7 @@ def adaptive_private_mean(
   if count_noise < 0 or 0 < noise_multiplier >= 2 * count_noise:
     raise ValueError(
       f"expected count_noise > {noise_multiplier=} / 2, got {count_noise=}."
-      " Else counting alone would cost more than both releases may."
+      " Otherwise the count alone costs more than both releases may cost."
     )
   multiplier = noise_multiplier
   if noise_multiplier:
@@ -163,7 +163,7 @@ def add_noise(
 
 
 def check(*, clip_norm: float, noise_multiplier: float) -> None:
-  """Refuses a clip norm or a noise multiplier that means nothing.
+  """Refuses an invalid clip norm or noise multiplier.
 
   Raises:
     ValueError: see `private_mean`.
@@ -179,7 +179,7 @@ def check(*, clip_norm: float, noise_multiplier: float) -> None:
 
 
 def check_noise(noise_multiplier: float) -> None:
-  """Refuses a noise multiplier that means nothing.
+  """Refuses an invalid noise multiplier.
 
   Raises:
     ValueError: if it is negative, infinite or NaN.

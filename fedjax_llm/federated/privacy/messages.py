@@ -1,14 +1,14 @@
 """Private messages: noise that a client adds before it sends.
 
-Then nobody but the client is trusted. The noise is added where the mechanism
-stands in a `chain`. Everything after it, up to what the server decodes, is
+Nobody but the client is trusted. The mechanism's place in a `chain` is where
+the noise is added. Everything after it, including the server's decoding, is
 post-processing and costs no privacy:
 
   chain(gaussian_mechanism(...), codec)    noise before the encoder
   chain(codec, gaussian_mechanism(...))    noise after it, on the latent
 
-`privacy.gaussian` accounts for the messages alone: not for metrics, nor for a
-codec that was fitted to what clients recorded.
+`privacy.gaussian` accounts for the messages only. It does not cover metrics, or
+a codec that was fitted to clients' vectors.
 """
 
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def gaussian_mechanism(
 ) -> base.Compressor:
   """Clips a vector and adds Gaussian noise to every entry of it.
 
-  The client draws the noise from the key of its upload, afresh in every round.
-  In a mean over K clients it is sqrt(K) times that of
+  The client draws new noise in every round, from the key of its upload. In a
+  mean over K clients the noise is sqrt(K) times as large as that of
   `mechanisms.private_mean`, which needs a trusted server.
 
   Args:
@@ -40,7 +40,7 @@ def gaussian_mechanism(
   mechanisms.check(clip_norm=clip_norm, noise_multiplier=noise_multiplier)
 
   def encode(vector, key):
-    # Narrower types would round beyond the bound.
+    # In narrower types, rounding could exceed the bound.
     vector = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
     clipped = mechanisms.clip(vector, clip_norm)
     noisy = mechanisms.add_noise(clipped, clip_norm, noise_multiplier, key)
