@@ -123,7 +123,7 @@ def experiment(
     algorithm = tgap.federated_pretraining(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
-  # Refused now, and not after everything is recorded.
+  # Raises an error now, and not after everything is recorded.
   if schedule.rounds < 2:
     raise ValueError(
       "expected two rounds or more, the last ones to judge by, got"
