@@ -74,7 +74,7 @@ _NOISE = {
 
 
 def _check_noise(algorithm, privacy):
-  """Raises an error if the algorithm has less noise than the guarantee needs."""
+  """Raises an error if the algorithm lacks the noise of the guarantee."""
   if type(privacy) not in _NOISE:
     raise ValueError(
       "expected privacy to be a ClientLevel or an ExampleLevel, whose noise can"

@@ -223,7 +223,7 @@ def classifier(
   stored = hub_config.label_names(folder)
   if sorted(stored) == sorted(head.names) and stored != head.names:
     raise ValueError(
-      f"the head in {folder} has the labels {stored}, but the data order them as"
+      f"the head in {folder} has the labels {stored}, the data order them as"
       f" {head.names}. Give the data a datasets.ClassLabel in the head's order."
     )
   loaded = base_models.load(
