@@ -4,7 +4,7 @@ fedjax-llm run tgap
 fedjax-llm run cg_fedllm --codec runs/tgap/codec
 
 The second stage of CG-FedLLM (arXiv 2405.13746), called FAF. It trains on D2,
-the rows of every client that the codec of `tgap` has not seen. See
+the rows of every client that the codec of `tgap` was not fitted on. See
 `docs/learned_compression.md`.
 """
 
@@ -34,12 +34,12 @@ from fedjax_llm.models import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Refit:
-  """When and how an autoencoder is fitted anew to what the server received.
+  """When and how an autoencoder is refitted to updates at the server.
 
   Attributes:
     refit_every: rounds between fits; None for a frozen codec.
-    volunteers: share of the clients, the first ones, that send their updates
-      uncompressed too, to refit the codec on.
+    volunteers: share of the clients, counted from the first, that also send
+      their updates uncompressed, for the refits.
     fit_steps: steps of a fit.
     fit_learning_rate: learning rate of a fit.
   """
@@ -79,18 +79,18 @@ def experiment(
     codec: folder that `tgap` wrote for the same adapter.
     bits: mean bits per entry of a transform. The bits of an autoencoder were
       chosen when it was fitted.
-    representation: what goes through the codec, see `tgap`; None for what the
+    representation: "delta" or "state", see `tgap`; None for the one that the
       codec was fitted to.
-    aggregation: "mean" of what arrives, weighted by the clients' examples; the
-      "sum", as in Algorithm 1 of the paper; or the mean "product" of the
-      factors, decomposed.
-    error_feedback: add what the codec lost of an update to the client's next.
-    unbiased: True to code a transform for means over many clients, False for
-      the least error of each message. States and error feedback need False.
-      None takes False with them and True without.
-    refit: when and how an autoencoder is fitted anew.
+    aggregation: how decoded updates are combined: their "mean", weighted by the
+      clients' examples; their "sum", as in Algorithm 1 of the paper; or the
+      mean "product" of the factors, decomposed into factors.
+    error_feedback: whether a client adds the codec's error to its next update.
+    unbiased: True for unbiased messages of a transform, for means over many
+      clients; False for the least error of each message. None for False with
+      states or error feedback, and else True.
+    refit: when and how an autoencoder is refitted.
     seed: seed of every random draw, except for the division into D1 and D2,
-      which has the seed of the codec's run.
+      which uses the seed of the codec's run.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors.
     client_learning_rate: learning rate of the clients' AdamW.
@@ -116,7 +116,7 @@ def experiment(
     raise ValueError(
       f"the codec in {codec} was fitted to rows of {about['sequence_length']}"
       f" tokens, got {sequence_length=}: rows of another length are divided"
-      " anew, and D2 would have what D1 had. Run tgap with it."
+      " differently, so D2 would overlap with D1. Run tgap with it."
     )
   is_refitted = refit.refit_every is not None
   if error_feedback and (representation == "state" or is_refitted):

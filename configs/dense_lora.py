@@ -23,7 +23,7 @@ def experiment(
   held_out_rows: int = 4,
   compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
-  """Fine-tune the shipped model over clients of Python's library densely.
+  """Fine-tune the shipped model on Python's library with dense messages.
 
   Args:
     seed: seed of every random draw.

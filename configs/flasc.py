@@ -22,14 +22,14 @@ def experiment(
   held_out_rows: int = 4,
   compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
-  """Fine-tune the shipped model over clients of Python's library with FLASC.
+  """Fine-tune the shipped model on Python's library with FLASC.
 
   Args:
     seed: seed of every random draw.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors.
     rates: the learning rates.
-    densities: the share of the entries that is sent.
+    densities: the shares of entries that are sent.
     sequence_length: tokens in a row.
     held_out_rows: rows evaluated of each client's held-out files.
     compute: how the model is computed.

@@ -2,16 +2,17 @@
 
   FEDJAX_LLM_DATA=folder fedjax-llm run flasc_dolly
 
-The folder holds `dolly15k_fed10/local_training_*.json`, a file a client, and
-`global_test.json`, ten held-out records of each of the eight categories. The
-same from the hub, divided by Shepherd's algorithm, and with a real model:
+The folder holds `dolly15k_fed10/local_training_*.json`, one file for each
+client, and `global_test.json`, ten held-out records of each of the eight
+categories. With the data from the hub, divided by Shepherd's algorithm, and a
+larger model:
 
   fedjax-llm run flasc_dolly --data databricks/databricks-dolly-15k
     --clients shepherd --model Qwen/Qwen2.5-0.5B --sequence-length 512
 
 2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 5.744 to
-4.875 with 16.6 MB sent; 4,019 of 14,931 records have no answer within a row,
-since their context fills it. The record is `benchmarks/results/flasc_dolly/`.
+4.875 with 16.6 MB sent. 4,019 of 14,931 records are left out, because their
+context fills the row. The record is `benchmarks/results/flasc_dolly/`.
 """
 
 from typing import Any, Literal
@@ -40,25 +41,24 @@ def experiment(
   held_out_rows: int = 80,
   compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
-  """Fine-tune on Dolly's answers with FLASC, clients rich in some categories.
+  """Fine-tune on Dolly's answers with FLASC; clients differ in categories.
 
   Args:
     model: Hugging Face folder or hub name of the base model; the shipped one if
       not given.
     data: the records, by a spec of `data.sources.load`.
-    held_out: the held-out records, where `clients` is "files".
-    clients: "files" where every file of `data` is a client; "shepherd" to
-      divide the records as Shepherd's code does, which holds out ten of each
-      category.
-    init_adapter: PEFT folder or hub name of an adapter to go on training; new
+    held_out: the held-out records, by such a spec, if `clients` is "files".
+    clients: "files" if every file of `data` is a client; "shepherd" to divide
+      the records as Shepherd's code does, which holds out ten of each category.
+    init_adapter: PEFT folder or hub name of an adapter to train further; new
       factors if not given.
     seed: seed of every random draw.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors; GPT-2's targets are c_attn, c_proj and c_fc.
     rates: the learning rates.
-    densities: the share of the entries that is sent.
+    densities: the shares of entries that are sent.
     sequence_length: tokens in a row.
-    held_out_rows: held-out records that are evaluated, the first.
+    held_out_rows: number of held-out records to evaluate, from the first.
     compute: how the model is computed.
   """
   if clients == "files":

@@ -2,7 +2,7 @@
 
   FEDJAX_LLM_DATA=folder fedjax-llm run flasc_gsm8k
 
-The folder holds `gsm8k/train.jsonl` and `test.jsonl`. The same from the hub:
+The folder holds `gsm8k/train.jsonl` and `test.jsonl`. With data from the hub:
 
   fedjax-llm run flasc_gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B
 
@@ -40,15 +40,15 @@ def experiment(
       not given.
     data: folder or hub name, with the splits "train" and "test".
     clients: the number of clients.
-    init_adapter: PEFT folder or hub name of an adapter to go on training; new
+    init_adapter: PEFT folder or hub name of an adapter to train further; new
       factors if not given.
     seed: seed of every random draw.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors; GPT-2's targets are c_attn, c_proj and c_fc.
     rates: the learning rates.
-    densities: the share of the entries that is sent.
+    densities: the shares of entries that are sent.
     sequence_length: tokens in a row.
-    held_out_rows: problems of the test split that are evaluated, the first.
+    held_out_rows: number of test problems to evaluate, from the first.
     compute: how the model is computed.
   """
   source = records.instructions(

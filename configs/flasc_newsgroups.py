@@ -3,10 +3,10 @@
   FEDJAX_LLM_DATA=folder fedjax-llm run flasc_newsgroups
 
 The setting of FLASC (Kuo et al., 2024): a classifier's head is trained and sent
-with the factors, every client has about as many posts, of about five groups.
-The folder holds `20news_bydate/20news-bydate.tar.gz`. Unlike in FLASC's code,
-headers and e-mail addresses are stripped, which makes the task harder. With the
-model and targets of the paper, from the hub:
+with the factors. All clients have nearly equal numbers of posts, each from
+about five groups. The folder holds `20news_bydate/20news-bydate.tar.gz`. Unlike
+in FLASC's code, headers and e-mail addresses are stripped, which makes the task
+harder. With the model and targets of the paper, from the hub:
 
   fedjax-llm run flasc_newsgroups --model openai-community/gpt2 --rank 16
     --alpha 16 --targets c_attn c_proj c_fc --pooling last
@@ -42,7 +42,7 @@ def experiment(
   held_out_rows: int = 1000,
   compute: knobs.Compute = knobs.Compute(),
 ) -> runner.Experiment:
-  """Tell newsgroups apart with FLASC, clients rich in some of them.
+  """Classify posts by newsgroup with FLASC; a client has few of the groups.
 
   Args:
     model: Hugging Face folder or hub name of the base model; the shipped one if
@@ -50,19 +50,19 @@ def experiment(
     data: `20news-bydate.tar.gz`, or a folder or hub name with columns `text`
       and `label`, split in "train" and "test", such as SetFit/20_newsgroups.
     clients: the number of clients.
-    dirichlet_alpha: concentration of the clients' shares of the groups; the
-      lower, the fewer groups a client has.
-    pooling: what is classified: the state of the last token, as transformers
-      does with a decoder, or the mean over tokens, better with a small model.
-    init_adapter: PEFT folder or hub name of an adapter to go on training; new
+    dirichlet_alpha: concentration of the clients' mixes of groups. A low value
+      gives a client few groups.
+    pooling: what is classified: the state of the "last" token, as transformers
+      does with decoders, or the "mean" state, better with a small model.
+    init_adapter: PEFT folder or hub name of an adapter to train further; new
       factors if not given.
     seed: seed of every random draw.
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors; GPT-2's targets are c_attn, c_proj and c_fc.
     rates: the learning rates.
-    densities: the share of the entries that is sent.
+    densities: the shares of entries that are sent.
     sequence_length: tokens in a row.
-    held_out_rows: test posts that are evaluated, drawn by chance.
+    held_out_rows: number of test posts to evaluate, drawn at random.
     compute: how the model is computed.
   """
   read = sources.newsgroups if data.endswith(".tar.gz") else sources.load

@@ -2,7 +2,7 @@
 
   FEDJAX_LLM_DATA=folder fedjax-llm run flasc_shakespeare
 
-The folder holds `stories260k`, a Llama that knows children's stories, and
+The folder holds `stories260k`, a Llama trained on children's stories, and
 `tinyshakespeare/input.txt`, where 105 speakers have 2,000 characters or more.
 
 2 cores of an AMD EPYC: a minute and a half. Seed 0: held-out loss 4.532 to
@@ -39,7 +39,7 @@ def experiment(
     schedule: the rounds and what happens in each.
     adapter: the LoRA factors.
     rates: the learning rates.
-    densities: the share of the entries that is sent.
+    densities: the shares of entries that are sent.
     sequence_length: tokens in a row.
     held_out_rows: rows evaluated of each speaker's held-out speeches.
     compute: how the model is computed.

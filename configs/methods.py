@@ -1,4 +1,4 @@
-"""Any federated method by name, with or without privacy and a real network.
+"""Any federated method by name, with optional privacy and simulated network.
 
   fedjax-llm run methods --method fed_ex_lora
   fedjax-llm run methods --method flasc --density 0.0625 --epsilon 8
@@ -7,7 +7,7 @@
 The data are the standard library of this machine (36 clients), unless `--data`
 names tiny Shakespeare's text (105 speakers) or the archive of 20 Newsgroups
 (350 clients). `docs/methods.md` says what each method sends and trains, and
-`benchmarks/flasc/` compares them. The same rates do not suit all methods.
+`benchmarks/flasc/` compares them. Methods need different learning rates.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class Sparsity:
   """How much sparse methods send.
 
   Attributes:
-    density: share of the entries that sparse methods send, either way.
-    upload_density: the share of FLASC's uploads; None for `density`. With 1
-      only downloads are sparse, and with `density` 1 only uploads.
-    warm_up_rounds: dense rounds before Federated Select; 0 for its authors'
-      deadlock.
+    density: share of the entries that sparse methods send, down and up.
+    upload_density: share of the entries in FLASC's uploads; None for `density`.
+      With 1 only downloads are sparse, and with `density` 1 only uploads.
+    warm_up_rounds: dense rounds before Federated Select; 0 as in its authors'
+      code, which gets stuck.
   """
 
   density: float = 0.25
@@ -44,7 +44,7 @@ class Privacy:
   """Privacy of every client, for the methods in `methods.PRIVATE`.
 
   Attributes:
-    epsilon: epsilon of the whole run, with cohorts that are Poisson samples;
+    epsilon: epsilon of the whole run, whose cohorts become Poisson samples;
       None for no privacy.
     delta: delta of the run, below 1 / the number of clients.
     clip_norm: L2 norm that a client's update is clipped to.
@@ -108,7 +108,7 @@ def experiment(
   privacy: Privacy = Privacy(),
   links: Links = Links(),
 ) -> runner.Experiment:
-  """Fine-tune the shipped model, or another, by the method of your choice.
+  """Fine-tune the shipped model, or another, by the method that you name.
 
   Args:
     method: the method; see `docs/methods.md`.
@@ -120,10 +120,10 @@ def experiment(
     rank: the LoRA rank; the scale of the factors' product is 1.
     targets: names of the layers that get factors.
     sparsity: how much sparse methods send.
-    rates: the learning rates; methods without a server rate ignore it, and the
-      server's optimizer is AdamW unless the method's name says another.
+    rates: the learning rates. Methods without a server rate ignore it; others
+      use AdamW at the server, unless their name has another optimizer.
     sequence_length: tokens in a row.
-    held_out_rows: rows evaluated of each client, or posts by the hundred.
+    held_out_rows: rows to evaluate of each client, or hundreds of test posts.
     compute: how the model is computed.
     privacy: privacy of every client.
     links: the clients' links and their reliability.
@@ -171,7 +171,7 @@ def experiment(
 
 
 def _task(data, held_out_rows, *, seed, **settings):
-  """Makes the task that the data is for."""
+  """Makes a task from the data: language modelling or classification."""
   if data is None or not data.endswith(".tar.gz"):
     corpus = corpora.shakespeare(data) if data else corpora.standard_library()
     source = records.streams(corpus, held_out_rows)

@@ -5,9 +5,9 @@
 Trained on the part of the standard library that no client of the default
 corpus holds. 2 cores of an AMD EPYC, shared: 66 minutes. Seed 0: held-out loss
 3.020; the record of the run that made the shipped weights is
-`benchmarks/results/pretrain/`. (That run averaged the means of parts of a
-batch, which a padded row makes unequal; the command now sums, so its weights
-come out alike, not the same to the bit.)
+`benchmarks/results/pretrain/`. (That run averaged the mean losses of parts of a
+batch. The command now divides their sum by all tokens of the batch. So its
+weights are close to the shipped ones, but not equal.)
 """
 
 from fedjax_llm.data import corpora

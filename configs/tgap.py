@@ -1,4 +1,4 @@
-"""TGAP: record updates on a part of every client's data, fit a codec on them.
+"""TGAP: record updates on a part of every client's data, and fit a codec.
 
 fedjax-llm run tgap
 
@@ -41,8 +41,8 @@ class Fit:
   """The codec, and how it is fitted.
 
   Attributes:
-    codec: "transform" is ours, principal axes with a trellis after them. The
-      others are autoencoders: "rows" is ours; "resnet" and "convolutional" are
+    codec: "transform" is ours: principal axes, then a trellis code. The others
+      are autoencoders: "rows" is ours; "resnet" and "convolutional" are
       the paper's, and "resnet_linear" has eight channels at full resolution and
       no tanh. `latent_bits`, `normalise` and `fit_*` are for autoencoders only.
     bits: bits per entry in the report of a transform. The bits that it sends
@@ -52,7 +52,7 @@ class Fit:
     normalise: what images are divided by: the root mean square of each of the
       "columns", that of all entries ("one"), or nothing ("none"). The paper
       does not say.
-    fit_steps: most steps of the codec's Adam.
+    fit_steps: largest number of steps of the codec's Adam.
     fit_batch_size: snapshots in a step.
     fit_learning_rate: learning rate of the codec's Adam; 2e-4 in the paper.
   """
@@ -123,10 +123,10 @@ def experiment(
     algorithm = tgap.federated_pretraining(
       task.loss_fn, client, optax.sgd(1.0), **parts
     )
-  # Refused now, and not after everything is recorded.
+  # Raises an error now, and not after everything is recorded.
   if schedule.rounds < 2:
     raise ValueError(
-      "expected two rounds or more, the last ones to judge by, got"
+      "expected two rounds or more, the last ones for evaluation, got"
       f" rounds={schedule.rounds}."
     )
   if fit.codec == "transform":
@@ -158,7 +158,7 @@ def experiment(
 
 
 def _network(fit, trainable):
-  """The layout of vectors, and the network that sees their images."""
+  """Returns the layout of vectors, and the network for their images."""
   bits = fit.latent_bits
   if fit.codec == "rows":
     columns = layouts.columns(trainable, width=WIDTH)

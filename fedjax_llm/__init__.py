@@ -1,12 +1,12 @@
 """Communication-efficient federated fine-tuning of language models in JAX.
 
-`import fedjax_llm as fl` is enough for research code. Types and verbs are here.
-Methods are in `fl.algorithms`, compressors in `fl.compression`, what the server
-does with updates in `fl.aggregators`, noise in `fl.privacy`, models with their
-data in `fl.tasks`, data sets in `fl.data`.
+Research code needs only `import fedjax_llm as fl`. Types and main functions are
+here. Methods are in `fl.algorithms`, compressors in `fl.compression`, functions
+that combine updates in `fl.aggregators`, noise in `fl.privacy`, models with
+their data in `fl.tasks`, data sets in `fl.data`.
 
-A name is imported when it is first used, so that the command line answers at
-once. `docs/your_own.md` shows what to write with them.
+A name is imported when it is first used, so that the command line starts fast.
+`docs/your_own.md` shows how to write a method of your own.
 """
 
 import importlib
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
   from fedjax_llm.models.heads import Classifier as Classifier
   from fedjax_llm.models.lora import LoRA as LoRA
 
-else:  # Hidden from type checkers: a name that is not above is a mistake.
+else:  # Hidden from type checkers, so that they reject names not above.
 
   def __getattr__(name: str) -> Any:
     if name in _MODULES:
@@ -68,11 +68,11 @@ else:  # Hidden from type checkers: a name that is not above is a mistake.
       value = getattr(home, name)
     else:
       raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # Found at once the next time.
+    globals()[name] = value  # Found without this function the next time.
     return value
 
 
-# Where each name above is from; a test holds the two lists together.
+# The module of each name above; a test compares the two lists.
 _MODULES = {
   "algorithms": "federated.catalogue",
   "aggregators": "federated.aggregators",

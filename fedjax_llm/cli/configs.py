@@ -13,7 +13,7 @@ import sys
 import types
 from typing import Annotated, Any, get_type_hints
 
-# The module that a config of the user's own becomes.
+# The module name of a user's own config.
 OWN = "fedjax_llm_config"
 # What may differ in a run that is resumed: parameters of `runner.run`.
 ALLOWANCES = {
@@ -25,14 +25,14 @@ ALLOWANCES = {
 
 
 def folder() -> pathlib.Path:
-  """The folder of the shipped configs: in the wheel, or beside the package."""
+  """Returns the folder of shipped configs, in the wheel or the repository."""
   package = pathlib.Path(__file__).parent.parent
   shipped = package / "configs"
   return shipped if shipped.is_dir() else package.parent / "configs"
 
 
 def summaries() -> list[str]:
-  """A line for each config: its name and the first line of its docstring."""
+  """Returns a line for each config: its name and its docstring's first line."""
   lines = []
   for path in sorted(folder().glob("*.py")):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -42,7 +42,7 @@ def summaries() -> list[str]:
 
 
 def find(name_or_path: str) -> pathlib.Path:
-  """The file of a config, by its name under `configs/` or by its path.
+  """Returns the file of a config, by its name under `configs/` or by its path.
 
   Raises:
     ValueError: if there is no such file.
@@ -54,7 +54,7 @@ def find(name_or_path: str) -> pathlib.Path:
     names = sorted(x.stem for x in folder().glob("*.py"))
     raise ValueError(
       f"CONFIG expected the path of a Python file, or one of"
-      f" {', '.join(names)}; got {name_or_path!r}, and there is no such file."
+      f" {', '.join(names)}; got {name_or_path!r}, which does not exist."
     )
   return path
 
@@ -70,7 +70,7 @@ def load(name_or_path: str) -> types.ModuleType:
   name = f"fedjax_llm.configs.{path.stem}" if shipped else OWN
   module = types.ModuleType(name)
   module.__file__ = str(path)
-  sys.modules[name] = module  # Dataclasses of a config look themselves up.
+  sys.modules[name] = module  # Dataclasses in a config look up their module.
   importlib.machinery.SourceFileLoader(name, str(path)).exec_module(module)
   if not callable(getattr(module, "experiment", None)):
     raise ValueError(
@@ -81,10 +81,10 @@ def load(name_or_path: str) -> types.ModuleType:
 
 
 def options_of(module: types.ModuleType, *, resumes: bool = False) -> type:
-  """Makes a dataclass of the knobs of a config and of `out`.
+  """Makes a dataclass with the knobs of a config, and `out`.
 
-  A knob that is a dataclass, such as a `Schedule`, has an option for each of
-  its fields.
+  If a knob is a dataclass, such as a `Schedule`, each of its fields becomes an
+  option.
 
   Args:
     module: the config.

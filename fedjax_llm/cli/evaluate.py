@@ -39,9 +39,9 @@ def evaluate(
   """Evaluate a run, or any model with or without an adapter.
 
   perplexity: the text is tokenised once, with the tokenizer's special tokens,
-  and scored in one pass if it fits a window, else in several. The loss is the
-  mean over all predicted tokens. ceval, mmlu: multiple choice as the authors of
-  the exam ask it. classification: loss and accuracy on labelled texts.
+  and cut into windows. The loss is the mean over all predicted tokens. ceval,
+  mmlu: multiple choice, with the prompts of the exam's authors. classification:
+  loss, accuracy and F1 on labelled texts.
 
   Args:
     run: folder of a run; or folder or hub name of an adapter or a model.
@@ -53,10 +53,10 @@ def evaluate(
     data: for ceval and mmlu, a folder with the authors' zip or its contents, by
       default the files on the hub; for classification, NAME_OR_FILES[@SPLIT].
     text_column: column of the texts to classify.
-    label_column: column of their labels.
+    label_column: column of the labels of these texts.
     exam: options of ceval and mmlu.
-    sequence_length: most tokens in a window, a prompt or a text; by default the
-      model's context, and at most 2048 except for ceval.
+    sequence_length: largest number of tokens in a window, a prompt or a text.
+      By default it is the model's context, but 2048 at most except for ceval.
     batch_size: rows scored at once; perplexity scores one window at a time.
     dtype: dtype of the model and its activations.
     as_json: print one line of JSON.
@@ -84,7 +84,7 @@ def evaluate(
 def _named(
   run: str, model: str | None, adapter: str | None
 ) -> tuple[str | None, str | None]:
-  """The model and the adapter of a run, and of options beside it."""
+  """Returns the model and the adapter that the run and the options name."""
   if adapter is not None:
     raise ValueError(
       f"evaluate expected RUN or --adapter, got both: {run} and {adapter}."
@@ -93,7 +93,7 @@ def _named(
   if trained and model:
     raise ValueError(
       f"evaluate expected one model, got {trained} and {model}. Leave out"
-      " --model: the run has trained all of its own."
+      " --model: the run has trained a whole model."
     )
   return trained or model, adapter
 
@@ -104,7 +104,7 @@ def _check(
   data: str | None,
   exam: sitting.Options,
 ) -> None:
-  """Refuses options that the task does not read."""
+  """Raises an error for options that the task does not use."""
   if exam != _WHOLE_EXAM and task not in ("ceval", "mmlu"):
     raise ValueError(
       f"task {task} expected no options of an exam, got {exam}. Add --task"
@@ -127,7 +127,7 @@ def _perplexity(
 ) -> dict[str, float]:
   if text is None or not text.is_file():
     raise ValueError(
-      f"perplexity expected a file, --text FILE; got {text}, which is no file."
+      f"perplexity expected a file, --text FILE; got {text}, which is not one."
     )
   loaded = loading.load(model, adapter, settings.dtype)
   tokenizer = loading.tokenizer_of(loaded)
@@ -136,7 +136,7 @@ def _perplexity(
     [text.read_text(encoding="utf-8")], tokenizer, window
   )
   loading.check_tokens(rows.tokens, loaded.config)
-  # A short text must not cost what the longest one would.
+  # A short text needs no full windows: columns without predictions are cut.
   width = int(rows.mask.any(0).sum())
   rows = batches.Examples(rows.tokens[:, : width + 1], rows.mask[:, :width])
   score_fn = language.score_fn(loaded.network(settings.dtype))
@@ -162,7 +162,7 @@ def _classification(
       "classification expected the adapter of a classifier, got none."
     )
   read, (text_column, label_column) = sources.load(data), columns
-  # An adapter that does not name its labels has numbers.
+  # Labels are numbers if the adapter has no names for them.
   names = loaded.head.names or tuple(map(str, range(loaded.head.labels)))
   labels, _ = holdout.labels_of(read, label_column, names)
   assert labels is not None
@@ -179,7 +179,7 @@ def _classification(
     special_tokens=tokenised.special_tokens(tokenizer),
   )
   loading.check_tokens(rows.tokens, loaded.config)
-  # Short texts must not cost what the longest one would.
+  # Short texts need no full rows: columns of padding are cut.
   width = int(rows.segments.any(0).sum())
   rows = rows._replace(
     tokens=rows.tokens[:, :width], segments=rows.segments[:, :width]

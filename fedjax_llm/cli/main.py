@@ -1,6 +1,6 @@
 """The command line: `fedjax-llm COMMAND ...`, see `USAGE`.
 
-A command imports what it needs and no more, so that help comes at once.
+A command imports only what it needs, so that help is fast.
 """
 
 import os
@@ -26,10 +26,10 @@ CONFIG is a name or the path of a Python file with an `experiment` function.
 `fedjax-llm run` lists the names, `fedjax-llm COMMAND --help` tells more."""
 _ON_CONFIGS = ("run", "data", "export", "pretrain")
 _COMMANDS = (*_ON_CONFIGS, "compare", "evaluate", "merge", "chat")
-# What computes for so long that huge pages are worth a restart.
+# Commands that run long enough for huge pages to be worth a restart.
 _LONG = ("run", "pretrain", "evaluate")
 _HELP = ("-h", "--help")
-# Each device holds a copy of the base model.
+# A limit, because each device holds a copy of the base model.
 _MOST_CPU_DEVICES = 8
 
 
@@ -72,7 +72,7 @@ def _command(arguments: list[str]) -> None:
 
 
 def _on_config(command: str, config: str, *options: str) -> None:
-  """Runs what a config makes, or shows its data, or exports its run."""
+  """Runs the experiments of a config, shows their data, or exports them."""
   from fedjax_llm.cli import run
 
   trains = command in ("run", "pretrain")
@@ -92,7 +92,7 @@ def _on_config(command: str, config: str, *options: str) -> None:
 
 
 def _function(command: str) -> Any:
-  """What a command on models or runs does; its signature is its options."""
+  """Returns the function of a command; its signature gives the options."""
   if command == "compare":
     from fedjax_llm.cli import compare
 
@@ -113,15 +113,14 @@ def _tyro(function: Any, command: str, options: Any) -> Any:
 
 
 def _prepare_process(*, restart: bool) -> None:
-  """Settings that must precede JAX's start.
+  """Makes settings that must precede JAX's start.
 
-  Huge pages: XLA's CPU backend allocates its temporary buffers anew in every
-  step, and the page faults cost time. glibc reads the setting when a process
-  starts, so the process starts itself again, once, before it imports anything
-  that is slow.
+  XLA's CPU backend allocates new temporary buffers in every step. Huge pages
+  save the time of page faults there. glibc reads the setting when a process
+  starts, so the process restarts itself once, before any slow import.
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  # On a CPU every core is a device with clients of its own.
+  # On a CPU every core is a device that trains its own clients.
   cores = min(os.cpu_count() or 1, _MOST_CPU_DEVICES)
   os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cores))
   if restart and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
@@ -131,9 +130,9 @@ def _prepare_process(*, restart: bool) -> None:
 
 
 def _is_of_a_config(error: Exception) -> bool:
-  """Whether the code of a user's config failed, rather than what it was given.
+  """Returns whether an error is from a user's config, not from this package.
 
-  Libraries called by either do not decide.
+  Other libraries in the traceback do not count.
   """
   frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
   for frame in reversed(frames):

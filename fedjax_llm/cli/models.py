@@ -1,4 +1,4 @@
-"""`fedjax-llm merge` and `fedjax-llm chat`: what is done with an adapter."""
+"""`fedjax-llm merge` and `fedjax-llm chat`: commands that use an adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def merge(
 ) -> None:
   """Write a model folder with an adapter merged into the weights.
 
-  transformers loads the folder: it has weights, config and tokenizer.
+  The folder has weights, config and tokenizer, as transformers loads them.
 
   Args:
     adapter: PEFT folder or hub name of a LoRA adapter.
@@ -82,13 +82,13 @@ def chat(
     adapter: PEFT folder or hub name of a LoRA adapter for it.
     prompt: the text to answer or to continue.
     system: the system message, for a tokenizer with a chat template.
-    template: where the prompt is put: "auto" for the tokenizer's chat template
-      if it has one; "plain" to continue the text as it is; "alpaca" or
+    template: the template of the prompt: "auto" for the tokenizer's chat
+      template if it has one; "plain" to continue the text as it is; "alpaca" or
       "question" for the templates of the configs on Dolly and GSM8K.
-    max_new_tokens: most tokens of an answer.
-    temperature: divides the logits; 0 always takes the most likely token.
-    top_p: tokens are drawn from the most likely ones that together have this
-      probability.
+    max_new_tokens: largest number of tokens in an answer.
+    temperature: divisor of the logits; 0 always takes the most likely token.
+    top_p: total probability of the most likely tokens, from which each token is
+      drawn.
     seed: seed of the draws.
     dtype: dtype of the model and its activations.
   """
@@ -131,7 +131,7 @@ def chat(
 
 
 def _lines():
-  """Prompts that the user types, until the end of the input."""
+  """Yields the prompts that the user types, until the end of the input."""
   while True:
     try:
       line = input("> ")

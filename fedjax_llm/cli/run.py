@@ -24,7 +24,7 @@ def run(
     out: folder of the run.
     name: name of the config.
     knobs: arguments of `make`; the others have their defaults.
-    **allowances: what may differ in a resumed run, as in `runner.run`.
+    **allowances: allowed differences of a resumed run, as in `runner.run`.
 
   Raises:
     KeyboardInterrupt: after Ctrl-C; the message says how to resume.

@@ -1,4 +1,4 @@
-"""A model sits an exam, C-Eval or MMLU, alone or against another model."""
+"""Runs an exam, C-Eval or MMLU, with one model or with two to compare."""
 
 import dataclasses
 import json
@@ -21,8 +21,9 @@ class Options:
     shots: number of solved examples before a question; fewer if the context
       has no room for them.
     subjects: names of subjects; all subjects if none are given.
-    limit: ask only so many questions of each subject, the first ones.
-    chinese_names: name C-Eval's subjects in Chinese, not by their handles.
+    limit: number of questions of each subject, from the first; None for all.
+    chinese_names: whether C-Eval's subjects are named in Chinese, and not by
+      their English handles.
     against: another run, adapter or model to compare with (McNemar's test).
     predictions: file for the chosen letters, in the format of C-Eval's site.
   """
@@ -44,10 +45,10 @@ def sit(
   adapter: str | None,
   settings: loading.Settings,
 ) -> tuple[dict[str, Any], str]:
-  """The result of an exam, and the text that shows it.
+  """Runs an exam; returns its result, and a text to print.
 
   Raises:
-    ValueError: if there are no such questions, or no answers to compare with.
+    ValueError: if there are no such questions, or needed answers are unknown.
   """
   split = options.split or exam.split
   papers = exams.papers(
@@ -61,10 +62,10 @@ def sit(
   told = all(letter for paper in papers for letter in paper.answers)
   if not told and (options.predictions is None or options.against is not None):
     raise ValueError(
-      f"{data or exam.hub} does not tell the answers of {split}: expected"
+      f"{data or exam.hub} has no answers for {split}: expected"
       " --predictions FILE and no --against, or --split val."
     )
-  # Answering takes long: what can be refused is refused before.
+  # Answering takes long, so other errors are raised before.
   other, other_adapter = None, None
   if options.against is not None:
     other, other_adapter = loading.of_run(options.against)
@@ -88,7 +89,7 @@ def sit(
   if unanswered := sum(not x for y in results for x in y.chosen):
     shown.append(f"{unanswered} questions have no room in the context.")
   if options.against is not None:
-    # The first model is not kept in memory.
+    # The first model is no longer in memory.
     others = _answer(exam, papers, other or model, other_adapter, settings)
     result["against"] = exam_results.comparison(exam, results, others)
     shown.append(_compared(options.against, result["against"]))
@@ -110,7 +111,7 @@ def _answer(
   adapter: str | None,
   settings: loading.Settings,
 ) -> list[exam_results.Result]:
-  """A model's answers to an exam."""
+  """Returns a model's answers to an exam."""
   loaded = loading.load(model, adapter, settings.dtype)
   tokenizer = loading.tokenizer_of(loaded)
   context = settings.length(loaded.config, exam.context)

@@ -1,4 +1,4 @@
-"""Clients' examples that are arrays already: anything but text."""
+"""Populations of clients from arrays, for examples that are not text."""
 
 import pathlib
 from collections.abc import Sequence
@@ -19,14 +19,15 @@ def population(
   """Makes a population of clients that own consecutive rows.
 
   Args:
-    examples: a tree of arrays [rows, ...], the rows of one client after those
-      of another.
+    examples: a tree of arrays [rows, ...]. The rows of a client are
+      consecutive.
     starts: the first row of each client, and the number of rows at the end:
       client `i` owns the rows `starts[i]:starts[i + 1]`.
     names: the names of the clients; numbers if not given.
 
   Raises:
-    ValueError: if the arrays differ in rows, or `starts` or `names` do not fit.
+    ValueError: if the arrays have different numbers of rows, or `starts` or
+      `names` do not fit.
   """
   leaves = jax.tree.leaves_with_path(examples)
   rows = {jax.tree_util.keystr(path): np.shape(x)[:1] for path, x in leaves}
@@ -63,7 +64,7 @@ def population(
 
 
 def save(tree: Any, folder: pathlib.Path) -> None:
-  """Writes a tree of arrays to `trainable.safetensors`, by their paths."""
+  """Writes arrays to `trainable.safetensors`, named by their tree paths."""
   folder.mkdir(parents=True, exist_ok=True)
   named = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf

@@ -1,11 +1,11 @@
 """Rows of tokens of one length; a mask marks the predictions that count.
 
-The documents of a corpus, each with the tokenizer's special tokens, form one
-stream per client, which is cut into rows. So at most one row of a client is
-padded. A row may have the end of one document and the start of the next;
-attention sees both, as in the pretraining of language models.
+The documents of a client, each with the tokenizer's special tokens, form one
+stream, which is cut into rows. So only the last row of a client is padded. A
+row may have the end of one document and the start of the next. Attention sees
+both, as in the pretraining of language models.
 
-A record, a prompt with its answer, is never split over rows. A row has one
+A record is a prompt with its answer. It is never split over rows. A row has one
 record, or several that attention keeps apart. Padding is token 0 on the right.
 """
 
@@ -33,8 +33,8 @@ class Examples(NamedTuple):
     mask: bool [rows, sequence_length]; `mask[i, t]` is True if the prediction
       of `tokens[i, t + 1]` from `tokens[i, : t + 1]` counts.
     segments: int32 [rows, sequence_length + 1], the number of each token's
-      record in its row, from 1, and 0 for padding. Attention stays within a
-      record. None if each row is one text.
+      record. Records of a row are numbered from 1; 0 is padding. Attention
+      stays within a record. None if each row is one text.
   """
 
   tokens: np.ndarray
@@ -66,8 +66,8 @@ class Population(NamedTuple):
     starts: int64 [clients + 1], the first row of each client and the end.
     labels: int32 [rows], the label of each row; None if rows have no label.
     label_names: the names of the labels.
-    dropped: the number of records that have no row, because the part of them
-      that fits a row has nothing to learn.
+    dropped: the number of records that are left out, because the part that fits
+      in a row has nothing to learn.
   """
 
   names: tuple[str, ...]
@@ -130,8 +130,7 @@ def rows_of_records(
 
   Returns:
     The rows, in the order of their first records; and the records of `chosen`
-    that have a row. A record has none if its row would have no token of the
-    answer.
+    that have a row. A record has none if no token of its answer fits.
 
   Raises:
     ValueError: if `sequence_length` is not positive, or `loss_on` is unknown.
@@ -169,7 +168,8 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     capacity: the length of a row.
 
   Returns:
-    The row of each record, int64, numbered in the order of first records.
+    int64 [records], the row of each record. Rows are numbered in the order of
+    their first records.
   """
   rows = np.zeros(lengths.size, np.int64)
   room = np.full(lengths.size, capacity)
@@ -191,7 +191,7 @@ def labelled_rows(
   *,
   special_tokens: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> tuple[Labelled, np.ndarray]:
-  """Makes one row for each text, between special tokens.
+  """Makes one row for each text, with special tokens around the text.
 
   A text that is too long loses its end.
 
@@ -267,7 +267,7 @@ def population(
     clients[name] = rows_of_text(documents, tokenizer, sequence_length)
     if not clients[name].mask.any():
       raise ValueError(
-        f"expected two tokens or more of every client, got fewer of {name!r}."
+        f"expected two tokens or more for every client, got fewer for {name!r}."
         " Leave this client out of the corpus, or give it a longer text."
       )
   return join(clients, rows_per_client)

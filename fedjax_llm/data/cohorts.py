@@ -31,7 +31,7 @@ def cohort_sampler(
   of a cohort fit the largest client of the population, so they never change.
 
   Poisson cohorts differ in size and may be empty. Their arrays have a fixed
-  number of places. A cohort needs more places less than once in 1e9 rounds. The
+  number of places. A cohort needs more places with probability below 1e-9. The
   round is then compiled again. Free places are filled with other clients, which
   have weight zero and no examples. So no client has two places.
 
@@ -93,7 +93,7 @@ def cohort_sampler(
     rows = rows.reshape(-1, steps, batch_size)
     weights = owned[chosen].astype(np.float32)
     weights[count:] = 0
-    # A free place has the client's own first row: nobody else's is touched.
+    # Masked examples point to the client's own first row, never to another's.
     first = population.starts[chosen][:, None, None]
     return clients.Cohort(
       clients=chosen.astype(np.int32),
@@ -108,8 +108,8 @@ def cohort_sampler(
 def _fixed(population, clients_per_round):
   """Makes the function that draws a cohort of a fixed size.
 
-  It maps `rng` to clients and a number: so many of the clients, the first ones,
-  take part.
+  The function takes `rng`. It returns clients, and the number of them, counted
+  from the first, that take part.
   """
   return lambda rng: (
     rng.choice(population, clients_per_round, replace=False),

@@ -1,8 +1,8 @@
 """Federated text corpora: named clients with training and held-out texts.
 
-A text is a whole file or speech. So no model has seen a part of a held-out text
-in training. Nothing is random: the same files give the same corpus, with the
-same fingerprint, on every machine.
+A text is a whole file or speech, so no part of a held-out text is trained on.
+Nothing is random: the same files give the same corpus, with the same
+fingerprint, on every machine.
 """
 
 import collections
@@ -104,9 +104,8 @@ def standard_library_remainder(
 ) -> Client:
   """Returns the texts that no client of `standard_library` has.
 
-  They are for pretraining. They are code on many subjects, and the pages of the
-  language reference (`pydoc_data.topics`). About a twentieth of the text is
-  held out.
+  They are for pretraining: code on many subjects, and the pages of the language
+  reference (`pydoc_data.topics`). About a twentieth of the text is held out.
 
   Args:
     folder: the folder of the sources; None for that of the running Python.
@@ -127,9 +126,9 @@ def shakespeare(
   Args:
     path: the path of tiny Shakespeare's `input.txt`. Blank lines separate the
       speeches. The first line of a speech is the speaker and a colon.
-    minimum_characters: the smallest size of a client's speeches. The lines with
-      the speaker's name count, but are not part of the texts. The default gives
-      105 clients.
+    minimum_characters: the smallest number of characters in all speeches of a
+      client. Lines with the speaker's name count, but are not part of the
+      texts. The default gives 105 clients.
 
   Raises:
     ValueError: if the file does not exist or no speaker has enough text.

@@ -48,10 +48,11 @@ def divide(
   Args:
     data: the records of all clients.
     partitioner: function that divides the records among clients. It gets the
-      values of `client_column`, or else single labels, or else zeros.
+      values of `client_column`; without one, the labels; without single labels,
+      zeros.
     client_column: name of a column with the ids of natural clients, or None.
     label_column: name of a column with labels or lists of labels, or None.
-    held_out: fraction in (0, 1) of each client's records that are held out; or
+    held_out: what is held out: a fraction in (0, 1) of each client's records;
       another data set; or "left_out", the records without a client.
     seed: seed of the held-out records.
 
@@ -102,18 +103,18 @@ def split(
   seed: int,
   purpose: draws.Purpose,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Splits the numbers that one client owns at random.
+  """Splits the records or rows of one client at random.
 
   Args:
     name: the name of the client.
     owned: the numbers of the client's records or rows.
-    share: the fraction of the first part. It is rounded, but each part has at
-      least one number. A single number is in the second part.
+    share: the fraction in the first part. It is rounded to whole records, with
+      at least one in each part. A single record goes to the second part.
     seed: seed of the split.
-    purpose: the purpose of the split.
+    purpose: the purpose of the split, which sets its random stream.
 
   Returns:
-    The two parts, each in ascending order.
+    The numbers in the two parts, each in ascending order.
   """
   client = int.from_bytes(hashlib.sha256(name.encode()).digest())
   order = draws.generator(seed, purpose, client).permutation(owned)

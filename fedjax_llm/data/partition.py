@@ -41,7 +41,7 @@ def natural(*, minimum_examples: int = 1) -> Partitioner:
     if not clients:
       raise ValueError(
         f"expected a client with {minimum_examples=} or more, but none of the"
-        f" {len(groups)} clients has so many. Lower the minimum."
+        f" {len(groups)} clients has that many. Lower the minimum."
       )
     names = sorted(clients)
     return partition_draws.gather(
@@ -174,9 +174,9 @@ def log_normal_sizes(*, clients: int, sigma: float, seed: int) -> Partitioner:
 def zipf_sizes(*, clients: int, exponent: float, seed: int) -> Partitioner:
   """Makes sizes that follow a power law; labels are IID.
 
-  As in FedProx (Li et al., 2020, arXiv 1812.06127). Every client gets one
-  example. The other examples are divided in shares: client k, from 1, has a
-  share proportional to k**-exponent.
+  This follows FedProx (Li et al., 2020, arXiv 1812.06127). Every client gets
+  one example. The other examples are divided in shares: the share of client k,
+  counted from 1, is proportional to k**-exponent.
 
   Args:
     clients: number of clients.

@@ -112,18 +112,18 @@ def instructions(
     client_column: name of a column with the ids of natural clients, or None.
     label_column: name of a column with labels (names or numbers), or None. With
       `packing` the rows have no labels.
-    held_out: fraction in (0, 1) of each client's records that are held out,
-      drawn by `seed` and the client's name; a client with one record holds out
-      none. Or another data set with the same columns. Or "left_out", the
-      records that the partition leaves out.
+    held_out: what is held out: a fraction in (0, 1) of each client's records,
+      drawn by `seed` and the client's name; another data set with the same
+      columns; or "left_out", the records that the partition leaves out. With a
+      fraction, a client with one record holds out none.
     held_out_rows: largest number of held-out rows per client; None for all.
     loss_on: tokens that count in the loss: "answers" or "everything".
     packing: whether short records share rows; see `batches.Examples`.
     seed: seed of the held-out records.
 
   Returns:
-    A source of rows. It leaves out a client whose answers all lie beyond the
-    length of a row. It raises a `ValueError` if no client is left.
+    A source of rows. It leaves out clients without an answer that fits in a
+    row. It raises a `ValueError` if no client is left.
 
   Raises:
     ValueError: if a column is missing, or an argument has an unknown value.

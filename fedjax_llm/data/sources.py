@@ -4,8 +4,8 @@
   sources.load("../shared/data/gsm8k@train[:100]")  folder in the hub's layout
   sources.load("clients/*.json")                    files, one for each client
 
-Each result is a `datasets.Dataset`. Its fingerprint depends on its content and
-not on where it lies.
+Each result is a `datasets.Dataset`. Its `fingerprint` depends on its content
+and not on its location.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def newsgroups(
 def fingerprint(data: datasets.Dataset) -> str:
   """Returns the SHA-256 of the rows, the column names and the label names.
 
-  It depends neither on the place of the data nor on the order of the columns.
+  It depends neither on the location of the data nor on the order of columns.
   """
   import datasets
 
@@ -165,9 +165,9 @@ def fingerprint(data: datasets.Dataset) -> str:
 
 
 def _parse(spec: str) -> tuple[str, str | None, str | None]:
-  """Splits a spec into name or path, config and split.
+  """Returns name or path, config and split of a spec.
 
-  A spec that exists as a path is not split.
+  If the whole spec is an existing path, it has no config and no split.
   """
   if _exists(spec):
     return spec, None, None

@@ -38,7 +38,7 @@ def divide(
   for name, (start, end) in zip(population.names, ends, strict=True):
     if end - start < 2:
       raise ValueError(
-        "divide expected two rows or more of every client, got"
+        "divide expected two rows or more for every client, got"
         f" {end - start} of {name!r}. Leave this client out, or take shorter"
         " rows."
       )

@@ -1,8 +1,8 @@
 """Tokenises records once; later runs map the tokens from a file.
 
 The name of the file is a hash of the rendered texts and the tokenizer, which
-determine its content. If either changes, another file is made. The length of
-rows and the tokens that count are decided later.
+determine its content. If either changes, another file is made. The file does
+not depend on the length of rows or on which tokens count.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def tokenise(
   answer ends with one end token if the tokenizer has one. A blank answer has no
   tokens at all.
 
-  The files are in the folder FEDJAX_LLM_CACHE, by default `fedjax_llm` in the
-  user's cache. They are written atomically. A damaged file is made again.
+  The files are in `tokens` in the folder that FEDJAX_LLM_CACHE names, by
+  default `fedjax_llm` in the user's cache. They are written atomically. A
+  damaged file is made again.
 
   Args:
     texts: the records.
@@ -180,7 +181,7 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, tokenised: Tokenised) -> None:
-  """Writes the SHA-256 of the rest; then starts, prompts and tokens."""
+  """Writes starts, prompts and tokens, after the SHA-256 of these three."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
     try:

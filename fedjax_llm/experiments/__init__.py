@@ -1,1 +1,1 @@
-"""Tasks, federated fine-tuning of them, and runs that resume."""
+"""Tasks, federated fine-tuning, and runs that can resume."""

@@ -17,14 +17,15 @@ Quantize = quantization.Format
 
 
 class Loaded(NamedTuple):
-  """A base model with what is trained of it.
+  """A base model with its trained and frozen parameters.
 
   Attributes:
     network: the Flax module.
     trainable: the parameters that are trained.
-    frozen: the parameters that are not; empty in full fine-tuning.
+    frozen: the parameters that are not trained; empty in full fine-tuning.
     adapter: the LoRA settings; None in full fine-tuning.
-    save: (trainable, folder, residual=None) -> None.
+    save: (trainable, folder, residual=None) -> None; writes an adapter or, in
+      full fine-tuning, a model.
     placement: the devices that hold the base model and train.
     identity: the model's name and fingerprints.
   """
@@ -49,7 +50,7 @@ def load(
   placement: clients.Placement | None,
   seed: int,
 ) -> Loaded:
-  """Loads a base model and makes or loads what is trained.
+  """Loads a base model, and makes or loads the trained parameters.
 
   Args:
     model: Hugging Face folder or hub name.
@@ -62,8 +63,8 @@ def load(
     seed: seed of new parameters.
 
   Raises:
-    ValueError: if the model or the adapter cannot be loaded, or quantised
-      kernels were to be trained.
+    ValueError: if the model or the adapter cannot be loaded, or `quantize` is
+      given without an adapter.
   """
   is_full = adapter is None
   if is_full and quantize:
@@ -112,7 +113,7 @@ def load(
 
 
 def _saver(adapter, config, model, head):
-  """Makes what writes a PEFT adapter, or a model if there is no adapter."""
+  """Makes a function that writes an adapter, or a model if it has none."""
 
   def save(trained, folder, residual=None):
     if adapter is not None:

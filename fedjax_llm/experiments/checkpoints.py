@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: written in the background, whole or not."""
+"""Checkpoints of a run, written by Orbax, atomically and in the background."""
 
 import logging
 import pathlib
@@ -12,13 +12,13 @@ class Checkpoints:
   """The checkpoints in one folder; a context manager that waits for writes."""
 
   def __init__(self, folder: pathlib.Path):
-    """Opens or makes `folder`; deletes what a killed process left half done.
+    """Opens or makes `folder`, and deletes unfinished checkpoints in it.
 
     The folder keeps the last two checkpoints.
     """
     import orbax.checkpoint as ocp
 
-    # Orbax tells of every step it takes; a run has its own progress bar.
+    # Orbax logs every step; a run has its own progress bar.
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
@@ -74,7 +74,10 @@ class Checkpoints:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-  """Shapes and dtypes by path: Orbax restores a NamedTuple as a dictionary."""
+  """Returns shapes and dtypes by path, the same for NamedTuple and dictionary.
+
+  Orbax restores the metadata of a NamedTuple as a dictionary.
+  """
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       tuple(leaf.shape),

@@ -1,16 +1,16 @@
-"""Warns the user of a run whose codec transmits nothing."""
+"""A warning for runs whose codec transmits nothing about the clients."""
 
 from collections.abc import Callable
 from typing import Any
 
 from fedjax_llm.codecs import distortion
 
-# Rounds that are averaged.
+# Number of rounds in the mean.
 _WINDOW = 3
 
 
 class Gate:
-  """Warns, once, if what arrives does not tell the clients apart.
+  """Warns once if decoded updates do not distinguish the clients.
 
   It warns if the mean innovation cosine of three rounds in a row is below
   `distortion.LEAST_INNOVATION`.
@@ -27,7 +27,7 @@ class Gate:
     self._has_spoken = False
 
   def see(self, innovation_cosine: Any) -> None:
-    """Looks at a round; None if the round has no innovation cosine."""
+    """Takes the innovation cosine of a round; None if the round has none."""
     if innovation_cosine is None or self._has_spoken:
       return
     self._cosines = [*self._cosines, float(innovation_cosine)][-_WINDOW:]

@@ -1,4 +1,4 @@
-"""Whether a task, an algorithm, a schedule and a promise fit each other."""
+"""Checks that a task, an algorithm, a schedule and a guarantee fit."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ def check(
   links: networks.Network,
   privacy: guarantees.Guarantee | None,
 ) -> None:
-  """Refuses what cannot be run on the task, or breaks a promise of privacy.
+  """Raises an error if the run is impossible or breaks its privacy guarantee.
 
   Raises:
-    ValueError: as `finetuning.fine_tuning` says.
+    ValueError: for the reasons that `finetuning.fine_tuning` lists.
   """
   for name, value, kind in (
     ("task", task, tasks.Task),
@@ -43,7 +43,7 @@ def check(
     )
   wanted, sampling = schedule.clients_per_round, schedule.sampling
   if links.over_selection > 1:
-    # Whose answer counts would depend on who else is there.
+    # Which answers count would depend on the other clients of the round.
     if sampling == "poisson" or isinstance(privacy, guarantees.ClientLevel):
       raise ValueError(
         "expected over_selection=1 with Poisson sampling or privacy of clients,"
@@ -51,7 +51,7 @@ def check(
       )
     if (selected := links.selected(wanted)) > population:
       raise ValueError(
-        f"expected to select at most {population} clients, all there are, got"
+        f"expected to select at most {population} clients, the population, got"
         f" {selected}: clients_per_round={wanted} over-selected"
         f" {links.over_selection} times."
       )
@@ -60,7 +60,7 @@ def check(
     privacy.check(sampling, wanted, population, schedule.local_epochs)
 
 
-# The field of an algorithm that must have a guarantee's noise, and the remedy.
+# By guarantee: the field of an algorithm with the noise, and the remedy.
 _NOISE = {
   guarantees.ClientLevel: (
     "noise_multiplier",
@@ -74,7 +74,7 @@ _NOISE = {
 
 
 def _check_noise(algorithm, privacy):
-  """Refuses a guarantee that the algorithm does not keep."""
+  """Raises an error if the algorithm lacks the noise of the guarantee."""
   if type(privacy) not in _NOISE:
     raise ValueError(
       "expected privacy to be a ClientLevel or an ExampleLevel, whose noise can"

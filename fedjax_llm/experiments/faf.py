@@ -1,6 +1,6 @@
 """FAF, the second stage of CG-FedLLM: fine-tuning through a fitted codec.
 
-`configs/cg_fedllm.py` is composed of these.
+`configs/cg_fedllm.py` uses these functions.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ def coding(
   unbiased: bool = True,
   is_refitted: bool = False,
 ) -> codec_state.Coding:
-  """How rounds send uploads by a codec of either kind.
+  """Makes the coding of uploads by an autoencoder or a transform.
 
   Args:
     codec: codec from `files.load`.
     bits: mean bits per entry, for a transform. The bits of an autoencoder were
       chosen when it was fitted.
-    unbiased: whether a transform is coded for means over many clients;
-      otherwise each message has the least error, as error feedback needs.
-    is_refitted: whether the codec will be fitted anew between rounds.
+    unbiased: whether messages of a transform are unbiased, for means over many
+      clients. Otherwise each has the least error, as error feedback needs.
+    is_refitted: whether the codec will be refitted between rounds.
 
   Raises:
-    ValueError: if a transform is to be fitted anew, or has too few bits.
+    ValueError: if a transform is to be refitted, or `bits` is too small for it.
   """
   if not isinstance(codec, transforms.Transform):
     return codec_state.Coding(
@@ -43,9 +43,9 @@ def coding(
     )
   if is_refitted:
     raise ValueError(
-      "expected an autoencoder to fit anew, got a transform. Its variances"
-      " decide the message length, which rounds are compiled for. Leave it as"
-      " it is, or `fedjax-llm run tgap --codec rows`."
+      "expected an autoencoder to refit, got a transform. Its variances set the"
+      " message length, which is fixed in compiled rounds. Do not refit it, or"
+      " fit an autoencoder: `fedjax-llm run tgap --codec rows`."
     )
   code = transforms.transform_code(
     codec, bits, memory=tgap.MEMORY, unbiased=unbiased
@@ -62,14 +62,15 @@ def coding(
 def refit(
   vectors: np.ndarray, codec: autoencoder.Codec, settings: fitting.Settings
 ) -> autoencoder.Codec:
-  """Fits the network of a codec anew to what the server knows of clients.
+  """Refits the network of a codec to the clients' last vectors.
 
-  Decoded vectors contain nothing that the codec did not already transmit.
+  Decoded vectors contain nothing that the codec did not already transmit. Only
+  those of volunteers, sent without the codec, do.
 
   Args:
-    vectors: vectors [count, n]; with fewer than three the codec stays as it is.
+    vectors: vectors [count, n]. With fewer than three, the codec is unchanged.
     codec: current codec, whose kind of normalisation is kept.
-    settings: how to fit; two vectors or more are held out.
+    settings: how to fit. At least two vectors are held out.
   """
   if len(vectors) < 3:
     return codec
@@ -90,7 +91,7 @@ def refitted(
   *,
   every: int,
 ) -> runner.Experiment:
-  """Rounds whose codec is fitted anew to what the server has so far.
+  """Makes an experiment that refits its codec between rounds.
 
   Args:
     made: experiment with an algorithm of `codec_state.with_codec` that has
@@ -109,7 +110,7 @@ def refitted(
     if number and number % every == 0:
       vectors = codec_state.known(state)
       codec = fit(vectors, state.codec)
-      # Clients do not fetch the same codec again.
+      # Clients need not download an unchanged codec again.
       if codec is not state.codec:
         state = codec_state.refitted(state, codec)
     return made.round(state, number)

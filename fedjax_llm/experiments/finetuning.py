@@ -37,16 +37,16 @@ class Schedule:
 
   Attributes:
     rounds: number of rounds.
-    clients_per_round: clients in a round; their mean with Poisson sampling.
+    clients_per_round: clients in a round; with Poisson sampling, on average.
     batch_size: examples in a local step.
     local_epochs: passes of a client over its examples in a round.
-    local_steps: most local steps of a client in a round; None for no limit.
+    local_steps: largest number of local steps in a round; None for no limit.
     sampling: how clients are sampled, see `data.cohorts.cohort_sampler`.
     evaluate_every: rounds between evaluations.
     checkpoint_every: rounds between checkpoints.
 
   Raises:
-    ValueError: if a number is no whole number or below 1.
+    ValueError: if a number is not a whole number of at least 1.
   """
 
   rounds: int
@@ -79,8 +79,8 @@ def fine_tuning(
 ) -> runner.Experiment:
   """Makes an experiment that runs a federated algorithm on a task.
 
-  The weight of a client is the number of its examples; the algorithm's
-  aggregator decides what the weights are for.
+  The weight of a client is the number of its examples. The algorithm's
+  aggregator decides how to use the weights.
 
   Args:
     task: the model and the data.
@@ -88,25 +88,25 @@ def fine_tuning(
     schedule: the rounds, and what happens in each.
     network: the clients' links and their reliability; None if every client
       answers at once.
-    privacy: what `algorithm` guarantees. A finite epsilon is a metric of each
-      evaluation. The export prints the guarantee of the finished run and writes
-      it to `privacy.txt`.
+    privacy: the guarantee of `algorithm`. Evaluations have the metric `epsilon`
+      if it is finite. The export prints the guarantee of the finished run and
+      writes it to `privacy.txt`.
     observe: called after each round with (round, cohort, metrics). It is called
       again for rounds that are computed again after a process was killed.
 
   Returns:
-    An experiment. It evaluates as `loss` and exports as `adapter` the model
-    that clients receive, which for FLASC is the masked one. `server_loss` is
-    the loss of the parameters that the server keeps. Metrics of a round:
+    An experiment. `loss` and the exported `adapter` are those of the model that
+    clients receive; in FLASC it is masked. `server_loss` is the loss of the
+    parameters that the server keeps. Metrics of a round:
 
-    - `download_bytes`, `upload_bytes`: of all messages; `..._per_client`: of
-      the largest message.
+    - `download_bytes`, `upload_bytes`: bytes of all messages; `..._per_client`:
+      bytes of the largest message.
     - `download_entries`, `upload_entries`: how many numbers all messages hold.
       A message with fewer than `trainable` numbers is sparse.
-    - `train_loss`, `tokens`: of the clients that answered.
+    - `train_loss`, `tokens`: values for the clients that answered.
     - `selected`, `answered`, `simulated_seconds`: only with a network.
-    - `update_cosine`, and with two answers or more `innovation_cosine`: if the
-      algorithm returns them. A low `innovation_cosine` prints a warning.
+    - `update_cosine`, `innovation_cosine`: only if the algorithm returns them;
+      the second needs two answers. If it is low, a warning is printed.
 
   Raises:
     ValueError: if the network selects more clients than there are, clients are
@@ -136,7 +136,7 @@ def fine_tuning(
   def program(state):
     arguments = (state, task.frozen, examples, sample(0), key)
     settings: dict[str, Any] = dataclasses.asdict(schedule)
-    settings.pop("rounds")  # It may grow.
+    settings.pop("rounds")  # A resumed run may have more.
     return {
       "round": programs.of_function(compiled, *arguments),
       "start": programs.of_arrays(state),
@@ -153,7 +153,7 @@ def fine_tuning(
 
   def round_fn(state, number):
     cohort = sample(number)
-    # All clients of a Poisson sample are wanted, however many they are.
+    # A Poisson round waits for all of its clients, whatever their number.
     is_poisson = schedule.sampling == "poisson"
     wanted = len(cohort.clients) if is_poisson else schedule.clients_per_round
     state, metrics, outcome, seconds = links.round(
@@ -191,7 +191,7 @@ def fine_tuning(
 
 
 def _check_finite(task, number, diverged, state):
-  """Stops a run before what is not finite is saved."""
+  """Stops a run before values that are not finite are saved."""
   if diverged.size:
     names = ", ".join(task.population.names[client] for client in diverged)
     problem = f"the update of {names} is not finite and was not sent"
@@ -214,7 +214,7 @@ def _is_finite(tree):
 
 
 def _means(metrics, answered):
-  """The metrics of a round in which clients answered."""
+  """Returns the metrics that need the answer of a client."""
   names = ["train_loss", "update_cosine"]
   if answered > 1:
     names.append("innovation_cosine")  # One client has none.
@@ -222,7 +222,7 @@ def _means(metrics, answered):
 
 
 def _say_empty(number, outcome, algorithm):
-  # A private server steps on noise alone: an empty cohort must not show.
+  # A private server steps on noise alone, so it does not show empty cohorts.
   is_noisy = algorithm.noise_multiplier is not None
   tqdm.tqdm.write(
     f"round {number + 1}: none of {outcome.selected.sum()} selected clients"
@@ -231,7 +231,7 @@ def _say_empty(number, outcome, algorithm):
 
 
 def _trained_entries(state: Any) -> int:
-  """How many numbers are trained; some methods train a part of them."""
+  """Returns how many numbers the method trains, which may not be all."""
   while hasattr(state, "inner"):
     state = state.inner
   return sum(x.size for x in jax.tree.leaves(state.trainable))

@@ -1,10 +1,10 @@
-"""Whether a run may go on in a folder that holds a run.
+"""Checks that a run may resume in a folder that already holds a run.
 
 The two runs must have the same name, knobs, data and program. `rounds` may
-grow. Models and data are compared by their fingerprints, if they have some, and
-not by their names: the same bytes are the same model wherever they lie. Other
-devices and versions change the last bits of a result, so they are refused
-unless they are allowed.
+grow. Models and data are compared by their fingerprints if both runs have them,
+and else by their names, so a model may move to another folder. Other devices
+and versions change the last bits of a result. They cause an error unless they
+are allowed.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-# Names for people, and the fingerprints that stand for them.
+# Names, and the fingerprints that are compared instead.
 _FINGERPRINTED = {
   "name": "fingerprint",
   "base_model": "base_model_fingerprint",
@@ -36,21 +36,21 @@ def check(
   allow_other_devices: bool = False,
   allow_other_versions: bool = False,
 ) -> list[str]:
-  """Refuses a run that is not the one the folder holds.
+  """Raises an error if a run is not the one in the folder.
 
   Args:
     folder: the folder, for messages.
     before: the record of the run in the folder.
-    now: the record of the run that is to go on.
+    now: the record of the run that is to resume.
     allow_other_devices: whether the devices may differ.
     allow_other_versions: whether the versions of libraries may differ.
 
   Returns:
-    A sentence for each difference that is allowed. If there is one, programs
-    cannot be compared and are taken on trust.
+    A sentence for each allowed difference. If there is one, the compiled
+    programs cannot be compared, and a last sentence says so.
 
   Raises:
-    ValueError: naming what differs.
+    ValueError: if a difference is not allowed. The message names it.
   """
   if "program" not in before:
     raise ValueError(
@@ -76,7 +76,7 @@ def check(
       raise ValueError(
         f"the run in {folder} was begun with other {plural}, so that the result"
         " would not be the same to the bit:\n  " + "\n  ".join(lines) + "\n"
-        f"Go on with the former, or allow it: allow_other_{plural}=True"
+        f"Use the earlier {plural}, or allow others: allow_other_{plural}=True"
         f" (--allow-other-{plural})."
       )
     allowed += [f"{x}; allowed" for x in lines]
@@ -90,7 +90,7 @@ _Difference = tuple[str, Any, Any]
 
 
 def _settings(before: Record, now: Record) -> list[str]:
-  """Sentences on other names, knobs and data."""
+  """Returns a sentence for each difference in name, knobs and data."""
   found = _differences("experiment", before["experiment"], now["experiment"])
   found += [
     (name, old, new)
@@ -107,7 +107,7 @@ def _settings(before: Record, now: Record) -> list[str]:
 
 
 def _program(before: Record, now: Record, *, is_comparable: bool) -> list[str]:
-  """Sentences on what differs in the program."""
+  """Returns a sentence for each difference in the program."""
   return [
     _COMPILED.get(name) or _line((name, old, new))
     for name, old, new in _differences(
@@ -118,7 +118,7 @@ def _program(before: Record, now: Record, *, is_comparable: bool) -> list[str]:
 
 
 def _are_places(old: Any, new: Any) -> bool:
-  """Whether two knobs say where a model or data lie; None is the default."""
+  """Returns whether two knobs are paths or hub names; None is the default."""
   both = (old, new)
   return all(x is None or isinstance(x, str) for x in both) and any(
     x and ("/" in x or os.sep in x or pathlib.Path(x).suffix) for x in both

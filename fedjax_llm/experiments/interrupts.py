@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the round be finished."""
+"""A Ctrl-C handler that lets a run finish its round."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ import threading
 
 
 class Interrupt:
-  """A context that notes the first SIGINT; a second one stops at once.
+  """A context manager that notes the first SIGINT; a second one stops at once.
 
-  `asked` says whether there was one. Python sends signals to the main thread
-  alone, so a run in another thread is not interrupted.
+  `asked` is True after the first one. Python handles signals only in the main
+  thread, so a run in another thread is not interrupted.
   """
 
   asked = False

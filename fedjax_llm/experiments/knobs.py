@@ -1,7 +1,7 @@
-"""Knobs that many configs share, as values.
+"""Groups of knobs that many configs share.
 
-A config's command line has an option for each field of such a value: a config
-with `rates: knobs.Rates` has `--client-learning-rate`.
+Each field becomes an option of the command line: a config with
+`rates: knobs.Rates` has `--client-learning-rate`.
 """
 
 import dataclasses
@@ -69,12 +69,12 @@ class Densities:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the model is held and computed.
+  """How the model is stored and computed.
 
   Attributes:
     dtype: dtype of the base model and its activations.
-    quantize: format of the base model's layers, 8 or about 4.5 bits a weight;
-      None for `dtype`.
+    quantize: format of the base model's layers: "int8", about 8 bits a weight,
+      or "nf4", about 4.5; None to store them as `dtype`.
     clients_per_step: clients trained at once on a device; None for 1 on a CPU
       and 4 elsewhere.
   """

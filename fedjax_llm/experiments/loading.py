@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-  """A base model and what an adapter adds to it.
+  """A base model, with or without an adapter.
 
   Attributes:
     folder: folder of the base model.
     config: shape of the base model.
     params: parameters of the base model.
-    adapter: LoRA settings of the factors; None if there are none.
-    trained: the factors, with the head of a classifier.
+    adapter: LoRA settings of the adapter; None without one.
+    trained: the factors, with the head of a classifier; None without an
+      adapter.
     head: the head of a classifier; None for a language model.
   """
 
@@ -42,13 +43,13 @@ class Model(NamedTuple):
   head: heads.Classifier | None
 
   def network(self, dtype: Any) -> nn.Module:
-    """The model, with its adapter if there is one."""
+    """Returns the Flax module, with LoRA layers if there is an adapter."""
     return families.model(self.config, self.adapter, self.head, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How every evaluation computes.
+  """Settings that all evaluations share.
 
   Attributes:
     dtype: dtype of the base model and its activations.
@@ -67,7 +68,7 @@ class Settings:
       )
 
   def length(self, config: Any, most: int | None) -> int:
-    """Returns the tokens in a row, by default at most `most`."""
+    """Returns the tokens in a row: by default the context, at most `most`."""
     context = config.max_position_embeddings
     length = self.sequence_length
     if length is None:
@@ -81,7 +82,7 @@ class Settings:
 
 
 def load(model: str | None, adapter: str | None, dtype: Any) -> Model:
-  """Loads a base model; if none is named, the one that the adapter is for."""
+  """Loads a base model, by default the one that the adapter names."""
   if model is None and adapter is None:
     raise ValueError("expected --model, --adapter or both, got neither.")
   from_peft = None if adapter is None else pretrained.resolve(adapter)
@@ -99,11 +100,10 @@ def load(model: str | None, adapter: str | None, dtype: Any) -> Model:
 
 
 def of_run(run: str) -> tuple[str | None, str | None]:
-  """Returns the model and the adapter of a run, one of them None, for `load`.
+  """Returns the model and the adapter of a run for `load`; one is None.
 
   Args:
-    run: folder of a run; or a folder or hub name of what a run exports: an
-      adapter or, after full fine-tuning, a model.
+    run: folder of a run; or folder or hub name of an adapter or a model.
 
   Raises:
     ValueError: if the run has not been exported.
@@ -136,7 +136,7 @@ def tokenizer_of(loaded: Model) -> transformers.PreTrainedTokenizerBase:
 def load_tokenizer(
   folder: pathlib.Path,
 ) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of a model folder.
+  """Loads the tokenizer of a model folder.
 
   Raises:
     ValueError: if there is none.
@@ -157,7 +157,7 @@ def load_tokenizer(
 def check_tokens(tokens: np.ndarray, config: Any) -> None:
   """Raises a `ValueError` if a model lacks one of `tokens`.
 
-  Tokenizers may have more than their model has, as Gemma 3's, for images.
+  A tokenizer may have more tokens than its model, as Gemma 3's, for images.
   """
   if tokens.size and tokens.max() >= config.vocab_size:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Every federated method by name, made of the same few settings.
+"""All federated methods by name, made from the same few settings.
 
 `configs/methods.py` runs one on the command line; `benchmarks/flasc` compares
 them. What each method sends and trains is in `docs/methods.md`.
@@ -44,14 +44,14 @@ from fedjax_llm.federated.algorithms import (
 
 
 class Recipe(NamedTuple):
-  """What a method is made of; each takes what it needs.
+  """The settings that methods are made from; each uses some of them.
 
   Attributes:
     task: the model and the data.
     rates: the learning rates, and the clients' optimizer.
     server: the server's optimizer.
     density: share of the entries that a sparse method sends.
-    upload_density: the same for FLASC's uploads.
+    upload_density: share of the entries in FLASC's uploads.
     rank: rank of the LoRA factors.
     rounds: number of rounds.
     warm_up_rounds: dense rounds before Federated Select.
@@ -84,12 +84,12 @@ class Recipe(NamedTuple):
 
   @property
   def optimizers(self) -> tuple[Any, Any, Any]:
-    """The arguments that most methods begin with."""
+    """The first three arguments of most methods."""
     return self.task.loss_fn, self.client, self.server
 
   @property
   def averaging(self) -> tuple[Any, Any, Any]:
-    """The same with a server that takes the mean."""
+    """The same arguments with a server that adds the mean update as it is."""
     return self.task.loss_fn, self.client, optax.sgd(1.0)
 
   @property
@@ -125,7 +125,7 @@ def _error_feedback(k: Recipe) -> Any:
 
 
 def _fetch_sgd(k: Recipe) -> Any:
-  """Sends sketches of `density`; a tenth of that share moves."""
+  """Sends sketches with `density` * n cells; a tenth as many entries move."""
   vector, _ = ravel_pytree(k.task.trainable)
   return fetch_sgd.fetch_sgd(
     k.task.loss_fn,
@@ -150,7 +150,7 @@ def _quantised(k: Recipe) -> Any:
 
 
 def apart(k: Recipe) -> Callable[[float], base.Compressor]:
-  """One Top-K for all `a`, one for all `b`, and one for a head."""
+  """Returns a Top-K with three groups: all `a`, all `b`, and the head."""
   owners = parameters.owners(k.task.trainable)
   return functools.partial(grouped.top_k_per_group, owners)
 

@@ -1,4 +1,4 @@
-"""What a kind of model is trained for, and how it is evaluated."""
+"""The losses and metrics of language models and classifiers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -14,8 +14,8 @@ class Objective(NamedTuple):
   Attributes:
     loss_fn: network -> fn(trainable, frozen, examples, mask, key), the loss of
       a batch.
-    score_fn: network -> fn(trainable, frozen, examples), what is evaluated of a
-      batch.
+    score_fn: network -> fn(trainable, frozen, examples), the scores of a batch
+      that `evaluator` needs.
     evaluator: (score function, rows) -> fn(trainable, frozen), the metrics.
   """
 
@@ -24,7 +24,7 @@ class Objective(NamedTuple):
   evaluator: Callable[..., Any]
 
   def of_all_parameters(self) -> Self:
-    """The same for a network without an adapter, whose parameters all train."""
+    """Returns the objective for full fine-tuning, without an adapter."""
 
     def loss_fn(network):
       loss = self.loss_fn(network)

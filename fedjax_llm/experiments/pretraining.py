@@ -1,8 +1,8 @@
 """Pre-training of a small base model, in one process.
 
-It made the model that the package ships for its default corpus. A round is a
-fixed number of optimizer steps, so a pre-training run is recorded, checkpointed
-and resumed like any other experiment.
+It made the model that the package ships. A round is a fixed number of optimizer
+steps, so a pre-training run is recorded, checkpointed and resumed like any
+other experiment.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _START = "<|endoftext|>"
 def train_tokenizer(
   texts: Sequence[str], vocabulary: int, context: int
 ) -> transformers.PreTrainedTokenizerFast:
-  """Trains a byte-level BPE whose texts start with `<|endoftext|>`.
+  """Trains a byte-level BPE tokenizer that adds `<|endoftext|>` before a text.
 
   Args:
     texts: texts to train on.
     vocabulary: number of tokens, at least 257.
-    context: longest row of the model, recorded in the tokenizer.
+    context: context length of the model, recorded in the tokenizer.
 
   Raises:
     ValueError: if the vocabulary is too small for all bytes.
@@ -85,14 +85,14 @@ class Schedule:
 
   Attributes:
     steps: number of optimizer steps.
-    steps_per_round: optimizer steps between lines of the log.
+    steps_per_round: optimizer steps in a round, which has one line in the log.
     batch_size: rows in a step.
     rows_at_once: rows whose gradients are computed together, a divisor of
-      `batch_size`. On a CPU a few are fastest, which fit its caches.
+      `batch_size`. On a CPU a few rows are fastest, because they fit in caches.
     learning_rate: the largest learning rate, reached after `warmup` steps; a
       cosine decay ends at a tenth of it.
     warmup: steps of linear warm-up.
-    weight_decay: weight decay of AdamW, on matrices alone.
+    weight_decay: weight decay of AdamW, for all parameters but norm scales.
     clip: largest global norm of a gradient.
     seed: seed of the initial parameters and of the order of rows.
   """
@@ -121,7 +121,7 @@ class Schedule:
       raise ValueError(f"expected warmup from 0 to below steps, got {self}.")
 
   def optimizer(self) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping."""
+    """Returns AdamW with warm-up, cosine decay and clipping."""
     rate = optax.warmup_cosine_decay_schedule(
       0.0,
       self.learning_rate,
@@ -148,7 +148,7 @@ def pretraining(
   schedule: Schedule,
   data: dict[str, str],
 ) -> runner.Experiment:
-  """Trains all parameters of a Llama on `train`.
+  """Makes an experiment that trains all parameters of a Llama on `train`.
 
   Args:
     config: shape of the model.
@@ -157,7 +157,7 @@ def pretraining(
     held_out: texts to evaluate on.
     sequence_length: tokens predicted in a row.
     schedule: how long and how fast to train.
-    data: what identifies the texts, for the run's record.
+    data: name and fingerprint of the texts, for the run's record.
 
   Returns:
     An experiment whose export is a Hugging Face folder `model`.
@@ -206,7 +206,7 @@ def pretraining(
     nothing = (jnp.float32(0), jnp.int32(0))
     zeros = (nothing, jax.tree.map(jnp.zeros_like, params))
     ((total, count), gradient), _ = jax.lax.scan(accumulate, zeros, parts)
-    # Divided at the end, so that a padded row weighs less.
+    # Divided by all tokens at the end, so that a padded row weighs less.
     loss, gradient = jax.tree.map(lambda x: x / count, (total, gradient))
     updates, optimizer_state = optimizer.update(
       gradient, optimizer_state, params
@@ -250,7 +250,7 @@ def pretraining(
 
 
 def _batches(rows: int, schedule: Schedule, first: int) -> np.ndarray:
-  """Returns the rows of the steps from `first` on: int32 [steps, batch].
+  """Returns the rows of a round that starts at step `first`: [steps, batch].
 
   Rows are shuffled anew every epoch; rows that do not fill a batch are left out
   of the epoch.

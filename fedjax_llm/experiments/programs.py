@@ -1,7 +1,7 @@
 """Fingerprints of what a run computes, the same in every process.
 
-The text of a round that JAX lowers holds every operation and every constant:
-another learning rate, another compressor or an edited loss make another text.
+JAX lowers a round to a text with every operation and every constant. So another
+learning rate, another compressor or an edited loss changes the fingerprint.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-# Larger arrays are fingerprinted by their first entries: memories of a whole
-# population, which start at zero, and models, which have their own fingerprint.
+# Only so many entries of an array are hashed. Larger arrays are the states of a
+# population, which start at zero, and models, which have other fingerprints.
 _ENTRIES = 2**24
 
 
 def of_function(jitted: Any, *arguments: Any) -> str:
   """Returns a fingerprint of what a jitted function computes.
 
-  The fingerprint covers the StableHLO text with its constants. JAX keeps the
+  The fingerprint covers the StableHLO text with its constants. JAX caches the
   trace, so the first call does not trace again.
 
   Args:
@@ -28,13 +28,13 @@ def of_function(jitted: Any, *arguments: Any) -> str:
       placement of arrays matter.
   """
   text = jitted.lower(*arguments).as_text()
-  # The name of the function says nothing of what it computes.
+  # The name of the function does not change what it computes.
   text = re.sub(r"^module @\w+", "module", text, count=1)
   return _short(hashlib.sha256(text.encode()))
 
 
 def of_arrays(tree: Any) -> str:
-  """Returns a fingerprint of a tree of arrays, wherever they lie.
+  """Returns a fingerprint of a tree of arrays, on any devices.
 
   Args:
     tree: tree of arrays. Names, shapes, types and values count, but only the

@@ -3,7 +3,8 @@
   run.json        name, knobs, data, program, versions, device, dates
   metrics.jsonl   one line a round
 
-A file is replaced as a whole: a killed process leaves the old one or the new.
+`run.json` is replaced atomically. `metrics.jsonl` grows by lines; if a killed
+process leaves half a line, it is dropped.
 """
 
 import dataclasses
@@ -37,10 +38,10 @@ def record(
 
   Args:
     name: the name of the experiment.
-    knobs: what the experiment was made with. A dataclass is replaced by its
-      fields. A value that JSON lacks, such as a path, is recorded as text.
-    data: what identifies the data.
-    program: what identifies the computation.
+    knobs: the arguments that made the experiment. A dataclass is replaced by
+      its fields. A value that JSON lacks, such as a path, is recorded as text.
+    data: names and fingerprints of the data.
+    program: fingerprints and settings of the computation.
     rounds: the number of rounds.
   """
   return {
@@ -67,7 +68,7 @@ def flat(knobs: Mapping[str, Any]) -> dict[str, Any]:
 def claim(
   folder: pathlib.Path, now: dict[str, Any], **allowances: bool
 ) -> None:
-  """Writes `run.json`, or checks that the run there is this one.
+  """Writes `run.json`; if there is one, checks that it is of the same run.
 
   Args:
     folder: the folder of the run; made if absent.
@@ -75,7 +76,7 @@ def claim(
     **allowances: what may differ, as in `identity.check`.
 
   Raises:
-    ValueError: if the folder holds another run, naming what differs.
+    ValueError: if the folder holds another run. The message says what differs.
   """
   path = folder / "run.json"
   if not path.exists():
@@ -103,7 +104,7 @@ def claim(
 def check(
   folder: pathlib.Path, now: dict[str, Any], **allowances: bool
 ) -> list[str]:
-  """Checks that the run in `folder` is this one; says what differs.
+  """Checks that the run in `folder` is this one; prints allowed differences.
 
   Arguments, result and errors are those of `claim` and `identity.check`.
   """
@@ -152,7 +153,7 @@ def read_metrics(
 
 
 def peak_memory() -> int | None:
-  """Returns the most bytes this process has held so far; None on Windows."""
+  """Returns the peak memory of this process in bytes; None on Windows."""
   if sys.platform == "win32":
     return None
   import resource

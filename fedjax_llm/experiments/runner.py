@@ -1,12 +1,12 @@
 """A run: rounds, evaluation, metrics and checkpoints, in a resumable folder.
 
-An `Experiment` is what a config makes: functions of a state. `run` advances the
-state and writes
+A config makes an `Experiment`, which is a set of functions of a state. `run`
+advances the state and writes
 
     run.json        knobs, data, program, versions, device
     metrics.jsonl   one line a round
-    checkpoints/    the last states
-    ...             what the experiment exports when it is done
+    checkpoints/    the last two states that were saved
+    ...             what the experiment exports at the end
 
 The same call on the same folder resumes. A run that was killed at any moment
 and resumed ends with the same bits as one that never stopped.
@@ -28,7 +28,7 @@ from fedjax_llm.experiments import checkpoints, interrupts, run_folder
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What is computed, round by round. All functions are deterministic.
+  """A computation in rounds. All functions are deterministic.
 
   Attributes:
     rounds: the number of rounds.
@@ -37,17 +37,17 @@ class Experiment:
       scalars such as `train_loss`; the state passed in may be donated.
     evaluate: state -> `loss` and other metrics.
     export: (state, folder) -> None; writes the result of the finished run.
-    data: what identifies the data, such as their fingerprint.
-    program: the first state -> what identifies the computation, see `programs`.
-      A run does not resume with another program. With None only its name, knobs
-      and data are compared.
+    data: names and fingerprints of the data.
+    program: first state -> fingerprints and settings of the computation, see
+      `programs`. A run does not resume if they differ. If None, only name,
+      knobs and data are compared.
     population: the clients and what they train on, a `data.batches.Population`;
       None if there are no clients.
     prepare: (folder) -> None; called before the first round, for experiments
-      that write into the folder themselves; None if they do not. Rounds after
-      the last checkpoint of a killed process are computed again.
-    evaluate_every: rounds between evaluations; the first state and the last
-      are always evaluated.
+      that write into the folder themselves; None if they do not. After a
+      killed process, rounds since the last checkpoint are computed again.
+    evaluate_every: rounds between evaluations. The first and the last state are
+      always evaluated.
     checkpoint_every: rounds between checkpoints.
   """
 
@@ -84,22 +84,22 @@ def run(
 ) -> None:
   """Runs or resumes `experiment` in `folder`.
 
-  A run resumes if its name, knobs, data and program are the same. Its number of
-  rounds may grow: 20 rounds that are done go on to 40.
+  A run resumes if its name, knobs, data and program are the same. The number of
+  rounds may grow: a finished run of 20 rounds can go on to 40.
 
   Args:
     experiment: what to run.
     folder: where to run it; made if absent.
     name: the name of the experiment, for its record and progress bar; the
       folder's name if not given.
-    knobs: what the experiment was made with, for its record.
-    allow_other_devices: resume a run that was begun on other devices. Its
-      result is not the same to the bit.
-    allow_other_versions: resume a run that was begun with other versions of the
-      libraries, likewise.
+    knobs: the arguments that made the experiment, for its record.
+    allow_other_devices: whether to resume a run that began on other devices.
+      The last bits of the result may then differ.
+    allow_other_versions: whether to resume a run that began with other versions
+      of the libraries, with the same effect.
 
   Raises:
-    ValueError: if the folder holds another run, naming what differs.
+    ValueError: if the folder holds another run. The message says what differs.
     Interrupted: after SIGINT, when the round is finished and saved.
     FloatingPointError: if a metric is not finite.
   """
@@ -196,7 +196,7 @@ def _record(experiment, first_state, name, knobs):
 
 
 def _advance(experiment, state, done):
-  """One round: its next state, and the line for `metrics.jsonl`."""
+  """Runs one round; returns its state and its line for `metrics.jsonl`."""
   start = time.perf_counter()
   state, metrics = experiment.round(state, done - 1)
   line = {"round": done, **_floats(metrics)}

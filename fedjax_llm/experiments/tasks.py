@@ -1,8 +1,8 @@
-"""Tasks: what is fine-tuned on what.
+"""Tasks: a model and the data to fine-tune it on.
 
-A task has a model, what is trained of it, the clients' examples, and what
-evaluates the model on held-out examples. `language_model` and `classifier` are
-for texts and models of the hub, `custom` is for everything else.
+A task has the model's trained and frozen parameters, the clients' examples, and
+a function that evaluates the model on held-out examples. `language_model` and
+`classifier` are for texts and models of the hub, `custom` for everything else.
 """
 
 import dataclasses
@@ -69,28 +69,27 @@ def custom(
   save: Callable[..., None] | None = None,
   placement: clients.Placement | None = None,
 ) -> Task:
-  """Makes a task of any model and any arrays.
+  """Makes a task from any model and any arrays.
 
   Args:
     loss_fn: `(trainable, frozen, examples, mask, key) -> (total, count)`, see
       `federated.clients.local_update`; `examples` is a batch of rows.
     trainable: tree of the parameters that are trained and sent.
     frozen: tree of the parameters that every client has; {} if there are none.
-    examples: tree of arrays [rows, ...], the rows of one client after those of
-      another.
+    examples: tree of arrays [rows, ...]. The rows of a client are consecutive.
     starts: the first row of each client, and the number of rows at the end.
     evaluate: (trainable, frozen) -> metrics on held-out data, with a `loss`. A
-      run does not notice if it changes: give another folder then.
-    seed: seed of the cohorts and of what clients and compressors draw.
+      resumed run does not detect another `evaluate`: use another folder then.
+    seed: seed of the cohorts, and of the draws of clients and compressors.
     names: the names of the clients; numbers if not given.
-    save: (trainable, folder) -> None, writes the trained parameters. With a
-      method that adds to the frozen parameters it is called with `residual=`
-      too. If not given, they are written to `trainable.safetensors`.
+    save: (trainable, folder) -> None; writes the trained parameters. For
+      methods that add to the frozen parameters, it gets `residual=` too. If not
+      given, they are written to `trainable.safetensors`.
     placement: the devices that clients train on, and how many at once; all
       devices if not given.
 
   Raises:
-    ValueError: if `examples`, `starts` and `names` do not fit each other; from
+    ValueError: if `examples`, `starts` and `names` do not fit each other; at
       the first evaluation, if `evaluate` returns no `loss`.
   """
   population = arrays.population(examples, starts, names)
@@ -143,28 +142,28 @@ def language_model(
   placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
-  """Makes a task of a causal language model and the clients' texts.
+  """Makes a task from a causal language model and the clients' texts.
 
   Args:
     data: the clients' rows, such as `records.streams(corpus)` or
       `records.instructions(...)`.
     model: Hugging Face folder or hub name; the shipped Llama if not given.
-    adapter: the LoRA settings; or the folder or hub name of a PEFT adapter, to
-      go on training it. None for full fine-tuning: all parameters are trained
-      and sent.
+    adapter: the LoRA settings; or the folder or hub name of a PEFT adapter to
+      train further. None for full fine-tuning: all parameters are trained and
+      sent.
     sequence_length: tokens predicted in a row, at most the model's context.
     dtype: dtype of the base model and its activations. Trained parameters,
       their gradients and optimizers are always float32.
-    quantize: format of the base model's layers, 8 or about 4.5 bits a weight
-      (QLoRA, Dettmers et al., 2023); None for `dtype`.
-    remat: recompute activations to save memory.
+    quantize: format of the base model's layers: "int8", about 8 bits a weight,
+      or "nf4", about 4.5 (QLoRA, Dettmers et al., 2023); None for `dtype`.
+    remat: whether to recompute activations to save memory.
     placement: the devices that clients train on, and how many at once; all
       devices if not given.
     seed: seed of every random draw.
 
   Raises:
-    ValueError: if the model or the adapter cannot be loaded, a row does not
-      fit, or quantised kernels were to be trained.
+    ValueError: if the model or the adapter cannot be loaded, rows are longer
+      than the context, or `quantize` is given without an adapter.
   """
   folder = pretrained.resolve(model)
   families.check_predicts(families.read_config(folder))
@@ -195,14 +194,14 @@ def classifier(
   placement: clients.Placement | None = None,
   seed: int = 0,
 ) -> Task:
-  """Makes a task of a classifier and the clients' texts.
+  """Makes a task from a classifier and the clients' texts.
 
   Its head is trained and sent too. Errors are those of `language_model`.
 
   Args:
     data: the clients' rows, `records.classified(...)`.
     model: Hugging Face folder or hub name of a decoder or encoder. If it has a
-      head with as many labels, training starts from that head.
+      head with the same number of labels, training starts from that head.
     adapter: as in `language_model`.
     sequence_length: tokens in a row.
     pooling: which state of a row is classified, see `models.heads.Classifier`.
@@ -224,8 +223,8 @@ def classifier(
   stored = hub_config.label_names(folder)
   if sorted(stored) == sorted(head.names) and stored != head.names:
     raise ValueError(
-      f"the head in {folder} scores {stored}, the data number their labels as"
-      f" {head.names}. Give the data a datasets.ClassLabel of the head's order."
+      f"the head in {folder} has the labels {stored}, the data order them as"
+      f" {head.names}. Give the data a datasets.ClassLabel in the head's order."
     )
   loaded = base_models.load(
     model,
@@ -243,11 +242,11 @@ def classifier(
 def _rows(
   data: records.RowSource, folder: pathlib.Path, sequence_length: int
 ) -> records.Split:
-  """The rows of `data` in tokens of the model in `folder`."""
+  """Makes the rows of `data` with the tokenizer of the model in `folder`."""
   config = families.read_config(folder)
   if not families.of(config).reads_text:
     raise ValueError(
-      f"expected a model of texts, got {folder.name}, a {config.model_type}; no"
+      f"expected a text model, got {folder.name}, a {config.model_type}; no"
       " task reads images."
     )
   if sequence_length > config.max_position_embeddings:
@@ -267,7 +266,7 @@ def _task(
   kind: objectives.Objective,
   seed: int,
 ) -> Task:
-  """Puts the rows and the model of a task together."""
+  """Makes a task from its rows and its model."""
   network = loaded.network
   if loaded.adapter is None:
     kind = kind.of_all_parameters()

@@ -1,6 +1,6 @@
 """TGAP, the first stage of CG-FedLLM: record updates, and fit a codec to them.
 
-`configs/tgap.py` is composed of these.
+`configs/tgap.py` uses these functions.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from fedjax_llm.federated import rounds
 from fedjax_llm.federated.algorithms import cg_fed_llm
 
 Source = Literal["updates", "gaussian_prior"]
-# From what was recorded and the folder of the run.
+# Called with the recorded updates and the folder of the run.
 Finish = Callable[[recording.Store, pathlib.Path], None]
-# Memory of the trellises of a transform code: more is slower, for a little less
-# error.
+# Memory of the trellises of a transform code. More is slower, with a little
+# less error.
 MEMORY = 8
 
 
 def divided(
   task: tasks.Task, share: float, *, seed: int
 ) -> tuple[tasks.Task, tasks.Task]:
-  """The task on D1 and the task on D2, see `data.split_rows.divide`."""
+  """Returns the task on D1 and that on D2, see `data.split_rows.divide`."""
   parts = split_rows.divide(task.population, share, seed=seed)
   names = (f"D1, {share:g} by seed {seed}", f"D2, without {share:g} by {seed}")
   first, second = (
@@ -63,7 +63,7 @@ def recorded(
   about: Mapping[str, Any],
   finish: Finish,
 ) -> runner.Experiment:
-  """TGAP: federated rounds that record updates, and at the end fit a codec.
+  """Makes TGAP: federated rounds that record updates, then fit a codec.
 
   Args:
     task: task on D1, see `divided`.
@@ -71,8 +71,8 @@ def recorded(
     schedule: the rounds and what happens in each.
     network: the clients' links, see `finetuning.fine_tuning`.
     representation: what `algorithm` records, see `cg_fed_llm.Representation`.
-    source: what is stored: the "updates", or as many samples of the
-      "gaussian_prior" with the same moments. Then no update is kept.
+    source: what is stored: the "updates"; or "gaussian_prior", as many samples
+      of a Gaussian with the updates' moments, and no update.
     about: further entries of the store's record, such as how D1 was split off.
     finish: called with the store and the run folder after the last round, to
       fit and write a codec.
@@ -82,7 +82,7 @@ def recorded(
     the folder `recording`.
 
   Raises:
-    ValueError: if `source` is another word, or from `finetuning.fine_tuning`.
+    ValueError: if `source` is unknown, and as in `finetuning.fine_tuning`.
   """
   if source not in ("updates", "gaussian_prior"):
     raise ValueError(
@@ -147,7 +147,7 @@ def fit_autoencoder(
   Raises:
     ValueError: if latents cannot be sent in the network's `bits`.
   """
-  # Refused now, and not after everything is recorded.
+  # Raises an error now, and not after everything is recorded.
   autoencoder.latent_quantiser(network)
 
   def finish(store, folder):
@@ -183,14 +183,14 @@ def fit_transform(trainable: Any, bits: float = 0.5) -> Finish:
   any number of bits.
 
   Args:
-    trainable: tree of arrays that is trained, or their shapes.
+    trainable: tree of the trained arrays, or of their shapes.
     bits: bits per vector entry.
 
   Raises:
     ValueError: if `bits` is too small for the headers.
   """
   size = sum(x.size for x in jax.tree.leaves(trainable))
-  # Refused now, and not after everything is recorded.
+  # Raises an error now, and not after everything is recorded.
   allocation.allocated(np.ones(size), bits, memory=MEMORY)
 
   def finish(store, folder):

@@ -23,7 +23,7 @@ _BINS = 30
 def table(population: batches.Population, *, name: str) -> str:
   """Returns a Markdown table of the numbers of clients, examples and tokens.
 
-  Tokens are the predicted ones, or for a classifier those that it reads.
+  Tokens are those that are predicted; for a classifier, those that it reads.
 
   Args:
     population: the clients and their rows.

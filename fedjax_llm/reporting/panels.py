@@ -1,7 +1,7 @@
 """Axes that can be read at the width of a page.
 
-Small multiples in place of long legends, ticks that are plain numbers, and
-names written at the ends of lines.
+They have small panels in place of long legends, plain numbers at ticks, and
+names at the ends of lines.
 """
 
 import math
@@ -12,7 +12,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-# In inches: a page shows it about 900 pixels wide.
+# Of a figure, in inches; a page shows it about 900 pixels wide.
 WIDTH = 9.0
 _COLUMNS = 4
 _HEIGHT = 1.75
@@ -24,7 +24,7 @@ LEGEND = 12
 def grid(
   names: Sequence[str], x: str, y: str
 ) -> tuple[matplotlib.figure.Figure, dict[str, Any]]:
-  """A panel for each name, all with the same axes.
+  """Makes a figure with a panel for each name; all panels share their axes.
 
   Args:
     names: the titles of the panels.
@@ -44,7 +44,7 @@ def grid(
   panels = shape.ravel()
   for axes in panels[len(names) :]:
     axes.set_visible(False)
-  # The last panel of each column has the ticks of the column.
+  # The lowest panel of each column has the tick labels.
   for axes in panels[max(len(names) - columns, 0) : len(names)]:
     axes.xaxis.set_tick_params(labelbottom=True)
   figure.supxlabel(x, fontsize="medium")
@@ -59,9 +59,9 @@ def logarithmic(axes: Any, which: str, values: Sequence[float]) -> None:
   """Makes an axis logarithmic, with plain numbers at its ticks.
 
   Args:
-    axes: whose axis.
+    axes: the matplotlib axes.
     which: "x" or "y".
-    values: all that is drawn along it. If the largest is less than four times
+    values: all values along the axis. If the largest is less than four times
       the smallest, the axis stays linear.
   """
   axis = getattr(axes, f"{which}axis")
@@ -86,7 +86,7 @@ def name_ends(
   they are drawn.
 
   Args:
-    axes: which the lines are on.
+    axes: the matplotlib axes with the lines.
     ends: the last point of each line, by name.
     colours: the colour of each name.
   """
@@ -112,7 +112,7 @@ def name_ends(
     )
   ]
   box = axes.get_window_extent()
-  # By how much the lines must shrink so that each name fits behind its end.
+  # The factor by which lines must shrink so that each name fits after its end.
   shrink = 1.0
   for text, (x, _) in zip(texts, places, strict=True):
     room = box.width - text.get_window_extent().width - 12 / pixel
@@ -124,7 +124,7 @@ def name_ends(
 
 
 def _apart(places: np.ndarray, gap: float) -> np.ndarray:
-  """The nearest places in the same order that are at least a gap apart."""
+  """Returns the nearest places in the same order, at least a gap apart."""
   order = np.argsort(places, kind="stable")
   # Runs of neighbours that touch share their mean, as in isotonic regression.
   runs: list[list[float]] = []

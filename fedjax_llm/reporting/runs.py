@@ -31,7 +31,7 @@ class Run:
     name: the name of the experiment.
     folder: the run folder.
     record: the content of `run.json`.
-    lines: the lines of `metrics.jsonl`; the first is that before training.
+    lines: the lines of `metrics.jsonl`; the first is from before training.
   """
 
   name: str
@@ -53,7 +53,7 @@ class Run:
     return sum(line.get(name, 0) for line in self.lines_to(rounds))
 
   def megabytes(self, rounds: int | None = None) -> float:
-    """Returns the megabytes of all clients in both directions."""
+    """Returns the megabytes that all clients received and sent."""
     sent = self.total("download_bytes", rounds) / _MEGA
     return sent + self.megabytes_up(rounds)
 
@@ -120,7 +120,7 @@ def conventions(run: Run, rounds: int | None = None) -> dict[str, float]:
 def bytes_to(run: Run, target: float, metric: str = "loss") -> int | None:
   """Returns the bytes in both directions until a target was met.
 
-  The end is the first evaluation that meets the target. Nothing is
+  It counts bytes up to the first evaluation that meets the target. Nothing is
   interpolated, so compare only runs that are evaluated equally often.
 
   Args:
@@ -245,7 +245,7 @@ def _mega(count: float | None) -> str:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-  """Returns the names of runs; for a repeated name, the end of the folder."""
+  """Returns the names of runs; for a repeated name, the end of its path."""
   times = collections.Counter(run.name for run in runs)
   alike = [run.folder.parts for run in runs if times[run.name] > 1]
   parts = 1
@@ -258,9 +258,9 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
-  """Draws held-out loss against megabytes sent, a curve a run.
+  """Draws held-out loss against megabytes sent, with a curve for each run.
 
-  Where nobody sent anything, as in pre-training, it is drawn against rounds.
+  If nothing was sent, as in pre-training, the loss is drawn against rounds.
   Each curve has its name at its end.
   """
   figure = matplotlib.figure.Figure((panels.WIDTH, 4.5), layout="constrained")

@@ -53,15 +53,15 @@ class Entry:
     return np.mean(values, axis=0)
 
   def megabytes(self, rounds: int | None = None) -> float:
-    """Returns megabytes in both directions in `rounds` rounds, or all."""
+    """Returns megabytes received and sent in the first rounds, or in all."""
     return float(np.mean([run.megabytes(rounds) for run in self.runs]))
 
   def megabytes_up(self, rounds: int | None = None) -> float:
-    """Returns megabytes of uploads in `rounds` rounds, or all."""
+    """Returns megabytes of uploads in the first `rounds` rounds, or in all."""
     return float(np.mean([run.megabytes_up(rounds) for run in self.runs]))
 
   def seconds(self, rounds: int | None = None) -> float:
-    """Returns simulated seconds of `rounds` rounds, or all.
+    """Returns simulated seconds of the first `rounds` rounds, or of all.
 
     The result is 0 if the runs had no network.
     """
@@ -76,7 +76,7 @@ class Entry:
 
 
 def is_study(path: str | os.PathLike) -> bool:
-  """Returns whether a path is that of a study, not that of a run."""
+  """Returns whether a path is the file of a study, not the folder of a run."""
   return pathlib.Path(path).suffix == ".jsonl"
 
 
@@ -162,9 +162,9 @@ def rounds_to(
 
 
 def is_of_uploads(entries: Sequence[Entry]) -> bool:
-  """Returns whether the entries differ in uploads alone.
+  """Returns whether the entries download the same, and differ only in uploads.
 
-  Then the download bytes per round differ by at most 1%.
+  The bytes that they download in a round may differ by 1%.
   """
   down = [
     (entry.megabytes() - entry.megabytes_up()) / entry.cell["rounds"]
@@ -200,8 +200,8 @@ def cost_to(
   Args:
     entry: the entry.
     levels: the levels of its metric.
-    cost: function from a number of rounds to their cost, such as
-      `entry.megabytes` or `entry.seconds`.
+    cost: function from a number of rounds to the cost of the first ones, such
+      as `entry.megabytes` or `entry.seconds`.
   """
   metric, higher = metric_of(entry)
   sign = 1 if higher else -1
@@ -231,8 +231,8 @@ def ratios(
 
   Returns:
     The levels of the metric that dense runs of the reference's rank reached, in
-    ascending order; and the ratios at these levels, by method. Each ratio is
-    that of the method's best setting, or NaN if the method never met the level.
+    ascending order; and the ratios at these levels, by method. A ratio uses the
+    method's cheapest setting, and is NaN if the method never met the level.
 
   Raises:
     ValueError: if there is no reference.

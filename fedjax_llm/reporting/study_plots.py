@@ -26,7 +26,7 @@ _RATES = {"server_rate", "client_rate"}
 _WORDS = {"server_decay": "falling server rate", "place": "noise added"}
 _MARKERS = "osD^vP*Xhd<>"
 _GRAY = "0.8"
-# Outliers are looked for if there are at least so many entries.
+# The least number of entries for which outliers are looked for.
 _SEVERAL = 8
 
 
@@ -134,8 +134,8 @@ def _tell_off_scale(axes, entries, metric, limits):
 def _limits(drawn, metric, higher, band):
   """Returns the range of the vertical axis, (low, high).
 
-  Outliers, and entries that are worse than the untrained model, are outside of
-  it, if this shortens the range by a quarter or more.
+  It leaves out outliers, and entries worse than the untrained model, if this
+  shortens the range by a quarter or more.
   """
   sign = 1 if higher else -1
   finals = [entry.final(metric) for entry in drawn]
@@ -218,7 +218,10 @@ def _add_legend(figure, styles, has_band):
 
 
 def has_ratios(entries: Sequence[studies.Entry]) -> bool:
-  """Whether `ratios` can be drawn: dense runs, and messages that vary."""
+  """Returns whether `ratios` can be drawn.
+
+  It needs dense runs, and a study that varies messages.
+  """
   are_dense = any(entry.method == studies.REFERENCE for entry in entries)
   return are_dense and _axis(entries) is None
 

@@ -11,10 +11,10 @@ from fedjax_llm.reporting import studies
 def table(entries: Sequence[studies.Entry], *, papers: bool = False) -> str:
   """Returns a Markdown table: utility, bytes, and a comparison with dense runs.
 
-  The columns "to dense" end at the first evaluation whose mean over seeds is
-  within one standard deviation of the last one of `studies.reference_of`. A
-  ratio is the bytes of the reference until it met that target itself, divided
-  by the bytes of the entry.
+  The columns "to dense" count until the first evaluation that meets the target:
+  its mean over seeds is at most one standard deviation worse than the final
+  mean of `studies.reference_of`. A ratio is the bytes of the reference until it
+  met that target itself, divided by the bytes of the entry.
 
   Args:
     entries: the entries, one for each row.

@@ -1,4 +1,4 @@
-"""Rounds with a codec of either kind, and a codec that is fitted anew."""
+"""Rounds with a codec of either kind, and a codec that is refitted."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def test_a_transform_is_coded_for_means_or_for_each_message(
 
 
 def test_a_transform_is_not_fitted_anew(transform):
-  with pytest.raises(ValueError, match="expected an autoencoder to fit anew"):
+  with pytest.raises(ValueError, match="expected an autoencoder to refit"):
     faf.coding(transform, is_refitted=True)
 
 
