@@ -8,9 +8,16 @@ newsgroups    the shipped Llama of 1.4 M parameters, which knows Python, learns
 library       the shipped Llama on the modules of the standard library that its
               own training left out: little is left to learn
 dolly         the same on answers to instructions, ten clients as in FedIT
+
+Of real pretrained models, from the folder `FEDJAX_LLM_MODELS` or the hub:
+
+minilm        MiniLM-L6, a sentence encoder of 22.7 M parameters, learns
+              newsgroups as above, from 48 tokens of a post
+smollm2       SmolLM2-135M-Instruct learns dolly
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,38 +37,84 @@ from fedjax_llm.models import decoder, lora, pretrained
 
 NEWSGROUPS = shared.DATA / "20news_bydate" / "20news-bydate.tar.gz"
 CLIENTS_PER_ROUND = 10
-ROUNDS = {"shakespeare": 40, "newsgroups": 100, "library": 20, "dolly": 20}
-EVALUATIONS = {"shakespeare": 10, "newsgroups": 5, "library": 5, "dolly": 5}
+
+
+class Problem(NamedTuple):
+  """A task, and how long and on what a run of it trains.
+
+  Attributes:
+    task: (setting) -> the task.
+    rounds: the number of rounds.
+    evaluations: the number of evaluations in a run, without the first.
+    batch_size: rows in a local step.
+    local_steps: local steps in a round.
+    targets: the layers that get factors.
+  """
+
+  task: Any
+  rounds: int
+  evaluations: int = 5
+  batch_size: int = 4
+  local_steps: int = 4
+  targets: tuple[str, ...] = decoder.LINEAR
+
+
+class Setting(NamedTuple):
+  """What a task depends on.
+
+  Attributes:
+    adapter: the LoRA settings.
+    seed: seed of every random draw.
+    validation: whether to evaluate the rows that rates are chosen on.
+    dirichlet_alpha: how unlike the clients' labels are.
+  """
+
+  adapter: lora.LoRA
+  seed: int
+  validation: bool
+  dirichlet_alpha: float
 
 
 def make(cell: Any, knobs: dict[str, Any]) -> tasks.Task:
-  """The task of a cell."""
-  rank = cell.rank
-  adapter = lora.LoRA(rank, float(rank), 0.0, decoder.LINEAR)
-  return TASKS[cell.task](cell, knobs, adapter)
+  """The task of a cell. Its model and data may be those of another cell."""
+  targets = PROBLEMS[cell.task].targets
+  return _make(
+    cell.task,
+    Setting(
+      lora.LoRA(cell.rank, float(cell.rank), 0.0, targets),
+      cell.seed,
+      cell.validation,
+      knobs.get("dirichlet_alpha", 0.1),
+    ),
+  )
 
 
-def shakespeare(cell, knobs, adapter):
+@functools.lru_cache(maxsize=2)
+def _make(name, setting):
+  return PROBLEMS[name].task(setting)
+
+
+def shakespeare(setting):
   corpus = corpora.shakespeare(shared.DATA / "tinyshakespeare" / "input.txt")
   return tasks.language_model(
-    _side(records.streams(corpus, 4), cell.validation),
+    _side(records.streams(corpus, 4), setting.validation),
     model=shared.DATA / "stories260k",
-    adapter=adapter,
+    adapter=setting.adapter,
     sequence_length=64,
-    seed=cell.seed,
+    seed=setting.seed,
   )
 
 
-def library(cell, knobs, adapter):
+def library(setting):
   return tasks.language_model(
-    _side(records.streams(corpora.standard_library(), 8), cell.validation),
-    adapter=adapter,
+    _side(records.streams(corpora.standard_library(), 8), setting.validation),
+    adapter=setting.adapter,
     sequence_length=64,
-    seed=cell.seed,
+    seed=setting.seed,
   )
 
 
-def newsgroups(cell, knobs, adapter):
+def newsgroups(setting, model=pretrained.SHIPPED, sequence_length=24):
   """Test posts are later than all others; validation posts are not."""
   posts: Any = sources.newsgroups(NEWSGROUPS, "train", subject=True)
   test: Any = sources.newsgroups(NEWSGROUPS, "test", subject=True)
@@ -71,23 +124,28 @@ def newsgroups(cell, knobs, adapter):
     posts.select(order[len(order) // 10 :]),
     templates.plain("text"),
     partition.dirichlet_by_client(
-      clients=350, alpha=knobs.get("dirichlet_alpha", 0.1), seed=cell.seed
+      clients=350, alpha=setting.dirichlet_alpha, seed=setting.seed
     ),
-    held_out=validation if cell.validation else test.shuffle(seed=0),
+    held_out=validation if setting.validation else test.shuffle(seed=0),
     held_out_rows=1000,
-    seed=cell.seed,
+    seed=setting.seed,
   )
   return tasks.classifier(
     source,
-    model=pretrained.SHIPPED,
-    adapter=adapter,
-    sequence_length=24,
+    model=model,
+    adapter=setting.adapter,
+    sequence_length=sequence_length,
     pooling="mean",
-    seed=cell.seed,
+    seed=setting.seed,
   )
 
 
-def dolly(cell, knobs, adapter):
+def minilm(setting):
+  """`newsgroups` with a pretrained encoder that reads twice as much."""
+  return newsgroups(setting, model=shared.MINILM, sequence_length=48)
+
+
+def dolly(setting, model=pretrained.SHIPPED):
   folder = shared.DATA / "dolly15k_fed10"
   source = records.instructions(
     sources.load(str(folder / "local_training_*.json")),
@@ -96,36 +154,50 @@ def dolly(cell, knobs, adapter):
     client_column="file",
     label_column="category",
     held_out=sources.load(str(folder / "global_test.json")),
-    seed=cell.seed,
+    seed=setting.seed,
   )
   return tasks.language_model(
-    _side(source, cell.validation),
-    adapter=adapter,
+    _side(source, setting.validation),
+    model=model,
+    adapter=setting.adapter,
     sequence_length=128,
-    seed=cell.seed,
+    seed=setting.seed,
   )
 
 
-TASKS = {
-  "shakespeare": shakespeare,
-  "newsgroups": newsgroups,
-  "library": library,
-  "dolly": dolly,
+def smollm2(setting):
+  """`dolly` with a pretrained language model."""
+  return dolly(setting, model=shared.SMOLLM2)
+
+
+PROBLEMS = {
+  "shakespeare": Problem(shakespeare, rounds=40, evaluations=10),
+  "newsgroups": Problem(newsgroups, rounds=100, batch_size=16, local_steps=2),
+  "library": Problem(library, rounds=20),
+  "dolly": Problem(dolly, rounds=20),
+  "minilm": Problem(
+    minilm,
+    rounds=60,
+    evaluations=6,
+    batch_size=16,
+    local_steps=2,
+    targets=("query", "key", "value", "dense"),
+  ),
+  "smollm2": Problem(smollm2, rounds=20),
 }
 
 
 def schedule(cell: Any, knobs: dict[str, Any]) -> finetuning.Schedule:
   """The rounds of a cell, and what happens in each."""
-  size = {"newsgroups": 16}.get(cell.task, 4)
-  steps = {"newsgroups": 2}.get(cell.task, 4)
+  problem = PROBLEMS[cell.task]
   return finetuning.Schedule(
     rounds=cell.rounds,
     clients_per_round=CLIENTS_PER_ROUND,
-    batch_size=size,
-    local_steps=knobs.get("local_steps", steps),
+    batch_size=problem.batch_size,
+    local_steps=knobs.get("local_steps", problem.local_steps),
     # Private rounds are accounted for Poisson samples.
     sampling="poisson" if "cohort_factor" in knobs else "fixed",
-    evaluate_every=max(1, cell.rounds // EVALUATIONS[cell.task]),
+    evaluate_every=max(1, cell.rounds // problem.evaluations),
   )
 
 

@@ -1,10 +1,11 @@
 """Cells of a study: one method, density, rank and seed each, run and recorded.
 
 A figure is a program that lists cells, started from the repository's root.
-`run` computes those that its result file does not hold yet, some at a time,
-each in a process with one core, and appends a line of JSON for each, so that an
-interrupted study goes on where it stopped. `fedjax-llm compare FILE` makes the
-tables and plots.
+`run` computes those that its result file does not hold yet, in the order of the
+list, some at a time, each in a process with one core. It appends a line of JSON
+for each, so that an interrupted study goes on where it stopped. Before it
+starts, it says how long that will take, from the lines that are already there.
+`fedjax-llm compare FILE` makes the tables and plots.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +49,7 @@ class Cell:
   """One run of a study.
 
   Attributes:
-    task: a name in `problems.TASKS`.
+    task: a name in `problems.PROBLEMS`.
     method: a name in `methods.METHODS`.
     density: share of the entries that is sent, for methods that have one.
     rank: rank of the LoRA factors; the scale of their product is 1.
@@ -85,6 +87,7 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
   parser.add_argument("--processes", type=int, default=os.cpu_count())
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--rounds", type=int)
+  parser.add_argument("--methods", nargs="+", help="these methods alone")
   parser.add_argument("--out", type=pathlib.Path, default=RESULTS / name)
   return parser.parse_args()
 
@@ -93,7 +96,7 @@ def program(
   description: str | None,
   name: str,
   suffix: str,
-  cells: Callable[[argparse.Namespace], Sequence[Cell]],
+  stages: Sequence[Callable[[argparse.Namespace], Sequence[Cell]]],
   make: Callable[[Cell], tuple[tasks.Task, experiment.Experiment]],
 ) -> argparse.Namespace:
   """Runs the cells of a figure's program; returns its command line.
@@ -102,12 +105,17 @@ def program(
     description: the docstring of the program.
     name: the folder of the study.
     suffix: what the name of the result file has after that of the task.
-    cells: the cells for a command line.
+    stages: functions from the command line to cells. Each is called when the
+      cells before it are recorded.
     make: the task and the experiment of a cell.
   """
   given = arguments(description, name)
   path = given.out / f"{given.task}{suffix}.jsonl"
-  run(cells(given), path, make, processes=given.processes)
+  for stage in stages:
+    cells = stage(given)
+    if given.methods:
+      cells = [cell for cell in cells if cell.method in given.methods]
+    run(cells, path, make, processes=given.processes)
   return given
 
 
@@ -130,8 +138,14 @@ def run(
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   done = {_key(record): record for record in read(path)}
+  cells = list(dict.fromkeys(cells))
   missing = [cell for cell in cells if cell.key() not in done]
-  print(f"{path.name}: {len(missing)} of {len(cells)} cells to compute")
+  known = [x for other in path.parent.glob("*.jsonl") for x in read(other)]
+  print(
+    f"{path.name}: {len(missing)} of {len(cells)} cells to compute,"
+    f" {price(missing, known, processes)}",
+    flush=True,
+  )
   # Spawned, because JAX's threads do not survive a fork.
   pool = concurrent.futures.ProcessPoolExecutor(
     processes, multiprocessing.get_context("spawn"), _one_core
@@ -155,6 +169,26 @@ def run(
       pool.shutdown(wait=False, cancel_futures=True)
       raise
   return [done[cell.key()] for cell in cells if cell.key() in done]
+
+
+def price(
+  cells: Sequence[Cell], records: Sequence[dict[str, Any]], processes: int
+) -> str:
+  """How long cells will take, from the seconds a round of their task took.
+
+  Args:
+    cells: the cells to compute.
+    records: the records of other cells.
+    processes: number of cells at a time.
+  """
+  seconds = 0.0
+  for cell in cells:
+    past = [x for x in records if x.get("cell", {}).get("task") == cell.task]
+    if not past:
+      return f"nobody knows how long {cell.task} takes"
+    rounds = [x["seconds"] / x["cell"]["rounds"] for x in past]
+    seconds += float(np.median(rounds)) * cell.rounds
+  return f"about {seconds / processes / 60:.0f} minutes"
 
 
 def _line(record):
@@ -200,8 +234,8 @@ def _one_core():
 def _compute(cell: Cell, make: Callable[..., Any]) -> dict[str, Any]:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   jax.config.update("jax_compilation_cache_dir", str(cache("programs")))
-  task, made = make(cell)
   start = time.perf_counter()
+  task, made = make(cell)
   lines = _lines(made)
   return {
     "cell": dataclasses.asdict(cell),
@@ -210,9 +244,22 @@ def _compute(cell: Cell, make: Callable[..., Any]) -> dict[str, Any]:
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "platform": f"{platform.system()} {platform.machine()}",
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "commit": _commit(),
     "data": dict(task.data),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
   }
+
+
+def _commit() -> str | None:
+  """The commit of this file's repository, with a mark if files differ."""
+  command = ["git", "describe", "--always", "--dirty"]
+  try:
+    found = subprocess.run(
+      command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None  # Not a clone.
+  return found.stdout.strip()
 
 
 def _lines(experiment: Any) -> list[Any]:

@@ -89,6 +89,6 @@ def _knobs(method, place, epsilon):
 
 if __name__ == "__main__":
   given = study.program(
-    __doc__, "cg_fedllm", "_private", cells, methods.experiment
+    __doc__, "cg_fedllm", "_private", [cells], methods.experiment
   )
   print(table(given))

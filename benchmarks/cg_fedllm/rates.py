@@ -56,7 +56,7 @@ def of_server(
   """Returns the server's rate and its knobs; a constant 1 if it is not tuned.
 
   Args:
-    task: name of a task in `problems.TASKS`.
+    task: name of a task in `problems.PROBLEMS`.
     method: name of a codec, or "dense".
     knobs: knobs of the cell, without those of the server.
     folder: folder of the results.

@@ -73,4 +73,4 @@ def _cell(given, method, knobs, server, seed) -> study.Cell:
 
 
 if __name__ == "__main__":
-  study.program(__doc__, "cg_fedllm", "", cells, methods.experiment)
+  study.program(__doc__, "cg_fedllm", "", [cells], methods.experiment)

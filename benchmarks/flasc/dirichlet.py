@@ -23,7 +23,7 @@ def cells(given) -> list[study.Cell]:
       16,
       seed,
       *rates.of("newsgroups", method, given.out),
-      rounds=given.rounds or problems.ROUNDS["newsgroups"],
+      rounds=given.rounds or problems.PROBLEMS["newsgroups"].rounds,
       knobs=(("dirichlet_alpha", alpha),),
     )
     for seed in range(given.seeds)

@@ -158,6 +158,7 @@ METHODS: dict[str, methods.Make] = {
   "compact": registered("delta_downloads"),
   "compact, b alone": _compact_b,
   "FFA-LoRA": registered("ffa_lora"),
+  "linear probe": registered("linear_probe"),
   "FLASC tiers": registered("flasc_tiers"),
   "zero-padded ranks": registered("zero_padded_lora"),
   "HetLoRA": registered("het_lora"),

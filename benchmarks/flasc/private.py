@@ -32,7 +32,7 @@ def cells(given) -> list[study.Cell]:
       4,
       seed,
       *rates.of(given.task, method.removesuffix(", private"), given.out),
-      rounds=given.rounds or problems.ROUNDS[given.task],
+      rounds=given.rounds or problems.PROBLEMS[given.task].rounds,
       knobs=_knobs(epsilon),
     )
     for seed in range(given.seeds)
@@ -52,4 +52,4 @@ def _knobs(epsilon):
 
 
 if __name__ == "__main__":
-  study.program(__doc__, "flasc", "_private", cells, methods.experiment)
+  study.program(__doc__, "flasc", "_private", [cells], methods.experiment)

@@ -3,8 +3,9 @@
   FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.rates TASK
 
 At rank 16, over few rounds, with one seed that no figure uses; methods that
-have a density at 1/16. The other programs take the best rates of the grid that
-`benchmarks/results/flasc/TASK_rates.jsonl` holds.
+have a density at 1/16. Where the best rates lie at the edge of the grid, it
+grows there, if the task has `LADDERS`. The other programs take the best rates
+that `benchmarks/results/flasc/TASK_rates.jsonl` holds.
 """
 
 import itertools
@@ -19,8 +20,16 @@ GRID = {
   "shakespeare": ((0.3, 1.0), (0.01, 0.03)),
   "newsgroups": ((0.1, 0.3), (0.01, 0.03)),
   "library": ((0.1, 0.3), (0.003, 0.01)),
+  "minilm": ((0.01, 0.03, 0.1), (0.0016, 0.005, 0.016)),
 }
-ROUNDS = {"shakespeare": 10, "newsgroups": 30, "library": 5}
+# The rates that a grid may grow to.
+LADDERS = {
+  "minilm": (
+    (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    (0.00016, 0.0005, 0.0016, 0.005, 0.016, 0.05, 0.16),
+  ),
+}
+ROUNDS = {"shakespeare": 10, "newsgroups": 30, "library": 5, "minilm": 20}
 # Methods with a density, and those without.
 SPARSE = (
   "FLASC",
@@ -46,7 +55,8 @@ OTHERS = {
     ("HetLoRA", ()),
     ("FlexLoRA", ()),
     ("FFA-LoRA", ()),
-  )
+  ),
+  "minilm": (("FFA-LoRA", ()), ("linear probe", ())),
 }
 # Their server replaces its factors, at no rate.
 WITHOUT_SERVER_RATE = ("HetLoRA", "FlexLoRA")
@@ -66,23 +76,45 @@ Knobs = tuple[tuple[str, Any], ...]
 
 def cells(given) -> list[study.Cell]:
   """The grid of every method."""
+  return [
+    _cell(given, method, knobs, pair)
+    for method, knobs in tuned(given.task)
+    for pair in _grid(given.task, method, knobs)
+  ]
+
+
+def further(given) -> list[study.Cell]:
+  """The neighbours of every method's best rates; most are there already."""
   task = given.task
   return [
-    study.Cell(
-      task=task,
-      method=method,
-      density=1 / 16 if method in SPARSE else 1.0,
-      rank=16,
-      seed=SEED,
-      client_rate=client_rate,
-      server_rate=server_rate,
-      rounds=given.rounds or ROUNDS[task],
-      validation=True,
-      knobs=knobs,
-    )
+    _cell(given, method, knobs, pair)
     for method, knobs in tuned(task)
-    for client_rate, server_rate in _grid(task, method, knobs)
+    if task in LADDERS and (best := _best(task, method, given.out, knobs))
+    for pair in _neighbours(best, LADDERS[task])
   ]
+
+
+def _cell(given, method, knobs, pair):
+  return study.Cell(
+    task=given.task,
+    method=method,
+    density=1 / 16 if method in SPARSE else 1.0,
+    rank=16,
+    seed=SEED,
+    client_rate=pair[0],
+    server_rate=pair[1],
+    rounds=given.rounds or ROUNDS[given.task],
+    validation=True,
+    knobs=knobs,
+  )
+
+
+def _neighbours(pair, ladders):
+  """The pairs that have one of the rates, and the other one step away."""
+  for which, ladder in enumerate(ladders):
+    step = ladder.index(pair[which])
+    for rate in ladder[max(0, step - 1) : step] + ladder[step + 1 : step + 2]:
+      yield tuple(rate if i == which else x for i, x in enumerate(pair))
 
 
 def tuned(task: str) -> list[tuple[str, Knobs]]:
@@ -95,20 +127,31 @@ def of(
   task: str, method: str, folder: pathlib.Path, knobs: Knobs = ()
 ) -> tuple[float, float]:
   """Client and server rate of a method: the lowest validation loss."""
-  path = folder / f"{task}_rates.jsonl"
-  wanted = [LIKE.get(method, method), [list(pair) for pair in knobs]]
-  records = [
-    x
-    for x in study.read(path)
+  best = _best(task, LIKE.get(method, method), folder, knobs)
+  if best is None:
+    raise ValueError(
+      f"no rates of {method} {dict(knobs)} in {_path(task, folder)}: run rates"
+      f" {task}, after adding the method to OTHERS if it is not tuned there."
+    )
+  return best
+
+
+def _path(task, folder):
+  return folder / f"{task}_rates.jsonl"
+
+
+def _best(task, method, folder, knobs):
+  """The rates of the lowest validation loss, or None."""
+  wanted = [method, [list(pair) for pair in knobs]]
+  found = [
+    (x["lines"][-1]["loss"], x["cell"])
+    for x in study.read(_path(task, folder))
     if [x["cell"]["method"], x["cell"]["knobs"]] == wanted
   ]
-  if not records:
-    raise ValueError(
-      f"no rates of {wanted} in {path}: run rates {task}, after adding the"
-      " method to OTHERS if it is not tuned on this task."
-    )
-  best = min(records, key=lambda record: record["lines"][-1]["loss"])
-  return best["cell"]["client_rate"], best["cell"]["server_rate"]
+  if not found:
+    return None
+  _, cell = min(found, key=lambda x: x[0])
+  return cell["client_rate"], cell["server_rate"]
 
 
 def _grid(task, method, knobs):
@@ -121,6 +164,8 @@ def _grid(task, method, knobs):
 
 
 if __name__ == "__main__":
-  given = study.program(__doc__, "flasc", "_rates", cells, methods.experiment)
+  given = study.program(
+    __doc__, "flasc", "_rates", [cells, *3 * [further]], methods.experiment
+  )
   for method, knobs in tuned(given.task):
     print(method, dict(knobs), *of(given.task, method, given.out, knobs))

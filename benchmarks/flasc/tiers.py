@@ -31,7 +31,7 @@ def cells(given) -> list[study.Cell]:
       16,
       seed,
       *rates.of(given.task, method, given.out),
-      rounds=given.rounds or problems.ROUNDS[given.task],
+      rounds=given.rounds or problems.PROBLEMS[given.task].rounds,
       knobs=(("network", "three tiers"),),
     )
     for seed in range(given.seeds)
@@ -40,4 +40,4 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  study.program(__doc__, "flasc", "_tiers", cells, methods.experiment)
+  study.program(__doc__, "flasc", "_tiers", [cells], methods.experiment)

@@ -68,7 +68,7 @@ LENGTHS = {
 def cells(given) -> list[study.Cell]:
   """Seeds first, so that an unfinished study has all methods of some seeds."""
   task = given.task
-  rounds = given.rounds or problems.ROUNDS[task]
+  rounds = given.rounds or problems.PROBLEMS[task].rounds
 
   def settings(seed):
     once = ONCE.get(task, []) if seed == 0 else []
@@ -92,4 +92,4 @@ def cells(given) -> list[study.Cell]:
 
 
 if __name__ == "__main__":
-  study.program(__doc__, "flasc", "", cells, methods.experiment)
+  study.program(__doc__, "flasc", "", [cells], methods.experiment)

@@ -19,6 +19,18 @@ from fedjax_llm.federated.algorithms import flasc
 DATA = pathlib.Path(os.environ.get("FEDJAX_LLM_DATA", "../shared/data"))
 
 
+def _model(folder: str, hub_name: str) -> str:
+  """A model's folder in `FEDJAX_LLM_MODELS`, or else its name on the hub."""
+  models = os.environ.get("FEDJAX_LLM_MODELS")
+  local = models and pathlib.Path(models) / folder
+  return str(local) if local and local.exists() else hub_name
+
+
+# The pretrained models that configs name.
+MINILM = _model("minilm-l6", "sentence-transformers/all-MiniLM-L6-v2")
+SMOLLM2 = _model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
   """The learning rates of FLASC's optimizers.
