@@ -69,6 +69,7 @@ LIKE = {
   "coarse": "dense",
   "SparseAdapter, one Top-K": "SparseAdapter",
   "Federated Select, one Top-K": "Federated Select",
+  "Federated Select, no warm-up": "Federated Select",
 }
 SEED = 100
 Knobs = tuple[tuple[str, Any], ...]

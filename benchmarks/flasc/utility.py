@@ -3,7 +3,8 @@
   FEDJAX_LLM_DATA=folder python -m benchmarks.flasc.utility TASK [--seeds 3]
   fedjax-llm compare benchmarks/results/flasc/TASK.jsonl
 
-TASK is shakespeare, newsgroups or library; `rates TASK` comes first.
+TASK is a key of `SETTINGS`, whose cells are in the order of what they tell;
+`rates TASK` comes first.
 """
 
 import itertools
@@ -38,6 +39,22 @@ SETTINGS = {
     *itertools.product(["dense", "compact"], [1.0], [16]),
     *itertools.product(["FLASC", "FLASC, what moved"], MOST, [16]),
     *itertools.product(["quantised"], [1 / 8], [16]),
+  ],
+  "minilm": [
+    ("dense", 1.0, 16),
+    *itertools.product(["FLASC"], MOST, [16]),
+    ("Federated Select", 1 / 16, 16),
+    ("FLASC, what moved", 1 / 16, 16),
+    ("quantised", 1 / 8, 16),
+    ("SparseAdapter", 1 / 16, 16),
+    ("dense", 1.0, 4),
+    ("FLASC", 1 / 64, 16),
+    ("Adapter-LTH", 1 / 16, 16),
+    ("compact", 1.0, 16),
+    ("FFA-LoRA", 1.0, 16),
+    ("linear probe", 1.0, 16),
+    ("Federated Select, no warm-up", 1 / 16, 16),
+    ("dense", 1.0, 64),
   ],
 }
 
