@@ -142,7 +142,7 @@ def run(
   missing = [cell for cell in cells if cell.key() not in done]
   known = [x for other in path.parent.glob("*.jsonl") for x in read(other)]
   print(
-    f"{path.name}: {len(missing)} of {len(cells)} cells to compute,"
+    f"{path.name}: {len(missing)} of {len(cells)} cells to compute in"
     f" {price(missing, known, processes)}",
     flush=True,
   )
@@ -161,9 +161,11 @@ def run(
           print(f"{_describe(cell)}  left out: {error}", flush=True)
           continue
         done[_key(record)] = record
-        with path.open("a") as file:
-          file.write(json.dumps(record) + "\n")
-        print(_line(record), flush=True)
+        known.append(record)
+        append(path, record)
+        left = [cell for cell in missing if cell.key() not in done]
+        rest = price(left, known, processes)
+        print(f"{_line(record)}  {rest} left", flush=True)
     except BaseException:
       # Or else all cells would be computed, and recorded nowhere.
       pool.shutdown(wait=False, cancel_futures=True)
@@ -185,7 +187,7 @@ def price(
   for cell in cells:
     past = [x for x in records if x.get("cell", {}).get("task") == cell.task]
     if not past:
-      return f"nobody knows how long {cell.task} takes"
+      return f"an unknown time for {cell.task}"
     rounds = [x["seconds"] / x["cell"]["rounds"] for x in past]
     seconds += float(np.median(rounds)) * cell.rounds
   return f"about {seconds / processes / 60:.0f} minutes"
@@ -208,9 +210,21 @@ def _describe(cell):
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The records of a result file; none if there is no file."""
+  return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path):
+  """The lines without the half one that a killed process may leave."""
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-  # Half a line is what a killed process left.
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  return [line for line in lines if line.endswith("\n")]
+
+
+def append(path: pathlib.Path, record: dict[str, Any]) -> None:
+  """Adds a record to a result file, after all whole lines."""
+  end = sum(len(line.encode()) for line in _whole_lines(path))
+  with path.open("ab") as file:
+    file.truncate(end)
+    file.write(f"{json.dumps(record)}\n".encode())
 
 
 def _key(record):

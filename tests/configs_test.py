@@ -55,6 +55,22 @@ DATA = {
     "model": "stories260k",
     "text": "tinyshakespeare/input.txt",
   },
+  "minilm_newsgroups": {
+    "data": "20news_bydate/20news-bydate.tar.gz",
+    "clients": 20,
+  },
+  "smollm2_dolly": {
+    "data": "dolly15k_fed10/local_training_*.json",
+    "held_out": "dolly15k_fed10/global_test.json",
+    "sequence_length": 128,
+  },
+  "smollm2_shakespeare": {"text": "tinyshakespeare/input.txt"},
+}
+# Of the configs on real models.
+MODELS = {
+  "minilm_newsgroups": "minilm-l6",
+  "smollm2_dolly": "smollm2-135m",
+  "smollm2_shakespeare": "smollm2-135m",
 }
 
 
@@ -74,6 +90,9 @@ def test_it_runs_for_two_rounds(config, tmp_path, request):
       knob: str(data / value) if knob in paths else value
       for knob, value in DATA[name].items()
     }
+  if name in MODELS:
+    models = request.getfixturevalue("models")
+    toy = toy | {"model": str(models / MODELS[name])}
   if name == "tgap":
     toy = toy | TGAP
   if name == "cg_fedllm":

@@ -73,6 +73,15 @@ def data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def models() -> pathlib.Path:
+  """The folder of real pretrained models, or a skip that says so."""
+  folder = pathlib.Path(os.environ.get("FEDJAX_LLM_MODELS", "models"))
+  if not folder.is_dir():
+    pytest.skip(f"needs real models in {folder}; set FEDJAX_LLM_MODELS.")
+  return folder
+
+
+@pytest.fixture(scope="session")
 def toy_model(tmp_path_factory) -> pathlib.Path:
   """A model folder of the same make as real ones: a tiny random Llama."""
   from fedjax_llm.experiments import pretraining

@@ -14,7 +14,6 @@ for reasons that `compression.distortion.cosines` gives.
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -91,8 +90,7 @@ def _measure(task: str, seed: int, path: pathlib.Path) -> None:
       },
       "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    with path.open("a") as file:
-      file.write(json.dumps(record) + "\n")
+    study.append(path, record)
     print(f"{name:24} {bits:5} {found.relative_squared_error:.4f}", flush=True)
 
 
