@@ -101,6 +101,21 @@ def _flasc(top_k: Callable[[methods.Recipe], sparse.TopK]) -> methods.Make:
   )
 
 
+def _coded(
+  bits: int, upload: compression.Compressor | None = None
+) -> methods.Make:
+  """FLASC whose values have few bits, with Top-K or `upload` on the way up."""
+
+  def make(k):
+    top_k = compression.chain(
+      sparse.top_k(k.density), compression.lloyd_max(bits)
+    )
+    channel = channels.Channel(top_k, upload or top_k)
+    return fed_avg.fed_avg(*k.optimizers, channel=channel, **k.parts)
+
+  return make
+
+
 def _moved(k):
   """What has moved most since the start, which the seed draws at both ends."""
   start, _ = ravel_pytree(k.task.trainable)
@@ -143,6 +158,12 @@ METHODS: dict[str, methods.Make] = {
   "FLASC, upload alone": registered("flasc", density=1.0),
   "FLASC, factors apart": _flasc(methods.apart),
   "FLASC, what moved": _flasc(_moved),
+  "FLASC, 4 bits": _coded(4),
+  "FLASC, 2 bits": _coded(2),
+  "FLASC, 4 bits, EDEN up": _coded(4, compression.eden(0.5)),
+  "FLASC, 4 bits, trellis up": _coded(
+    4, compression.chain(compression.rotate(), compression.trellis(0.5))
+  ),
   "SparseAdapter": registered("sparse_adapter"),
   "Adapter-LTH": registered("adapter_lth"),
   "Federated Select": registered("federated_select"),

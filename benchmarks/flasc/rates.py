@@ -63,6 +63,10 @@ WITHOUT_SERVER_RATE = ("HetLoRA", "FlexLoRA")
 # Variants take the rates of their kind.
 LIKE = {
   "FLASC, factors apart": "FLASC, what moved",
+  "FLASC, 4 bits": "FLASC",
+  "FLASC, 2 bits": "FLASC",
+  "FLASC, 4 bits, EDEN up": "FLASC",
+  "FLASC, 4 bits, trellis up": "FLASC",
   "FLASC, download alone": "FLASC",
   "FLASC, upload alone": "dense",
   "quantised": "dense",

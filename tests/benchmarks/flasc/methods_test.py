@@ -59,6 +59,7 @@ PRIVATE = dict(epsilon=8.0, delta=1e-5, cohort_factor=100, clients_per_round=2)
     *("dense", "FLASC, factors apart", "FLASC, what moved", "coarse"),
     *("SparseAdapter, one Top-K", "Federated Select, one Top-K"),
     *("Federated Select, no warm-up", "compact, b alone", "FLASC, private"),
+    *("FLASC, 4 bits", "FLASC, 4 bits, EDEN up", "FLASC, 4 bits, trellis up"),
   ],
 )
 def test_a_variant_fits_a_real_task(task, name):
