@@ -1,0 +1,54 @@
+"""The accelerator benchmark measures what it says, and stops in time."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.flasc import accelerator
+from fedjax_llm.models import families
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+  """Runs the command with one toy model and two channels."""
+
+  def run(*options):
+    for name, kept in (("TOYS", "toy Llama"), ("CHANNELS", "FLASC, 1/16")):
+      table = getattr(accelerator, name)
+      names = ("dense", kept) if name == "CHANNELS" else (kept,)
+      monkeypatch.setattr(accelerator, name, {x: table[x] for x in names})
+    arguments = ["accelerator", "--toy", "--out", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    accelerator.main()
+    (path,) = tmp_path.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+  return run
+
+
+def test_rows_have_speed_and_real_bytes(rows):
+  device, placement, dense, sparse, done = rows()
+  assert device["peak_tflops"] > 0 and done == {"what": "done"}
+  assert placement["tokens_per_second"] > 0
+  # 4 clients; 7 layers of rank 16 in each of 2 blocks.
+  widths = [(32, 32), (32, 16), (32, 16), (32, 32)]
+  widths += [(32, 64), (32, 64), (64, 32)]
+  entries = 2 * 16 * sum(map(sum, widths))
+  assert dense["upload_bytes"] == pytest.approx(4 * 4 * entries, rel=1e-2)
+  assert dense["relative"] == 1
+  assert sparse["download_bytes"] < dense["download_bytes"] / 13
+
+
+def test_nothing_begins_when_time_is_up(rows):
+  found = rows("--seconds", "0")
+  assert [x["what"] for x in found] == ["device", "placement", "done"]
+  assert found[1]["skipped"] == "no time left"
+
+
+def test_shapes_are_those_of_the_models_they_name():
+  for name, millions in (("GPT-2 small", 124.4), ("SmolLM2-135M", 134.5)):
+    config = families.from_hugging_face(accelerator.SHAPES[name].fields)
+    shapes = accelerator.lora.abstract_variables(families.model(config))
+    leaves = accelerator.jax.tree.leaves(shapes["params"])
+    assert sum(x.size for x in leaves) / 1e6 == pytest.approx(millions, abs=0.1)
