@@ -94,9 +94,9 @@ def product_round(
     placement: see `clients.Placement`; all devices if not given.
 
   Raises:
-    ValueError: if `population` is missing; from `init`, if `tiers_of` refuses
-      the parameters. With `scale` also from `init`, if there are no factors, or
-      the parameters and the dense residual have 2 GiB or more.
+    ValueError: if `population` is missing; from `init`, if there are no
+      factors, `tiers_of` refuses the parameters, or, with `scale`, the
+      parameters and the dense residual have 2 GiB or more.
   """
   if scale is not None and population is None:
     raise ValueError(
@@ -114,12 +114,13 @@ def product_round(
 
   def init(trainable):
     vector, _ = ravel_pytree(trainable)
+    pairs = factors.pairs(trainable)
     each = tiers_of(trainable).channels
     download = tuple(x.download.init(vector) for x in each)
     upload = tuple(channels.upload_states(x, vector, population) for x in each)
     residual, missed = (), ()
     if scale is not None:
-      zero = jax.tree.map(jnp.zeros_like, factors.pairs(trainable))
+      zero = jax.tree.map(jnp.zeros_like, pairs)
       # Checked before allocation. A client may have to fetch both at once.
       whole = _whole(jax.eval_shape(factors.products, zero))
       channels.sizes(base.Dense(vector), whole)

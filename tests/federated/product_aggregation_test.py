@@ -156,10 +156,15 @@ def test_a_memory_of_uploads_needs_the_number_of_clients(problem):
     algorithm.init(problem.trainable)
 
 
-def test_what_has_no_factors_is_refused(problem):
-  algorithm = fed_ex_lora.fed_ex_lora(
-    problem.loss_fn, SGD, scale=1.0, population=7
-  )
+@pytest.mark.parametrize(
+  "make",
+  [
+    functools.partial(fed_ex_lora.fed_ex_lora, scale=1.0, population=7),
+    functools.partial(flex_lora.flex_lora, ranks=(2,)),
+  ],
+)
+def test_what_has_no_factors_is_refused(problem, make):
+  algorithm = make(problem.loss_fn, SGD)
   with pytest.raises(ValueError, match="factors a and b"):
     algorithm.init({"head": problem.trainable["head"]})
 
