@@ -190,6 +190,8 @@ PROBLEMS = {
 def schedule(cell: Any, knobs: dict[str, Any]) -> finetuning.Schedule:
   """The rounds of a cell, and what happens in each."""
   problem = PROBLEMS[cell.task]
+  # Rates are chosen by the end alone.
+  evaluations = 1 if cell.validation else problem.evaluations
   return finetuning.Schedule(
     rounds=cell.rounds,
     clients_per_round=CLIENTS_PER_ROUND,
@@ -197,7 +199,7 @@ def schedule(cell: Any, knobs: dict[str, Any]) -> finetuning.Schedule:
     local_steps=knobs.get("local_steps", problem.local_steps),
     # Private rounds are accounted for Poisson samples.
     sampling="poisson" if "cohort_factor" in knobs else "fixed",
-    evaluate_every=max(1, cell.rounds // problem.evaluations),
+    evaluate_every=max(1, cell.rounds // evaluations),
   )
 
 
