@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from benchmarks import study
 from fedjax_llm.reporting import runs as report
 from fedjax_llm.reporting import studies, study_tables
 
@@ -51,6 +52,24 @@ def test_tables_are_those_of_the_committed_studies(path):
   marked = re.search(f"<!-- {path.stem} -->(.*?)<!-- end -->", PAGE, re.DOTALL)
   assert marked and study_tables.table(entries) in marked[1]
   assert all(run.record["date"] for entry in entries for run in entry.runs)
+
+
+def test_the_first_figures_are_those_of_the_rates_of_minilm():
+  records = study.read(RESULTS / "flasc" / "minilm_rates.jsonl")
+  best, megabytes = {}, {}
+  for name in ("dense", "FLASC"):
+    lines = min(
+      (x["lines"] for x in records if x["cell"]["method"] == name),
+      key=lambda lines: lines[-1]["loss"],
+    )
+    best[name] = lines[-1]["accuracy"]
+    megabytes[name] = sum(
+      line.get("download_bytes", 0) + line.get("upload_bytes", 0)
+      for line in lines
+    )
+  text = README.replace("\n", " ")
+  assert f"{best['FLASC']:.1%} against {best['dense']:.1%} of" in text
+  assert f"{megabytes['dense'] / megabytes['FLASC']:.1f} times fewer" in text
 
 
 def test_the_commands_are_one_line_each():
