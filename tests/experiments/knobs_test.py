@@ -40,3 +40,15 @@ def test_a_placement_is_on_all_devices():
   three = knobs.Compute(clients_per_step=3).settings["placement"]
   assert three == clients.Placement(clients_per_step=3)
   assert three.mesh.size == jax.device_count() == 2
+
+
+def test_a_model_is_its_folder_where_there_is_one_and_else_its_hub_name(
+  tmp_path, monkeypatch
+):
+  find = lambda: knobs._model("minilm-l6", "someone/MiniLM")
+  monkeypatch.delenv("FEDJAX_LLM_MODELS", raising=False)
+  assert find() == "someone/MiniLM"
+  monkeypatch.setenv("FEDJAX_LLM_MODELS", str(tmp_path))
+  assert find() == "someone/MiniLM"
+  (tmp_path / "minilm-l6").mkdir()
+  assert find() == str(tmp_path / "minilm-l6")
