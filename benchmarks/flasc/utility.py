@@ -109,6 +109,8 @@ def cells(given) -> list[study.Cell]:
     )
     for seed in range(given.seeds)
     for method, density, rank, times, knobs in settings(seed)
+    # The others may have no rates yet.
+    if not given.methods or method in given.methods
   ]
 
 

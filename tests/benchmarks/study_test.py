@@ -7,7 +7,7 @@ import types
 import pytest
 
 from benchmarks import study
-from benchmarks.flasc import rates
+from benchmarks.flasc import rates, utility
 from tests import toy_experiments, toy_study
 
 
@@ -82,3 +82,10 @@ def test_a_grid_grows_where_its_best_rates_are_at_the_edge(tmp_path):
   new = set(rates.further(given)) - set(grid)
   assert [(x.client_rate, x.server_rate) for x in new] == [(0.3, 0.005)]
   assert rates.of("minilm", "FLASC", tmp_path) == (0.1, 0.005)
+  # Methods that are not asked for need no rates yet.
+  given = argparse.Namespace(
+    task="minilm", out=tmp_path, rounds=None, seeds=1, methods=["FLASC"]
+  )
+  cells = utility.cells(given)
+  assert {x.client_rate for x in cells} == {0.1}
+  assert [x.density for x in cells] == [1 / 4, 1 / 16, 1 / 64]
