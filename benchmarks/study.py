@@ -80,6 +80,10 @@ class Cell:
 
 def arguments(description: str | None, name: str) -> argparse.Namespace:
   """The command line of a figure's program, of the study called `name`."""
+  return _parser(description, name).parse_args()
+
+
+def _parser(description, name):
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -87,9 +91,8 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
   parser.add_argument("--processes", type=int, default=os.cpu_count())
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--rounds", type=int)
-  parser.add_argument("--methods", nargs="+", help="these methods alone")
   parser.add_argument("--out", type=pathlib.Path, default=RESULTS / name)
-  return parser.parse_args()
+  return parser
 
 
 def program(
@@ -109,7 +112,9 @@ def program(
       cells before it are recorded.
     make: the task and the experiment of a cell.
   """
-  given = arguments(description, name)
+  parser = _parser(description, name)
+  parser.add_argument("--methods", nargs="+", help="these methods alone")
+  given = parser.parse_args()
   path = given.out / f"{given.task}{suffix}.jsonl"
   for stage in stages:
     cells = stage(given)

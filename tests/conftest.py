@@ -75,10 +75,10 @@ def data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def models() -> pathlib.Path:
   """The folder of real pretrained models, or a skip that says so."""
-  folder = pathlib.Path(os.environ.get("FEDJAX_LLM_MODELS", "models"))
-  if not folder.is_dir():
-    pytest.skip(f"needs real models in {folder}; set FEDJAX_LLM_MODELS.")
-  return folder
+  folder = os.environ.get("FEDJAX_LLM_MODELS")
+  if not folder or not pathlib.Path(folder).is_dir():
+    pytest.skip("needs real models; set FEDJAX_LLM_MODELS to their folder.")
+  return pathlib.Path(folder)
 
 
 @pytest.fixture(scope="session")

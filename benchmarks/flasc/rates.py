@@ -29,6 +29,7 @@ LADDERS = {
     (0.00016, 0.0005, 0.0016, 0.005, 0.016, 0.05, 0.16),
   ),
 }
+GROWTHS = 3  # In a run of the program; the next one goes on.
 ROUNDS = {"shakespeare": 10, "newsgroups": 30, "library": 5, "minilm": 20}
 # Methods with a density, and those without.
 SPARSE = (
@@ -169,8 +170,7 @@ def _grid(task, method, knobs):
 
 
 if __name__ == "__main__":
-  given = study.program(
-    __doc__, "flasc", "_rates", [cells, *3 * [further]], methods.experiment
-  )
+  stages = [cells, *[further] * GROWTHS]
+  given = study.program(__doc__, "flasc", "_rates", stages, methods.experiment)
   for method, knobs in tuned(given.task):
     print(method, dict(knobs), *of(given.task, method, given.out, knobs))

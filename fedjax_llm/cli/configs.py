@@ -37,7 +37,7 @@ def summaries() -> list[str]:
   for path in sorted(folder().glob("*.py")):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first, *_ = text.splitlines() or [""]
-    lines.append(f"{path.stem:<18} {first}")
+    lines.append(f"{path.stem:<20} {first}")
   return lines
 
 

@@ -3,10 +3,11 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from benchmarks.flasc import accelerator
-from fedjax_llm.models import families
+from fedjax_llm.models import families, lora
 
 
 @pytest.fixture
@@ -47,8 +48,16 @@ def test_nothing_begins_when_time_is_up(rows):
 
 
 def test_shapes_are_those_of_the_models_they_name():
-  for name, millions in (("GPT-2 small", 124.4), ("SmolLM2-135M", 134.5)):
+  for name, millions, multiplied in (
+    # Blocks, then embeddings.
+    ("GPT-2 small", 124.4, 12 * 12 * 768**2 + 50257 * 768),
+    (
+      *("SmolLM2-135M", 134.5),
+      30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 49152 * 576,
+    ),
+  ):
     config = families.from_hugging_face(accelerator.SHAPES[name].fields)
-    shapes = accelerator.lora.abstract_variables(families.model(config))
-    leaves = accelerator.jax.tree.leaves(shapes["params"])
-    assert sum(x.size for x in leaves) / 1e6 == pytest.approx(millions, abs=0.1)
+    shapes = lora.abstract_variables(families.model(config))["params"]
+    size = sum(x.size for x in jax.tree.leaves(shapes))
+    assert size / 1e6 == pytest.approx(millions, abs=0.1)
+    assert accelerator.multiplied(config, shapes) == multiplied
