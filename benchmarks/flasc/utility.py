@@ -58,7 +58,6 @@ SETTINGS = {
     ("FFA-LoRA", 1.0, 16),
     ("linear probe", 1.0, 16),
     ("Federated Select, no warm-up", 1 / 16, 16),
-    ("dense", 1.0, 64),
   ],
 }
 
